@@ -1,0 +1,75 @@
+# Needs Python 3.11 or newer, make and a package index; everything else goes into .venv.
+# Another interpreter for a new .venv: make test PYTHON=/path/to/python3.12
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+JOBS ?= 2
+ARGS ?=
+
+# One stamp per folder and per content of the two files that decide what is installed, so that a
+# moved or copied .venv, or a changed version, is noticed whatever the files' dates say.
+STAMP := $(VENV)/.installed-$(shell { pwd; cat pyproject.toml constraints.txt; } | cksum | tr ' ' '-')
+PIP := $(PY) -m pip --quiet --quiet --no-input --disable-pip-version-check
+NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test test-slow test-cuda check format bench clean distclean
+
+help: ## List these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+
+venv: $(STAMP) ## Build .venv and install the package with its development tools (a few minutes, once)
+
+demo: $(STAMP) ## Face photos -> VQ-VAE -> PixelCNN -> RAL, table and pictures; options: ARGS="--preset ..."
+	$(PY) examples/train_celeba.py $(ARGS)
+
+test: $(STAMP) ## The fast tests; options: JOBS=4 ARGS="-k sampler"
+	OMP_NUM_THREADS=1 $(PY) -P -m pytest -m "not slow and not cuda" -n $(JOBS) $(ARGS)
+
+test-slow: $(STAMP) ## The tests that train for minutes
+	$(PY) -P -m pytest -m "slow and not cuda" $(ARGS)
+
+test-cuda: $(STAMP) ## The tests that need a CUDA device
+	$(PY) -P -m pytest -m cuda $(ARGS)
+
+check: $(STAMP) ## Lint, formatting, types
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	@# The folders envs/ and agents/ are parts of ral_gym only once installed. mypy would pass over
+	@# them in silence, so it gets a tree in which links put them in their place.
+	@rm -rf .check && mkdir -p .check/ral_gym
+	@cd .check/ral_gym && ln -s ../../ral_gym/* ../../envs ../../agents .
+	cd .check && ../$(PY) -m mypy --config-file ../pyproject.toml --cache-dir ../.mypy_cache -p ral_gym
+	cd .check && ../$(PY) -m mypy --config-file ../pyproject.toml --cache-dir ../.mypy_cache ../examples ../benchmarks
+
+format: $(STAMP) ## Apply the formatter and the linter's safe fixes
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+bench: $(STAMP) ## Run every benchmark
+	@for script in benchmarks/*.py; do echo "== $$script"; $(PY) $$script $(ARGS) || exit 1; done
+
+clean: ## Remove caches and build products (keeps .venv and runs/)
+	rm -rf build dist *.egg-info .check .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find ral_gym envs agents examples benchmarks tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean ## Remove .venv too
+	rm -rf $(VENV)
+
+$(STAMP):
+	@if ! $(PY) -c 'import pip; $(NEW_ENOUGH)' 2>/dev/null; then \
+	    command -v $(PYTHON) >/dev/null || \
+	        { echo "make: no '$(PYTHON)' here; install Python 3.11 or newer, or name one: make PYTHON=/path/to/python3" >&2; exit 1; }; \
+	    $(PYTHON) -c '$(NEW_ENOUGH)' || \
+	        { echo "make: '$(PYTHON)' is $$($(PYTHON) -V 2>&1); 3.11 or newer is needed, name one: make PYTHON=/path/to/python3" >&2; exit 1; }; \
+	    $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	        { echo "make: '$(PYTHON)' cannot make virtual environments; install its venv package (Debian, Ubuntu: python3-venv)" >&2; exit 1; }; \
+	    echo "Making $(VENV) with $$($(PYTHON) -V)"; \
+	    $(PYTHON) -m venv --clear $(VENV); \
+	fi
+	@echo "Installing into $(VENV): once, one to three minutes"
+	@rm -f $(VENV)/.installed-*
+	@$(PIP) install -c constraints.txt pip setuptools
+	@$(PIP) install -c constraints.txt --build-constraint constraints.txt -e '.[dev]'
+	@touch $@

@@ -1,0 +1,176 @@
+"""Stage 3's bookkeeping: the policy's average, the run folder's log and checkpoints, sample grids, when to stop.
+
+The average and the checkpoints belong to the start of a rollout (from the second on) and to the end of training:
+SB3's `on_rollout_end` fires before the update it would have to include.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import KVWriter
+from tqdm import tqdm
+
+from ral_gym.agents.critic_callback import CriticCallback
+from ral_gym.agents.vec_env import unwrap_code_env
+from ral_gym.errors import DivergedError
+from ral_gym.run import Run
+from ral_gym.stages.common import Clock, WeightAverage
+
+STAGE = "ral"
+
+
+class RunWriter(KVWriter):
+    """An SB3 log output that appends to the run's ``metrics.jsonl``.
+
+    Args:
+        run: the run folder.
+        step: tells the number of policy updates.
+    """
+
+    def __init__(self, run: Run, step: Callable[[], int]) -> None:
+        self.run, self.step = run, step
+
+    def write(self, key_values: dict[str, Any], key_excluded: dict[str, tuple[str, ...]], step: int = 0) -> None:
+        """One line of the numbers; pictures and other things are left out."""
+        numbers = {k: float(v) for k, v in key_values.items() if isinstance(v, int | float | np.number)}
+        self.run.log(STAGE, self.step(), numbers)
+
+    def close(self) -> None:
+        """Nothing is kept open."""
+
+
+class RunCallback(BaseCallback):
+    """Average the weights, write checkpoints, show progress, and stop after the run's number of updates.
+
+    Args:
+        run: the run folder.
+        critic: the critic's callback, which must come before this one.
+        n_updates: policy updates in all.
+        draw_samples: called with the number of updates now and then, for a sample grid.
+        progress: show a progress bar.
+        checkpoint_every: updates between checkpoints.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        critic: CriticCallback,
+        n_updates: int,
+        *,
+        draw_samples: Callable[[int], None] | None = None,
+        progress: bool = True,
+        checkpoint_every: int = 10,
+    ) -> None:
+        super().__init__()
+        self.run, self.critic, self.total_updates = run, critic, n_updates
+        self.draw_samples, self.progress = draw_samples, progress
+        self.checkpoint_every = checkpoint_every
+        self.updates = 0
+        self.average: WeightAverage | None = None
+        self._first = True
+        self._latest: dict[str, Any] = {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from a checkpoint: everything but the policy's own weights and the environment."""
+        self.updates = state["updates"]
+        assert self.average is not None
+        self.average.load_state_dict(state["average"], self.model.policy)
+        self.critic.load_state_dict(state["critic"])
+
+    def _init_callback(self) -> None:
+        if self.average is None:
+            self.average = WeightAverage(self.model.policy, self.run.config.ral.ema_decay)
+
+    def _on_training_start(self) -> None:
+        self._clock = Clock(self.run, STAGE)
+        self._bar = tqdm(
+            total=self.total_updates,
+            initial=self.updates,
+            desc=f"3 RAL ({self.run.config.ral.algo})",
+            unit="update",
+            disable=not self.progress,
+        )
+
+    def _on_rollout_start(self) -> None:
+        if not self._first:
+            self._after_update()
+        self._first = False
+
+    def _after_update(self) -> None:
+        self.updates += 1
+        self._check_weights()
+        assert self.average is not None
+        self.average.update(self.model.policy)
+        reward, area = (self._latest.get(name, float("nan")) for name in ("rollout/critic_reward_mean", "critic/heldout_auc"))
+        self._bar.set_postfix(reward=f"{reward:.2f}", auc=f"{area:.2f}", refresh=False)
+        self._bar.update(1)
+        if self.updates % self.checkpoint_every == 0 and self.updates < self.total_updates:
+            self.save()
+            if self.draw_samples is not None:
+                self.draw_samples(self.updates)
+
+    def _check_weights(self) -> None:
+        """Stop before a broken policy is averaged or saved."""
+        weights = torch.nn.utils.parameters_to_vector(self.model.policy.parameters())
+        if not bool(torch.isfinite(weights).all()):
+            raise DivergedError(
+                f"stage ral: the policy's weights are NaN or infinite after update {self.updates}; the last good "
+                "checkpoint is kept; lower ral.learning_rate"
+            )
+
+    def _on_step(self) -> bool:
+        return self.updates < self.total_updates
+
+    def _on_rollout_end(self) -> None:
+        self._latest = dict(self.logger.name_to_value)
+
+    def _on_training_end(self) -> None:
+        if self.updates < self.total_updates:
+            self._after_update()
+        self._bar.close()
+        self._clock.book()
+
+    def save(self) -> None:
+        """Write the checkpoint that a continued run starts from."""
+        self.run.save_checkpoint(STAGE, self.state_dict())
+        self._clock.book()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the rest of the training depends on."""
+        model: Any = self.model
+        env = unwrap_code_env(self.training_env)
+        assert env is not None and self.average is not None
+        return {
+            "updates": self.updates,
+            "policy": model.policy.state_dict(),
+            "optimizer": model.policy.optimizer.state_dict(),
+            "average": self.average.state_dict(),
+            "critic": self.critic.state_dict(),
+            "buffer": model.rollout_buffer.state_dict(),
+            "env": env.core.state_dict(),
+            "last_obs": model._last_obs,
+            "last_episode_starts": model._last_episode_starts,
+            "num_timesteps": model.num_timesteps,
+            "n_updates": model._n_updates,
+            "time": time.time(),
+        }
+
+
+def restore_model(model: Any, state: dict[str, Any]) -> None:
+    """Put an algorithm, its policy, its buffer and its environment back to where a checkpoint was taken."""
+    model.policy.load_state_dict(state["policy"])
+    model.policy.optimizer.load_state_dict(state["optimizer"])
+    model.rollout_buffer.load_state_dict(state["buffer"])
+    env = unwrap_code_env(model.env)
+    assert env is not None
+    env.core.load_state_dict(state["env"])
+    model._last_obs = np.array(state["last_obs"])
+    model._last_episode_starts = np.array(state["last_episode_starts"])
+    model.num_timesteps = state["num_timesteps"]
+    model._n_updates = state["n_updates"]

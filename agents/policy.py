@@ -1,0 +1,293 @@
+"""The PixelCNN as a Stable-Baselines3 policy: its conditional distribution is the action distribution (Section 4.1).
+
+In a rollout the policy sees ordinary observations, one step at a time, and the sampling cache makes a step cost one
+position. In an update it sees `Episodes`, and one teacher-forced pass gives all log-probabilities. Dropout is off in
+both: with it on, the probability ratio of an unchanged policy would not be 1.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from gymnasium import spaces
+from stable_baselines3.common.distributions import CategoricalDistribution
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.type_aliases import Schedule
+from torch import Tensor, nn
+
+from ral_gym.agents.episodes import Episodes
+from ral_gym.agents.step_cache import StepCache, first_not_drawn
+from ral_gym.errors import ConfigError
+from ral_gym.pixelcnn import PixelCNN
+from ral_gym.sampler import draw
+from ral_gym.storage import load_tensors, weights_of
+
+
+class PriorWeights:
+    """A PixelCNN to start from, as a policy argument that pickles small.
+
+    Pickling keeps the constructor's arguments and drops the weights: a saved SB3 model carries the policy's own
+    weights, so loading it must not need the run folder it started from.
+
+    Args:
+        config: `PixelCNN`'s constructor arguments.
+        weights: its weights; None: leave the initialisation.
+    """
+
+    def __init__(self, config: dict[str, Any], weights: dict[str, Tensor] | None = None) -> None:
+        self.config, self.weights = config, weights
+
+    @classmethod
+    def of(cls, prior: PriorWeights | PixelCNN | Path | str) -> PriorWeights:
+        """From a network, a file such as ``runs/demo/prior.safetensors``, or a run folder.
+
+        Raises:
+            RunError: the file is missing or damaged.
+        """
+        if isinstance(prior, PriorWeights):
+            return prior
+        if isinstance(prior, PixelCNN):
+            return cls(prior.config, weights_of(prior))
+        path = Path(prior)
+        weights, metadata = load_tensors(path / "prior.safetensors" if path.is_dir() else path)
+        return cls(metadata["config"], weights)
+
+    def build(self) -> PixelCNN:
+        """The network."""
+        network = PixelCNN(**self.config)
+        if self.weights is not None:
+            network.load_state_dict(self.weights)
+        return network
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"config": self.config, "weights": None}
+
+
+class ValueHead(nn.Module):
+    """V(s) from the PixelCNN's features and where the episode stands.
+
+    The features know the codes so far, but not where a partial episode stops; position and stop are given as well.
+
+    Args:
+        hidden_units: C, channels of the features.
+        units: width of the hidden layer.
+        detach: keep the value loss out of the pretrained trunk.
+    """
+
+    def __init__(self, hidden_units: int, units: int, detach: bool) -> None:
+        super().__init__()
+        self.detach = detach
+        self.net = nn.Sequential(nn.Linear(hidden_units + 2, units), nn.Tanh(), nn.Linear(units, 1))
+
+    def forward(self, features: Tensor, position: Tensor, stop: Tensor, n_codes: int) -> Tensor:
+        """Features (N, C), position and stop (N,) int64 -> values (N, 1)."""
+        where = torch.stack([position, stop], 1).to(features.dtype) / n_codes  # (N, 2)
+        return self.net(torch.cat([features.detach() if self.detach else features, where], 1))
+
+
+class PixelCNNPolicy(ActorCriticPolicy):
+    """A PixelCNN that acts: for `Reinforce`, and unmodified `PPO`, `A2C` and `TRPO` with `EpisodeRolloutBuffer`.
+
+    Args:
+        observation_space: ``Box(0, K + 1, (T,), int16)``.
+        action_space: ``Discrete(K)``.
+        lr_schedule: learning rate as a function of the remaining progress.
+        prior: the network to start from: `PriorWeights`, a `PixelCNN`, a run folder or a file.
+        value_units: width of the value head.
+        detach_features: the value head reads detached features, so that its loss stays out of the pretrained trunk.
+        use_cache: use the sampling cache in rollouts; False: a full pass per step, the reference.
+        use_sde: must be False; SB3 passes it.
+        optimizer_class: Adam by default.
+        optimizer_kwargs: its arguments, such as ``{"betas": (0.5, 0.999)}``.
+
+    Raises:
+        ConfigError: the prior's K or T is not the environment's.
+    """
+
+    def __init__(
+        self,
+        observation_space: spaces.Space,
+        action_space: spaces.Space,
+        lr_schedule: Schedule,
+        *,
+        prior: PriorWeights | PixelCNN | Path | str,
+        value_units: int = 64,
+        detach_features: bool = True,
+        use_cache: bool = True,
+        use_sde: bool = False,
+        optimizer_class: type[torch.optim.Optimizer] = torch.optim.Adam,
+        optimizer_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        self._start = PriorWeights.of(prior)
+        self._value_units, self._detach_features = value_units, detach_features
+        self.use_cache = use_cache
+        self._check_spaces(observation_space, action_space)
+        super().__init__(
+            observation_space,
+            action_space,
+            lr_schedule,
+            normalize_images=False,
+            optimizer_class=optimizer_class,
+            optimizer_kwargs=optimizer_kwargs,
+        )
+
+    def _check_spaces(self, observation_space: spaces.Space, action_space: spaces.Space) -> None:
+        config = self._start.config
+        n_codes, size = config["height"] * config["width"], config["codebook_size"]
+        if not isinstance(action_space, spaces.Discrete) or int(action_space.n) != size:
+            raise ConfigError(f"the prior draws {size} codes, but the environment's action space is {action_space}")
+        if observation_space.shape != (n_codes,):
+            raise ConfigError(
+                f"the prior draws grids of {config['height']}x{config['width']} = {n_codes} codes, but the "
+                f"environment's observations have shape {observation_space.shape}"
+            )
+
+    def _build(self, lr_schedule: Schedule) -> None:
+        """Called by the base class: networks and optimizer."""
+        self.prior = self._start.build()
+        self._start = PriorWeights(self._start.config)
+        self.value_net = ValueHead(self.prior.hidden_units, self._value_units, self._detach_features)  # type: ignore[assignment]
+        self.n_codes = self.prior.height * self.prior.width
+        self._caches = {"rollout": StepCache(self.prior), "predict": StepCache(self.prior)}
+        self.optimizer = self.optimizer_class(self.parameters(), lr=lr_schedule(1), **self.optimizer_kwargs)  # type: ignore[call-arg]
+        self.set_training_mode(False)
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        return {
+            "observation_space": self.observation_space,
+            "action_space": self.action_space,
+            "lr_schedule": self._dummy_schedule,
+            "prior": self._start,
+            "value_units": self._value_units,
+            "detach_features": self._detach_features,
+            "use_cache": self.use_cache,
+            "optimizer_class": self.optimizer_class,
+            "optimizer_kwargs": self.optimizer_kwargs,
+        }
+
+    def set_training_mode(self, mode: bool) -> None:
+        """SB3's switch; the PixelCNN itself always stays in evaluation mode (dropout off)."""
+        super().set_training_mode(mode)
+        self.prior.eval()
+        if mode:
+            for cache in self._caches.values():
+                cache.forget()
+
+    @property
+    def cache(self) -> StepCache:
+        """The cache of the rollouts."""
+        return self._caches["rollout"]
+
+    def _features(self, obs: Tensor | Episodes) -> tuple[Tensor, Tensor, Tensor]:
+        """Features (N, C), position (N,) and stop (N,) of transitions, by one teacher-forced pass."""
+        if isinstance(obs, Episodes):
+            codes, row, position, length = obs.codes, obs.row, obs.pos, obs.length
+        else:
+            codes = obs.long()  # (B, T)
+            row = torch.arange(len(codes), device=codes.device)
+            position = first_not_drawn(codes, self.prior.codebook_size)
+            length = self.n_codes
+        rows = -(-length // self.prior.width)
+        grids = self.prior.features(codes[:, : rows * self.prior.width])  # (B, T', C)
+        return grids[row, position], position, self._stop(codes)[row]
+
+    def _stop(self, codes: Tensor) -> Tensor:
+        """One past the last position an episode draws: codes (B, T) -> (B,)."""
+        return (codes <= self.prior.codebook_size).sum(1)
+
+    def _values(self, features: Tensor, position: Tensor, stop: Tensor) -> Tensor:
+        return self.value_net(features, position, stop, self.n_codes)  # type: ignore[call-arg]
+
+    def _distribution(self, logits: Tensor) -> CategoricalDistribution:
+        distribution = CategoricalDistribution(self.prior.codebook_size)
+        return distribution.proba_distribution(logits)
+
+    def _look(self, obs: Tensor, cache: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Features, logits, position and stop of ordinary observations, through a cache if that is on."""
+        codes = obs.long()
+        if not self.use_cache or torch.is_grad_enabled():
+            features, position, stop = self._features(codes)
+            return features, self.prior.logits(features), position, stop
+        features, logits = self._caches[cache].look(codes)
+        return features, logits, first_not_drawn(codes, self.prior.codebook_size), self._stop(codes)
+
+    def forward(self, obs: Tensor, deterministic: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """Act in a rollout.
+
+        Args:
+            obs: (E, T) observations.
+            deterministic: take the likeliest code.
+
+        Returns:
+            actions (E,) int64, values (E, 1), log-probabilities (E,).
+        """
+        features, logits, position, stop = self._look(obs, "rollout")
+        uniforms = torch.rand(len(obs), device=logits.device, dtype=torch.float32)
+        actions, log_prob = draw(logits, uniforms)
+        if deterministic:
+            actions = logits.argmax(1)
+            log_prob = logits.log_softmax(1).gather(1, actions[:, None]).squeeze(1)
+        if self.use_cache and not torch.is_grad_enabled():
+            self.cache.draw(actions)
+        return actions, self._values(features, position, stop), log_prob
+
+    @torch.no_grad()
+    def draw_round(self, obs: Tensor, with_values: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """All codes of lockstep episodes at once, as `forward` would draw them step by step from the same random state.
+
+        Args:
+            obs: (E, T) observations that share start and stop.
+            with_values: also compute values (one pass more).
+
+        Returns:
+            grids (E, T) int64 with the tokens K + 1 where nothing is drawn, values (E, T), log-probabilities (E, T);
+            both are 0 at given and never drawn positions.
+        """
+        codes = obs.long()
+        start = int(first_not_drawn(codes[:1], self.prior.codebook_size))
+        stop = int(self._stop(codes[:1]))
+        drawn, drawn_log_probs = self.cache.sampler().sample(codes=codes, start=start, stop=stop)
+        self.cache.forget()
+        grids, log_probs = codes.clone(), torch.zeros(codes.shape, device=codes.device)
+        grids[:, :stop], log_probs[:, :stop] = drawn, drawn_log_probs.float()
+        values = torch.zeros(codes.shape, device=codes.device)
+        if with_values:
+            position = torch.arange(start, stop, device=codes.device).repeat(len(codes))
+            row = torch.arange(len(codes), device=codes.device).repeat_interleave(stop - start)
+            features, position, stops = self._features(Episodes(grids, row, position, stop))
+            values[:, start:stop] = self._values(features, position, stops).reshape(len(codes), -1)
+        return grids, values, log_probs
+
+    def evaluate_actions(self, obs: Tensor | Episodes, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+        """Values (N, 1), log-probabilities (N,) and entropies (N,) of transitions; one pass for whole episodes."""
+        features, position, stop = self._features(obs)
+        distribution = self._distribution(self.prior.logits(features))
+        values = self._values(features, position, stop)
+        return values, distribution.log_prob(actions.long().flatten()), distribution.entropy()
+
+    def get_distribution(self, obs: Tensor | Episodes) -> CategoricalDistribution:  # type: ignore[override]
+        """The action distribution of observations (B, T) or of episodes' transitions."""
+        if isinstance(obs, Episodes):
+            return self._distribution(self.prior.logits(self._features(obs)[0]))
+        return self._distribution(self._look(obs, "predict")[1])
+
+    def predict_values(self, obs: Tensor | Episodes) -> Tensor:  # type: ignore[override]
+        """Values (N, 1) of observations (B, T) or of episodes' transitions."""
+        if isinstance(obs, Episodes):
+            return self._values(*self._features(obs))
+        features, _, position, stop = self._look(obs, "rollout")
+        return self._values(features, position, stop)
+
+    def _predict(self, observation: Tensor, deterministic: bool = False) -> Tensor:  # type: ignore[override]
+        """Actions for `predict`, through a cache of its own so that evaluation does not disturb a rollout."""
+        distribution = self.get_distribution(observation)
+        if deterministic:
+            actions = distribution.mode()
+        else:
+            logits = distribution.distribution.logits
+            actions = draw(logits, torch.rand(len(logits), device=logits.device, dtype=torch.float32))[0]
+        if self.use_cache and not torch.is_grad_enabled():
+            self._caches["predict"].draw(actions)
+        return actions

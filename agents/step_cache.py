@@ -1,0 +1,89 @@
+"""The PixelCNN one step at a time, for rows that may be anywhere, without being told about resets.
+
+The policy stays a pure function of the observation; this only makes it fast. It remembers which observation must come
+next (the last one with the drawn code written in). Rows that show it are one position further on; any other row
+(an automatic reset, another prefix, another batch) is built anew from its codes. The weights' version counters tell
+when they have changed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ral_gym.pixelcnn import PixelCNN
+from ral_gym.sampler import CachedSampler
+
+
+def first_not_drawn(codes: Tensor, not_drawn: int) -> Tensor:
+    """The next position to draw: codes (B, T) with token K at what is left -> (B,) int64; 0 where nothing is."""
+    return (codes == not_drawn).int().argmax(1)
+
+
+class StepCache:
+    """A `CachedSampler` that follows a stream of observations and verifies itself against each of them.
+
+    Attributes:
+        hits: rows that were one position further on.
+        misses: rows that had to be built anew.
+
+    Args:
+        prior: the network.
+    """
+
+    def __init__(self, prior: PixelCNN) -> None:
+        self.prior = prior
+        self.hits = self.misses = 0
+        self._sampler: CachedSampler | None = None
+        self._version: tuple[int, torch.device] | None = None
+        self._expected: Tensor | None = None
+        self._fresh = False
+
+    def forget(self) -> None:
+        """Build everything anew at the next observation."""
+        self._expected = None
+        self._fresh = False
+
+    def sampler(self) -> CachedSampler:
+        """The sampler with the prior's present weights packed; what it had cached is gone if they changed."""
+        version = (sum(p._version for p in self.prior.parameters()), next(self.prior.parameters()).device)
+        if self._sampler is None or (self._version is not None and self._version[1] != version[1]):
+            self._sampler = CachedSampler(self.prior)
+        elif version != self._version or not self._fresh:
+            self._sampler.refresh()
+        else:
+            return self._sampler
+        self._version, self._fresh, self._expected = version, True, None
+        return self._sampler
+
+    def look(self, codes: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (B, C) and logits (B, K) at each row's next position.
+
+        Args:
+            codes: (B, T) int64 observations.
+        """
+        sampler = self.sampler()
+        position = first_not_drawn(codes, self.prior.codebook_size)  # (B,)
+        if self._expected is None or self._expected.shape != codes.shape:
+            stale = None
+        else:
+            stale = (codes != self._expected).any(1)  # (B,)
+        if stale is None or bool(stale.all()):
+            sampler.begin(codes, position)
+            self.misses += len(codes)
+        elif bool(stale.any()):
+            rows = stale.nonzero().squeeze(1)
+            sampler.rebuild(rows, codes[rows], position[rows])
+            self.misses += len(rows)
+            self.hits += len(codes) - len(rows)
+        else:
+            self.hits += len(codes)
+        self._expected = codes.clone()
+        self._position = position
+        return sampler.features(), sampler.logits()
+
+    def draw(self, codes: Tensor) -> None:
+        """Tell which codes (B,) int64 are written at the positions just looked at."""
+        assert self._expected is not None and self._sampler is not None, "look() comes first"
+        self._expected.scatter_(1, self._position[:, None], codes[:, None])
+        self._sampler.advance(codes)

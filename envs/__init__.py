@@ -1,0 +1,1 @@
+"""The generation MDP; knows Gymnasium, not Stable-Baselines3."""

@@ -1,0 +1,80 @@
+"""``ral_gym/LatentCode-v0``: draw in the code space of any run folder."""
+
+from __future__ import annotations
+
+from ral_gym.envs.generation import GenerationEnv
+from ral_gym.envs.worlds import World, run_world
+
+
+class LatentCodeEnv(GenerationEnv):
+    """Draw an image code by code in the code space of a trained VQ-VAE, for the score of a frozen critic.
+
+    ## Description
+
+    A VQ-VAE has turned images into grids of H x W discrete codes, each one of K. An episode writes such a grid in
+    raster order, one code a step. After its last code the grid is decoded to an image and a PatchGAN critic scores it
+    (Ak et al. 2020, Section 4). The critic is frozen: `CriticCallback` of `ral_gym.agents` trains its own copy.
+
+    ## Action Space
+
+    ``Discrete(K)``: the next code.
+
+    ## Observation Space
+
+    ``Box(0, K + 1, (T,), int16)``, T = H * W: the codes in raster order. K means "not drawn yet" (the next position is
+    the first K), K + 1 "will not be drawn in this episode": without it a short episode would not be Markov.
+
+    ## Rewards
+
+    0 until the last code. Then the mean of the normalised score map (`reward="single"`, Eq. 6), or the sum of
+    ``info["step_rewards"]`` (`reward="intermediate"`), the score map upsampled to the code grid: the reward of every
+    drawn code, known only at the end. `reward="none"`: always 0, for a callback that writes rewards itself.
+
+    Use a discount of 1: with 0.99 a terminal reward reaches the first of 64 codes at half its size, the first of 256
+    at 8 %.
+
+    ## Starting State
+
+    `reset_mode="full"`: nothing drawn. `"continue"`: n rows of a real image's codes, n uniform in 1..H-1. `"scratch"`:
+    nothing drawn, and the episode stops after n rows, n a multiple of (code rows / score-map rows). `"mixed"`: one of
+    the two at random (Section 4.3).
+
+    `reset(options=...)` overrides it for one episode: `mode`, `prefix_rows`, `stop_rows`, `codes` (a grid to
+    continue), `image_index` (which real image the prefix comes from). Wrong values raise `ValueError`.
+
+    ## Episode End
+
+    `terminated` after the episode's last code. `truncated` is always False.
+
+    ## Information
+
+    At the last step only: `codes` (T,) int16, `score_map` (h, w) float32, `step_rewards` (T,) float32.
+
+    ## Arguments
+
+    * `run`: path of a run folder, such as ``runs/demo``.
+    * `reward`: `single`, `intermediate` or `none`.
+    * `reset_mode`: `full`, `continue`, `scratch` or `mixed`.
+    * `render_mode`: `rgb_array` (the decoded image so far, undrawn cells grey) or `ansi`.
+    * `device`: `cpu` or `cuda`.
+
+    ## Version History
+
+    * v0: first release.
+    """
+
+    def __init__(
+        self,
+        run: str,
+        *,
+        reward: str = "single",
+        reset_mode: str = "full",
+        render_mode: str | None = None,
+        device: str = "cpu",
+    ) -> None:
+        super().__init__(self.make_world(run, reward, device), reset_mode=reset_mode, render_mode=render_mode)
+
+    @staticmethod
+    def make_world(run: str, reward: str = "single", device: str = "cpu") -> World:
+        """The world behind these arguments; the vector environments share it."""
+        return run_world(run, reward, device)

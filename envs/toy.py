@@ -1,0 +1,86 @@
+"""``ral_gym/Toy-v0``: the colour wheel, 4 x 4 codes, no learned weights."""
+
+from __future__ import annotations
+
+from ral_gym.envs.generation import GenerationEnv
+from ral_gym.envs.worlds import World, toy_world
+
+
+class ToyEnv(GenerationEnv):
+    """Draw 4 x 4 coloured tiles so that each tile is the next colour after its neighbour.
+
+    ## Description
+
+    The generation MDP with an analytic decoder and a known reward, to learn, test and teach with. The neighbour is the
+    tile to the left, in the first column the one above; the first tile is free. There are 8 perfect images.
+
+    >>> import gymnasium as gym, ral_gym
+    >>> env = gym.make("ral_gym/Toy-v0", render_mode="ansi")
+    >>> observation, info = env.reset(seed=0)
+    >>> for code in [0, 1, 2, 3, 1, 2, 3, 4, 2, 3, 4, 5, 3, 4, 5, 0]:
+    ...     observation, reward, terminated, truncated, info = env.step(code)
+    >>> print(env.render(), end="")
+    0 1 2 3
+    1 2 3 4
+    2 3 4 5
+    3 4 5 0
+    >>> reward, terminated, truncated
+    (0.9375, True, False)
+
+    ## Action Space
+
+    ``Discrete(8)``: the next tile's colour.
+
+    ## Observation Space
+
+    ``Box(0, 9, (16,), int16)``: the tiles in raster order; 8 means "not drawn yet", 9 "will not be drawn in this
+    episode".
+
+    ## Rewards
+
+    0 until the last tile. Then the share of tiles that obey the rule (`reward="single"`), or their number
+    (`reward="intermediate"`; ``info["step_rewards"]`` has 1 or 0 for every drawn tile). `reward="none"`: always 0.
+    A random policy scores 0.18; the best possible is 1 (or 16).
+
+    ## Starting State
+
+    As `LatentCodeEnv`; the real images are the 8 perfect ones.
+
+    >>> observation, info = env.reset(options={"prefix_rows": 2, "image_index": 3})
+    >>> print(env.render(), end="")
+    3 4 5 6
+    4 5 6 7
+    . . . .
+    . . . .
+
+    ## Episode End
+
+    `terminated` after the episode's last tile. `truncated` is always False.
+
+    ## Information
+
+    At the last step only: `codes` (16,), `score_map` (4, 4), `step_rewards` (16,).
+
+    ## Arguments
+
+    `reward`, `reset_mode`, `render_mode`, `device`: as `LatentCodeEnv`.
+
+    ## Version History
+
+    * v0: first release.
+    """
+
+    def __init__(
+        self,
+        *,
+        reward: str = "single",
+        reset_mode: str = "full",
+        render_mode: str | None = None,
+        device: str = "cpu",
+    ) -> None:
+        super().__init__(self.make_world(reward, device), reset_mode=reset_mode, render_mode=render_mode)
+
+    @staticmethod
+    def make_world(reward: str = "single", device: str = "cpu") -> World:
+        """The world behind these arguments; the vector environments share it."""
+        return toy_world(reward, device)

@@ -1,0 +1,156 @@
+"""The command line, the one place above the three layers: images -> VQ-VAE -> PixelCNN -> RAL -> table and pictures."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+from rich.console import Console
+from rich.logging import RichHandler
+
+from ral_gym.codes import CodeGrid, CodeSet, encode_set
+from ral_gym.config import Config
+from ral_gym.data import ImageSet, load_images
+from ral_gym.errors import RalGymError
+from ral_gym.figures import results_table
+from ral_gym.presets import PRESETS, get_preset
+from ral_gym.run import Run
+from ral_gym.stages.common import resolve_device
+from ral_gym.stages.evaluate import check_extractor, evaluate
+from ral_gym.stages.train_prior import continue_prior, train_prior
+from ral_gym.stages.train_vqvae import train_vqvae
+from ral_gym.storage import load_json
+from ral_gym.vqvae import VQVAE
+
+
+@dataclass
+class TrainArguments:
+    """Train a VQ-VAE, a PixelCNN and RAL on a set of images, and compare the generators.
+
+    The same command run again continues where it stopped; a finished run prints its table.
+    """
+
+    config: Annotated[Config, tyro.conf.arg(name="")]
+    """The stages' settings; the defaults are the preset's."""
+    data: str | None = None
+    """Images: `faces`, `celeba:PATH` or `folder:PATH`. Short for --data.source."""
+    algo: str | None = None
+    """Algorithm of stage 3: `reinforce` or `ppo`. Short for --ral.algo."""
+    name: str | None = None
+    """Name of the run folder. None: the preset's name, with the algorithm and the seed where they are not the default."""
+    runs: str = "runs"
+    """Folder that holds the run folders."""
+    device: str = "auto"
+    """`auto` (CUDA when present), `cpu`, `cuda` or `cuda:N`."""
+    quiet: bool = False
+    """No progress bars."""
+
+
+def parse_train(argv: Sequence[str]) -> TrainArguments:
+    """Arguments of the training command; `--preset` chooses the defaults of all others.
+
+    Raises:
+        RalGymError: an unknown preset or algorithm.
+        SystemExit: wrong arguments (2) or --help (0), by tyro.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", default="demo")
+    preset = get_preset(first.parse_known_args(argv)[0].preset)
+    description = f"{TrainArguments.__doc__}\nPresets: {', '.join(PRESETS)}."
+    arguments = tyro.cli(TrainArguments, args=list(argv), default=TrainArguments(preset), description=description)
+    config = arguments.config
+    if arguments.data is not None:
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, source=arguments.data))
+    if arguments.algo is not None:
+        config = dataclasses.replace(config, ral=dataclasses.replace(config.ral, algo=arguments.algo))
+    arguments.config = config
+    if arguments.name is None:
+        parts = [config.preset, *([config.ral.algo] if config.ral.algo != "reinforce" else [])]
+        arguments.name = "-".join(parts + ([f"seed{config.seed}"] if config.seed else []))
+    return arguments
+
+
+def train(arguments: TrainArguments, console: Console) -> dict[str, Any]:
+    """All stages in order; each loads what is there, continues what was begun, or trains."""
+    # Imported here so that sampling and evaluation do not load Stable-Baselines3.
+    from ral_gym.agents.defaults import check_algorithm
+    from ral_gym.agents.train_ral import train_ral
+
+    config, progress = arguments.config, not arguments.quiet
+    check_algorithm(config.ral.algo)
+    device = resolve_device(arguments.device)
+    run = Run(Path(arguments.runs) / str(arguments.name), config)
+    if run.has("results.json"):
+        return report(run, load_json(run.file("results.json")), console)
+    check_extractor(run)
+    images = load_images(config.data, seed=config.seed, progress=progress)
+    _introduce(images, run, device, console)
+    vqvae = train_vqvae(run, images, device, progress)
+    codes = _codes(run, vqvae, images, progress)
+    grid = CodeGrid(vqvae.height, vqvae.width, vqvae.codebook_size)
+    prior = train_prior(run, codes, grid, device, progress)
+    train_ral(run, vqvae, prior, codes, device, progress)
+    continue_prior(run, prior, codes, device, progress)
+    return report(run, evaluate(run, vqvae, codes, images, device, progress), console)
+
+
+def _introduce(images: ImageSet, run: Run, device: torch.device, console: Console) -> None:
+    """The first lines: which data, how to give other data, where the run lives."""
+    console.print(f"Data: {images.description}", highlight=False)
+    if run.config.data.source == "faces":
+        console.print(
+            "  Your own: --data celeba:PATH (img_align_celeba, folder or zip) or --data folder:PATH", highlight=False
+        )
+    console.print(f"Run:  {run.path}  (preset {run.config.preset}, {run.config.ral.algo}, {device})", highlight=False)
+
+
+def _codes(run: Run, vqvae: VQVAE, images: ImageSet, progress: bool) -> CodeSet:
+    """The code file: made once."""
+    file = run.file("codes.safetensors")
+    if not file.exists():
+        passes = run.config.prior.augmented_passes
+        encode_set(vqvae, images, passes=passes, seed=run.config.seed * 1000 + 7, progress=progress).save(file)
+    return CodeSet.load(file)
+
+
+def report(run: Run, results: dict[str, Any], console: Console) -> dict[str, Any]:
+    """The table, and the pictures' paths."""
+    console.print(results_table(results))
+    for picture in sorted(run.file("samples").glob("*.png")):
+        console.print(f"  {picture}", highlight=False, soft_wrap=True)
+    return results
+
+
+def run_command(command: Callable[[Sequence[str], Console], Any], argv: Sequence[str]) -> int:
+    """Run a command; a user's mistake is one line on the error stream.
+
+    Returns:
+        the exit code: 0, 2 after an error a user can mend, 130 after Ctrl-C.
+    """
+    console = Console()
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, handlers=[RichHandler(show_path=False)])
+    try:
+        command(argv, console)
+    except RalGymError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error.filename or 'a file'}: {error.strerror or error}; mend that and run again", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; what was saved is kept, the same command continues", file=sys.stderr)
+        return 130
+    return 0
+
+
+def train_main(argv: Sequence[str] | None = None) -> int:
+    """The training command, for ``examples/train_celeba.py``."""
+    return run_command(lambda args, console: train(parse_train(args), console), sys.argv[1:] if argv is None else argv)

@@ -1,0 +1,146 @@
+"""A set of images encoded once: the code file of stage 2 and of partial generation.
+
+Vocabulary used everywhere: an image is a grid of H rows and W columns of codes, T = H * W of them in raster order
+(left to right, then top to bottom), each one of K. At rest codes are int16 arrays (N, T).
+
+Two more tokens appear in observations only: K, "not drawn yet", and K + 1, "will not be drawn in this episode".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ral_gym.data import ImageSet, augment, to_float, to_uint8
+from ral_gym.errors import RunError
+from ral_gym.storage import load_tensors, save_tensors
+from ral_gym.vqvae import VQVAE
+
+
+@dataclass(frozen=True)
+class CodeGrid:
+    """The shape of one image's codes.
+
+    Attributes:
+        height: rows H.
+        width: columns W.
+        codebook_size: K.
+    """
+
+    height: int
+    width: int
+    codebook_size: int
+
+    @property
+    def n_codes(self) -> int:
+        """T = H * W."""
+        return self.height * self.width
+
+    @property
+    def not_drawn(self) -> int:
+        """Token of a code that will be drawn later in the episode: K."""
+        return self.codebook_size
+
+    @property
+    def never_drawn(self) -> int:
+        """Token of a code that this episode does not draw: K + 1."""
+        return self.codebook_size + 1
+
+
+@dataclass(frozen=True)
+class CodeSet:
+    """Codes of the training and the held-out images, int16 (N, T) each.
+
+    Attributes:
+        train: codes of the training images, all augmented passes.
+        test: held-out images (of known people, for faces).
+        new_people: held-out people, or None.
+        clean: rows of `train` that belong to the images as they are; the first `clean` rows.
+    """
+
+    train: np.ndarray
+    test: np.ndarray
+    new_people: np.ndarray | None
+    clean: int
+
+    def save(self, path: Path) -> None:
+        """Write atomically as safetensors."""
+        tensors = {"train": torch.from_numpy(self.train), "test": torch.from_numpy(self.test)}
+        if self.new_people is not None:
+            tensors["new_people"] = torch.from_numpy(self.new_people)
+        save_tensors(path, tensors, {"clean": self.clean})
+
+    @classmethod
+    def load(cls, path: Path) -> CodeSet:
+        """Read what `save` wrote.
+
+        Raises:
+            RunError: the file is missing, truncated or not a code file.
+        """
+        tensors, metadata = load_tensors(path)
+        if "train" not in tensors or "test" not in tensors or "clean" not in metadata:
+            raise RunError(f"{path} is not a code file (no train and test codes in it); remove it to encode again")
+        arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+        return cls(arrays["train"], arrays["test"], arrays.get("new_people"), metadata["clean"])
+
+
+@torch.no_grad()
+def encode_images(
+    vqvae: VQVAE,
+    images: np.ndarray,
+    *,
+    passes: int = 1,
+    seed: int = 0,
+    batch_size: int = 256,
+    progress: bool = True,
+    label: str = "encode",
+) -> np.ndarray:
+    """Encode a set of images, the first pass as they are, every further one augmented with its own seed.
+
+    Args:
+        vqvae: the trained VQ-VAE.
+        images: (N, C, S, S) uint8.
+        passes: how often to go through the set.
+        seed: seeds the augmentation.
+        batch_size: images per step.
+        progress: show a progress bar.
+        label: its label.
+
+    Returns:
+        (passes * N, T) int16.
+    """
+    device = next(vqvae.parameters()).device
+    codes = np.empty((passes * len(images), vqvae.height * vqvae.width), np.int16)
+    generator = torch.Generator().manual_seed(seed)
+    starts = [(p, i) for p in range(passes) for i in range(0, len(images), batch_size)]
+    for number, start in tqdm(starts, desc=label, unit="batch", disable=not progress, leave=False):
+        batch = to_float(torch.from_numpy(np.ascontiguousarray(images[start : start + batch_size])))  # (B, C, S, S)
+        if number:
+            batch = augment(batch, generator)
+        row = number * len(images) + start
+        codes[row : row + len(batch)] = vqvae.encode(batch.to(device)).cpu().numpy()
+    return codes
+
+
+def encode_set(vqvae: VQVAE, images: ImageSet, *, passes: int, seed: int, progress: bool = True) -> CodeSet:
+    """Encode the training images (in `passes` passes) and the held-out ones (as they are)."""
+    train = encode_images(vqvae, images.train, passes=passes, seed=seed, progress=progress)
+    test = encode_images(vqvae, images.test, progress=False)
+    new_people = None if images.new_people is None else encode_images(vqvae, images.new_people, progress=False)
+    return CodeSet(train, test, new_people, clean=len(images.train))
+
+
+@torch.no_grad()
+def decode_codes(vqvae: VQVAE, codes: np.ndarray | Tensor, batch_size: int = 256) -> Tensor:
+    """Codes (N, r * W) -> images (N, C, r * S / H, S) uint8 on the CPU."""
+    device = next(vqvae.parameters()).device
+    codes = torch.as_tensor(codes).long()
+    batches = [
+        to_uint8(vqvae.decode(codes[i : i + batch_size].to(device))).cpu() for i in range(0, len(codes), batch_size)
+    ]
+    return torch.cat(batches)

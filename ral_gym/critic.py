@@ -1,0 +1,108 @@
+"""The PatchGAN critic: an image in, a map of scores out (Sections 4.2 and 5.1), trained by WGAN-GP (Eq. 5).
+
+Each strided layer halves the side, so n layers turn S x S pixels into a score map of side S / 2^n: 5 layers give the
+paper's 4 x 4 map of a 128 x 128 image. Fully convolutional: images of fewer rows (partial generation) give maps of
+fewer rows. There is no normalisation layer, since the gradient penalty is per image.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ral_gym.errors import ConfigError
+
+
+class PatchCritic(nn.Module):
+    """Scores image patches; higher is more real.
+
+    Args:
+        image_size: side S of whole images.
+        channels: 1 or 3.
+        hidden_units: channels after the first layer, doubled by each further one up to eight times.
+        layers: strided convolutions.
+
+    Raises:
+        ConfigError: the layers leave no score map.
+    """
+
+    def __init__(self, image_size: int, channels: int, *, hidden_units: int = 64, layers: int = 4) -> None:
+        super().__init__()
+        if layers < 1 or image_size % 2**layers:
+            raise ConfigError(
+                f"{layers} strided critic layers do not fit images of side {image_size}: the side must be a multiple "
+                f"of {2**max(layers, 1)}; change critic.layers"
+            )
+        self.config: dict[str, Any] = {
+            "image_size": image_size,
+            "channels": channels,
+            "hidden_units": hidden_units,
+            "layers": layers,
+        }
+        self.map_size = image_size // 2**layers
+        body: list[nn.Module] = []
+        width = channels
+        for layer in range(layers):
+            out = hidden_units * min(2**layer, 8)
+            body += [nn.Conv2d(width, out, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+            width = out
+        self.body = nn.Sequential(*body)
+        self.head = nn.Conv2d(width, 1, 3, padding=1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, C, h, S) in [-1, 1] -> score map (B, h / 2^n, S / 2^n)."""
+        return self.head(self.body(images)).squeeze(1)
+
+    def row_multiple(self, code_rows: int) -> int:
+        """Partial images must have a multiple of this many code rows, so that score-map rows are whole.
+
+        Args:
+            code_rows: rows H of the whole code grid.
+        """
+        return max(1, code_rows // self.map_size)
+
+
+def gradient_penalty(critic: nn.Module, real: Tensor, fake: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Mean of ``(||grad D(x)||_2 - 1)^2`` at points x drawn uniformly between real and fake images (Eq. 5).
+
+    The norm is over all pixels of one image; D(x) is the mean of the score map.
+
+    Args:
+        critic: images (B, C, h, S) -> score map (B, ...).
+        real: (B, C, h, S).
+        fake: (B, C, h, S).
+        generator: draws the mixing weights, one per image.
+    """
+    weight = torch.rand(len(real), 1, 1, 1, generator=generator).to(real.device)
+    mixed = (weight * real + (1 - weight) * fake).requires_grad_(True)  # (B, C, h, S)
+    scores = critic(mixed).flatten(1).mean(1)  # (B,)
+    (gradient,) = torch.autograd.grad(scores.sum(), mixed, create_graph=True)
+    return (gradient.flatten(1).norm(dim=1) - 1).square().mean()
+
+
+def critic_loss(
+    critic: nn.Module,
+    real: Tensor,
+    fake: Tensor,
+    penalty_weight: float,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, dict[str, float]]:
+    """Eq. 5: mean fake score - mean real score + `penalty_weight` * gradient penalty.
+
+    Args:
+        critic: images (B, C, h, S) -> score map.
+        real: decoded real codes (B, C, h, S), decoded from equally many rows as the fakes.
+        fake: decoded drawn codes (B, C, h, S).
+        penalty_weight: lambda_gp.
+        generator: draws the mixing weights of the penalty.
+
+    Returns:
+        the loss (scalar) and the figures for the log.
+    """
+    real_scores, fake_scores = critic(torch.cat([real, fake])).flatten(1).mean(1).chunk(2)  # (B,), (B,)
+    penalty = gradient_penalty(critic, real, fake, generator)
+    gap = real_scores.mean() - fake_scores.mean()
+    loss = -gap + penalty_weight * penalty
+    return loss, {"loss": loss.item(), "gap": gap.item(), "gradient_penalty": penalty.item()}

@@ -1,0 +1,174 @@
+"""How far generated images are from a reference: Frechet distance (FD) and kernel distance (KID).
+
+The paper reports FID against reconstructions of the training images (Section 5): the reference is whatever set the
+caller gives. Both distances are torchmetrics'. What is changed: any extractor serves, features are extracted once and
+fed to both metrics in float64, KID's subsets are drawn from their own seed, and every result carries its extractor and
+sample counts.
+
+FD is biased upwards for small sets (by more, the more features), so rows of a table need equal `n`, and `floor` belongs
+beside them; KID is unbiased (Binkowski et al. 2018).
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor, nn
+
+from ral_gym.errors import ConfigError, DivergedError
+from ral_gym.metrics.features import Extractor, Images, extract
+
+KID_SUBSETS = 100
+KID_MAX_SUBSET_SIZE = 1000
+MINIMUM_IMAGES = 6
+
+
+class Distance(TypedDict):
+    """FD and KID with what is needed to read them."""
+
+    fd: float
+    kid: float
+    kid_std: float
+    n: int
+    n_reference: int
+    extractor: str
+    kid_subset_size: int
+
+
+class _GivenFeatures(nn.Module):
+    """Stands where torchmetrics expects a network: the features have been extracted already."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.num_features = num_features
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features
+
+
+class FeatureDistance:
+    """FD and KID of sets of features from one reference set, whose statistics are computed once.
+
+    Args:
+        reference: features (N, F), N >= 6.
+        extractor: name of what computed them; goes into every result.
+        seed: seeds KID's subsets and the halves of `floor`. The global generators are left alone.
+
+    Raises:
+        ConfigError: too few images, or torchmetrics cannot be imported.
+        DivergedError: a feature is NaN or infinite.
+    """
+
+    def __init__(self, reference: Tensor, *, extractor: str, seed: int = 0) -> None:
+        self.extractor = extractor
+        self.seed = seed
+        self.reference = _checked(reference, extractor)  # (N, F)
+        self._fd, self._kid = _torchmetrics(self.reference.shape[1])
+        self._fd.update(self.reference, real=True)
+        self._kid.update(self.reference, real=True)
+
+    def measure(self, features: Tensor) -> Distance:
+        """Distance of features (N, F), N >= 6, from the reference.
+
+        KID is the mean over 100 pairs of random subsets, `kid_std` its standard deviation over them. Their size is a
+        third of the smaller set, at most 1,000: subsets as large as the set would all be the same.
+
+        Raises:
+            ConfigError: too few images.
+            DivergedError: a feature is NaN or infinite.
+        """
+        features = _checked(features, self.extractor)  # (N, F)
+        subset_size = min(KID_MAX_SUBSET_SIZE, min(len(features), len(self.reference)) // 3)
+        self._fd.reset()
+        self._kid.reset()
+        self._fd.update(features, real=False)
+        self._kid.update(features, real=False)
+        self._kid.subset_size = subset_size
+        # torchmetrics draws the subsets from the CPU's global generator; torch.manual_seed would reseed CUDA's too.
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(self.seed)
+            kid, kid_std = self._kid.compute()
+        return Distance(
+            fd=float(self._fd.compute()),
+            kid=float(kid),
+            kid_std=float(kid_std),
+            n=len(features),
+            n_reference=len(self.reference),
+            extractor=self.extractor,
+            kid_subset_size=subset_size,
+        )
+
+    def floor(self) -> Distance:
+        """Distance between two random halves of the reference: what a perfect generator of N / 2 images would score."""
+        generator = torch.Generator().manual_seed(self.seed)
+        first, second = self.reference[torch.randperm(len(self.reference), generator=generator)].chunk(2)
+        return FeatureDistance(first, extractor=self.extractor, seed=self.seed).measure(second)
+
+
+class ImageDistance:
+    """FD and KID of sets of images from one reference set, which is put through the extractor once.
+
+    Args:
+        extractor: what computes the features, see `make_extractor`.
+        reference: uint8 images (N, C, S, S), N >= 6, or an iterable of batches of them.
+        seed: seeds KID's subsets and the halves of `floor`.
+        batch_size: images per step of the extractor.
+
+    Raises:
+        ConfigError: too few images, or torchmetrics cannot be imported.
+    """
+
+    def __init__(self, extractor: Extractor, reference: Images, *, seed: int = 0, batch_size: int = 128) -> None:
+        self.extractor = extractor
+        self.batch_size = batch_size
+        self.features = FeatureDistance(extract(extractor, reference, batch_size), extractor=extractor.name, seed=seed)
+
+    def measure(self, images: Images) -> Distance:
+        """Distance of uint8 images (N, C, S, S), or batches of them; see `FeatureDistance.measure`."""
+        return self.features.measure(extract(self.extractor, images, self.batch_size))
+
+    def floor(self) -> Distance:
+        """Distance between two random halves of the reference; `n` is the size of a half."""
+        return self.features.floor()
+
+
+def floor(extractor: Extractor, reference: Images, *, seed: int = 0) -> Distance:
+    """Distance between two random halves of a set of uint8 images; see `ImageDistance.floor`."""
+    return ImageDistance(extractor, reference, seed=seed).floor()
+
+
+def _checked(features: Tensor, extractor: str) -> Tensor:
+    """Features as float64 on the CPU, refused where no distance can be computed on them."""
+    if len(features) < MINIMUM_IMAGES:
+        raise ConfigError(
+            f"{len(features)} images are too few for FD and KID: at least {MINIMUM_IMAGES} are needed "
+            "(n_samples, or the size of the reference)"
+        )
+    if not features.isfinite().all():
+        raise DivergedError(f"the features of extractor {extractor} are NaN or infinite: its weights are damaged")
+    return features.detach().double().cpu()
+
+
+def _torchmetrics(num_features: int) -> tuple[Any, Any]:
+    """The two metrics, with reference statistics that survive a reset.
+
+    torchmetrics is imported here because it takes seconds, and imports a broken torchvision where there is one.
+    """
+    try:
+        from torchmetrics.image.fid import FrechetInceptionDistance
+        from torchmetrics.image.kid import KernelInceptionDistance
+    except (ImportError, RuntimeError, OSError, AttributeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(
+            f"torchmetrics cannot be imported ({reason}): install a torchvision built for torch {torch.__version__}, "
+            "or uninstall torch-fidelity and torchvision, which only the extractor inception needs"
+        ) from error
+    network = _GivenFeatures(num_features)
+    frechet = FrechetInceptionDistance(feature=network, reset_real_features=False)
+    with warnings.catch_warnings():
+        # Keeping the features is what we want, see `FeatureDistance.measure`.
+        warnings.filterwarnings("ignore", "Metric `Kernel Inception Distance` will save all", UserWarning)
+        kernel = KernelInceptionDistance(feature=network, subsets=KID_SUBSETS, reset_real_features=False)
+    return frechet, kernel

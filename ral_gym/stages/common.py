@@ -1,0 +1,132 @@
+"""What the training loops share: the device, the NaN stop, checkpoints by the clock, the exponential average."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from ral_gym.errors import DeviceError, DivergedError
+from ral_gym.run import Run
+from ral_gym.storage import weights_of
+
+CHECKPOINT_SECONDS = 30.0
+"""Time between two checkpoints of a running stage."""
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto`: CUDA when present, else the CPU; `cpu`, `cuda` or `cuda:N`: that one.
+
+    Raises:
+        DeviceError: a device that does not exist here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cpu":
+        return torch.device("cpu")
+    kind, _, index = name.partition(":")
+    if kind != "cuda" or (index and not index.isdigit()):
+        raise DeviceError(f"unknown device '{name}': choose auto, cpu, cuda or cuda:N")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if int(index or 0) >= count:
+        raise DeviceError(f"device '{name}' asked for, but {count} CUDA devices are visible; use --device cpu or auto")
+    return torch.device(name)
+
+
+def make_accelerator(device: torch.device) -> Accelerator:
+    """An `accelerate` front end for the stage's model, optimizer and backward pass on `device`."""
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+    return Accelerator(cpu=device.type == "cpu")
+
+
+def check_finite(loss: Tensor | float, stage: str, step: int, remedy: str) -> float:
+    """The loss as a float.
+
+    Raises:
+        DivergedError: it is NaN or infinite; what has been saved stays.
+    """
+    value = float(loss)
+    if not math.isfinite(value):
+        raise DivergedError(
+            f"stage {stage}: the loss is {value} at step {step}; the last good checkpoint is kept; {remedy}"
+        )
+    return value
+
+
+class Clock:
+    """Says when a checkpoint is due, and books the stage's seconds in the run folder.
+
+    Args:
+        run: the run folder.
+        stage: its name there.
+    """
+
+    def __init__(self, run: Run, stage: str) -> None:
+        self.run, self.stage = run, stage
+        self._booked = self._saved = time.monotonic()
+
+    def due(self) -> bool:
+        """True once every `CHECKPOINT_SECONDS`."""
+        return time.monotonic() - self._saved >= CHECKPOINT_SECONDS
+
+    def book(self) -> None:
+        """Add the time since the last booking to the run's record, and start a new interval."""
+        now = time.monotonic()
+        self.run.add_seconds(self.stage, now - self._booked)
+        self._booked = self._saved = now
+
+
+class WeightAverage:
+    """Exponential moving average of a module's floating-point weights.
+
+    The decay is warmed up as ``min(decay, (1 + n) / (10 + n))`` after n updates, so that the average forgets the
+    starting weights in a short run too.
+
+    Args:
+        module: the module to follow; the average starts at its weights.
+        decay: share of the average kept at each update.
+        warm_up: use the warm-up above.
+    """
+
+    def __init__(self, module: nn.Module, decay: float, warm_up: bool = False) -> None:
+        self.weights = weights_of(module)
+        self.decay = decay
+        self.warm_up = warm_up
+        self.n_updates = 0
+
+    @torch.no_grad()
+    def update(self, module: nn.Module) -> None:
+        """Move the average towards the module's weights."""
+        self.n_updates += 1
+        decay = min(self.decay, (1 + self.n_updates) / (10 + self.n_updates)) if self.warm_up else self.decay
+        for name, tensor in module.state_dict().items():
+            if tensor.is_floating_point():
+                self.weights[name].lerp_(tensor.to(self.weights[name].device), 1 - decay)
+            else:
+                self.weights[name].copy_(tensor)
+
+    @contextmanager
+    def applied(self, module: nn.Module) -> Iterator[None]:
+        """Give the module the averaged weights inside the block, its own again after it."""
+        own = weights_of(module)
+        module.load_state_dict(self.weights)
+        try:
+            yield
+        finally:
+            module.load_state_dict(own)
+
+    def state_dict(self) -> dict[str, object]:
+        """For a checkpoint."""
+        return {"weights": self.weights, "n_updates": self.n_updates}
+
+    def load_state_dict(self, state: dict[str, object], module: nn.Module) -> None:
+        """From a checkpoint; `module` says on which device the average lives."""
+        device = next(module.parameters()).device
+        self.weights = {name: tensor.to(device) for name, tensor in state["weights"].items()}  # type: ignore[attr-defined]
+        self.n_updates = state["n_updates"]  # type: ignore[assignment]

@@ -1,0 +1,252 @@
+"""The last stage: sample every generator, measure it, and lay the pictures side by side.
+
+Distances are to the decoded training codes, as in the paper ("FID on reconstructed real images"): what the prior is
+trained on. All generators draw from the same uniforms. A row that has been measured is kept in
+``checkpoints/evaluation.json``, so an interrupted evaluation goes on with the next one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ral_gym.codes import CodeSet, decode_codes
+from ral_gym.data import ImageSet
+from ral_gym.errors import ConfigError
+from ral_gym.figures import save_comparison, save_curves, save_frontier, save_neighbours
+from ral_gym.metrics import EncoderFeatures, ImageDistance, entropy, make_extractor, match_temperature, nearest, nll
+from ral_gym.pixelcnn import PixelCNN
+from ral_gym.run import Run
+from ral_gym.sampler import CachedSampler
+from ral_gym.stages.common import Clock
+from ral_gym.storage import load_json, load_module, save_json
+from ral_gym.vqvae import VQVAE
+
+STAGE = "evaluation"
+GENERATORS = {
+    "mle": "prior",
+    "mle_ema": "prior_ema",
+    "mle_continued": "prior_continued",
+    "ral": "policy_ema",
+    "ral_live": "policy",
+}
+"""Row of the table -> file of its weights."""
+SAMPLE_BATCH = 500
+TEMPERATURE_BATCH = 500
+"""Samples per step of the search for the temperature that gives RAL's entropy."""
+
+
+def sample_codes(prior: PixelCNN, n: int, seed: int, temperature: float = 1.0) -> Tensor:
+    """n code grids (n, T) int64 on the CPU; the same seed draws from the same uniforms for every generator."""
+    generator = torch.Generator().manual_seed(seed)
+    sampler = CachedSampler(prior)
+    batches = [
+        sampler.sample(min(SAMPLE_BATCH, n - i), temperature=temperature, generator=generator)[0].cpu()
+        for i in range(0, n, SAMPLE_BATCH)
+    ]
+    return torch.cat(batches)
+
+
+class Evaluation:
+    """Measures generators of one run against the decoded training codes.
+
+    Args:
+        run: the run folder.
+        vqvae: its VQ-VAE.
+        codes: its codes.
+        device: where the models are.
+    """
+
+    def __init__(self, run: Run, vqvae: VQVAE, codes: CodeSet, device: torch.device) -> None:
+        self.run, self.vqvae, self.codes, self.device = run, vqvae, codes, device
+        config = run.config.evaluation
+        self.n_samples, self.seed = config.n_samples, run.config.seed * 1000 + 6
+        encoder = EncoderFeatures(vqvae.encode_features, run.config.vqvae.codebook_dim)
+        self.extractor = make_extractor(config.extractor, encoder, device)
+        picked = torch.randperm(len(codes.train), generator=torch.Generator().manual_seed(self.seed))[: self.n_samples]
+        self.reference = decode_codes(vqvae, codes.train[picked.numpy()])  # (N, C, S, S)
+        self.distance = ImageDistance(self.extractor, self.reference, seed=self.seed)
+
+    def row(self, prior: PixelCNN, temperature: float = 1.0) -> dict[str, Any]:
+        """One row of the table: `fd`, `kid`, `nll_test`, `nll_new_people`, `entropy`, `n`, `temperature`."""
+        codes = sample_codes(prior, self.n_samples, self.seed, temperature)
+        measured = self.distance.measure(decode_codes(self.vqvae, codes))
+        new_people = self.codes.new_people
+        return {
+            "fd": measured["fd"],
+            "kid": measured["kid"],
+            "nll_test": self.nll(prior, self.codes.test, temperature),
+            "nll_new_people": None if new_people is None else self.nll(prior, new_people, temperature),
+            "entropy": entropy(prior, codes, temperature, device=self.device),
+            "n": measured["n"],
+            "n_reference": measured["n_reference"],
+            "kid_subset_size": measured["kid_subset_size"],
+            "temperature": temperature,
+        }
+
+    def nll(self, prior: PixelCNN, codes: Any, temperature: float) -> float:
+        """Nats per code of held-out codes (N, T)."""
+        return nll(prior, torch.as_tensor(codes), temperature, device=self.device)
+
+    def temperature_of(self, prior: PixelCNN, target_entropy: float) -> float:
+        """The temperature at which `prior` has the target entropy."""
+        return match_temperature(
+            lambda t: sample_codes(prior, TEMPERATURE_BATCH, self.seed, t),
+            lambda codes, t: entropy(prior, codes, t, device=self.device),
+            target_entropy,
+            tolerance=5e-3,
+        ).temperature
+
+
+def evaluate(
+    run: Run, vqvae: VQVAE, codes: CodeSet, images: ImageSet, device: torch.device, progress: bool = True
+) -> dict[str, Any]:
+    """Fill the table, write ``results.json`` and the pictures.
+
+    Raises:
+        ConfigError: the extractor cannot be had.
+    """
+    clock = Clock(run, STAGE)
+    evaluation = Evaluation(run, vqvae, codes, device)
+    partial = run.file("checkpoints/evaluation.json")
+    rows: dict[str, dict[str, Any]] = load_json(partial) if partial.exists() else {}
+    priors = {row: load_module(run.file(f"{name}.safetensors"), PixelCNN, device) for row, name in GENERATORS.items()}
+    temperatures = run.config.evaluation.temperatures
+    bar = tqdm(total=len(priors) + 2 * len(temperatures) + 3, desc="4 evaluation", unit="row", disable=not progress)
+
+    def measure(name: str, prior: PixelCNN, temperature: float = 1.0) -> dict[str, Any]:
+        if name not in rows:
+            rows[name] = evaluation.row(prior, temperature)
+            save_json(partial, rows)
+        bar.update(1)
+        return rows[name]
+
+    _measure_real(evaluation, images, rows)
+    bar.update(2)
+    for name, prior in priors.items():
+        measure(name, prior)
+    same_entropy = rows.get("mle_temperature", {}).get("temperature")
+    if same_entropy is None:
+        same_entropy = evaluation.temperature_of(priors["mle"], rows["ral"]["entropy"])
+    measure("mle_temperature", priors["mle"], same_entropy)
+    for start in ("mle", "ral"):
+        for temperature in temperatures:
+            measure(f"{start}_at_{temperature:g}", priors[start], temperature)
+    bar.close()
+    results = _results(run, evaluation, rows)
+    clock.book()
+    results["seconds"] = run.seconds()
+    _draw_pictures(run, evaluation, priors, images, results)
+    save_json(run.file("results.json"), results)
+    return results
+
+
+def _measure_real(evaluation: Evaluation, images: ImageSet, rows: dict[str, dict[str, Any]]) -> None:
+    """The rows that say what a distance means: real against reconstructed images, and two halves of the reference."""
+    if "floor" in rows:
+        return
+    clean = torch.from_numpy(images.train[: evaluation.n_samples].copy())
+    rebuilt = decode_codes(evaluation.vqvae, evaluation.codes.train[: len(clean)])
+    reconstruction = ImageDistance(evaluation.extractor, clean, seed=evaluation.seed).measure(rebuilt)
+    floor = evaluation.distance.floor()
+    for name, measured in (("reconstruction", reconstruction), ("floor", floor)):
+        rows[name] = {key: measured[key] for key in ("fd", "kid", "n", "n_reference", "kid_subset_size")}  # type: ignore[literal-required]
+
+
+def _results(run: Run, evaluation: Evaluation, rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The table: named rows first, the temperature sweeps apart."""
+    sweeps = {
+        start: sorted(
+            [rows[start], *(row for name, row in rows.items() if name.startswith(f"{start}_at_"))],
+            key=lambda row: row["temperature"],
+        )
+        for start in ("mle", "ral")
+    }
+    named = {name: row for name, row in rows.items() if "_at_" not in name}
+    for start, sweep in sweeps.items():
+        named[f"{start}_best_temperature"] = min(sweep, key=lambda row: row["fd"])
+    return {
+        "rows": named,
+        "sweeps": sweeps,
+        "extractor": evaluation.extractor.name,
+        "reference": "decoded training codes",
+        "n_samples": evaluation.n_samples,
+        "seed": run.config.seed,
+        "preset": run.config.preset,
+    }
+
+
+def _draw_pictures(
+    run: Run, evaluation: Evaluation, priors: dict[str, PixelCNN], images: ImageSet, results: dict[str, Any]
+) -> None:
+    """Generators side by side, nearest training faces, the frontier and the learning curves."""
+    n, seed = 16, evaluation.seed + 1
+    vqvae = evaluation.vqvae
+    samples = {name: decode_codes(vqvae, sample_codes(prior, n, seed)) for name, prior in priors.items()}
+    same = results["rows"]["mle_temperature"]["temperature"]
+    samples["mle_temperature"] = decode_codes(vqvae, sample_codes(priors["mle"], n, seed, same))
+    picked = torch.randperm(len(images.train), generator=torch.Generator().manual_seed(seed))[:n].numpy()
+    real = torch.from_numpy(images.train[picked].copy())
+    caption = f"16 samples each, not selected, from the same uniforms; run {run.path.name}, seed {run.config.seed}"
+    columns = {
+        "real": real,
+        "reconstruction": decode_codes(vqvae, evaluation.codes.train[picked]),
+        "mle": samples["mle"],
+        "mle_continued": samples["mle_continued"],
+        f"mle_temperature ({same:.2f})": samples["mle_temperature"],
+        "ral": samples["ral"],
+    }
+    save_comparison(run.file("samples/comparison.png"), columns, title="Real and drawn images", caption=caption)
+    three = {name: columns[name] for name in ("real", "mle", "ral")}
+    save_comparison(run.file("samples/real_mle_ral.png"), three, title="Real | MLE | RAL", caption=caption)
+    train = torch.from_numpy(images.train[: 20_000].copy())
+    index, _ = nearest(samples["ral"][:12], train)
+    save_neighbours(
+        run.file("samples/nearest.png"),
+        samples["ral"][:12],
+        train[index],
+        title="RAL's samples above their nearest training images (pixel distance)",
+    )
+    curve = [(row["temperature"], row["entropy"], row["fd"]) for row in results["sweeps"]["mle"]]
+    points = {
+        name: [(results["rows"][name]["entropy"], results["rows"][name]["fd"])]
+        for name in ("mle_ema", "mle_continued", "ral", "ral_live")
+    }
+    points["RAL by temperature"] = [(row["entropy"], row["fd"]) for row in results["sweeps"]["ral"]]
+    title = f"FD ({results['extractor']}, n = {results['n_samples']}) against entropy, run {run.path.name}"
+    save_frontier(run.file("samples/frontier.png"), curve, points, title=title)
+    _draw_curves(run)
+
+
+def _draw_curves(run: Run) -> None:
+    """The learning curves of the three stages, from ``metrics.jsonl``."""
+    plots = (
+        ("vqvae", ("reconstruction_error",), "mean squared error", "Stage 1: VQ-VAE"),
+        ("prior", ("nll_train", "nll_test", "nll_test_ema", "nll_new_people"), "nats per code", "Stage 2: PixelCNN"),
+        ("ral", ("critic/heldout_auc",), "AUC, held-out real against drawn images", "Stage 3: the critic"),
+    )
+    for stage, names, ylabel, title in plots:
+        records = run.metrics(stage)
+        curves = {
+            name: ([r["step"] for r in records if name in r], [r[name] for r in records if name in r])
+            for name in names
+            if any(name in r for r in records)
+        }
+        if curves:
+            xlabel = "policy update" if stage == "ral" else "step"
+            save_curves(run.file(f"samples/curve_{stage}.png"), curves, xlabel=xlabel, ylabel=ylabel, title=title)
+
+
+def check_extractor(run: Run) -> None:
+    """Fail before hours of training, not after, where the evaluation's extractor cannot be had.
+
+    Raises:
+        ConfigError: what to install or where to put the weights.
+    """
+    if run.config.evaluation.extractor != "encoder":
+        make_extractor(run.config.evaluation.extractor)
+    if run.config.evaluation.n_samples < 6:
+        raise ConfigError(f"evaluation.n_samples {run.config.evaluation.n_samples} is too few: use at least 6")

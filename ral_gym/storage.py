@@ -1,0 +1,185 @@
+"""Writing and reading: atomic files, safetensors with JSON metadata, nested state without pickle."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from ral_gym.errors import RunError
+
+_KEY = "ral_gym"
+
+
+def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
+    """Call ``write(temporary)`` beside `path`, then rename: a reader sees the old file or the whole new one.
+
+    Raises:
+        RunError: the folder is not writable or the disk is full; nothing at `path` has changed then.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
+        os.close(handle)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    temporary = Path(name)
+    try:
+        write(temporary)
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def cannot_write(path: Path, error: OSError) -> RunError:
+    """The error that says why `path` could not be written and what to do."""
+    remedy = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "choose a folder you can write to"
+    return RunError(f"cannot write {path}: {error.strerror or error}; {remedy} and run the same command again")
+
+
+def save_json(path: Path, values: Any) -> None:
+    """Write JSON atomically."""
+    write_text(path, json.dumps(values, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    write_atomic(path, lambda temporary: _write_bytes(temporary, text.encode()))
+
+
+def load_json(path: Path) -> Any:
+    """Read JSON.
+
+    Raises:
+        RunError: missing or damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise RunError(f"{path} is missing: not a run folder, or the run has not come so far") from error
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} cannot be read ({error}); remove it, or choose another run folder") from error
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+    """Write tensors and JSON-able metadata atomically as one safetensors file."""
+    ready = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+    data = safetensors.torch.save(ready, metadata={_KEY: json.dumps(metadata)})
+    write_atomic(path, lambda temporary: _write_bytes(temporary, data))
+
+
+def _write_bytes(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what `save_tensors` wrote.
+
+    Raises:
+        RunError: the file is missing, truncated, or was not written by ral_gym.
+    """
+    if not path.is_file():
+        raise RunError(f"{path} is missing: train that stage first, or check the run folder's name")
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError) as error:
+        raise RunError(f"{path} is damaged or no safetensors file ({error}); remove it to make it again") from error
+    if _KEY not in metadata:
+        raise RunError(f"{path} was not written by ral_gym (its metadata is missing); remove it to make it again")
+    return tensors, json.loads(metadata[_KEY])
+
+
+def save_module(path: Path, module: nn.Module, weights: dict[str, Tensor] | None = None, **metadata: Any) -> None:
+    """Write a module's weights with its ``config`` (constructor arguments).
+
+    Args:
+        path: the file.
+        module: a module with a JSON-able ``config``.
+        weights: other weights for the same module, e.g. an exponential average; None: its own.
+        **metadata: further JSON-able facts.
+    """
+    state = module.state_dict() if weights is None else weights
+    save_tensors(path, state, {"class": type(module).__name__, "config": module.config, **metadata})
+
+
+def load_module(path: Path, cls: type[nn.Module], device: torch.device | str = "cpu") -> Any:
+    """Rebuild a module from its file, in evaluation mode, without gradients.
+
+    Raises:
+        RunError: missing, damaged, of another class, or weights that do not fit the configuration beside them.
+    """
+    tensors, metadata = load_tensors(path)
+    if metadata.get("class") != cls.__name__:
+        raise RunError(f"{path} holds a {metadata.get('class')}, not a {cls.__name__}; check which file you named")
+    module = cls(**metadata["config"])
+    try:
+        module.load_state_dict(tensors)
+    except RuntimeError as error:
+        first = str(error).splitlines()[-1].strip()
+        raise RunError(f"{path} does not fit its own configuration ({first}); remove it to make it again") from error
+    return module.to(device).eval().requires_grad_(False)
+
+
+def pack_state(state: Any) -> tuple[dict[str, Tensor], Any]:
+    """Nested dicts, lists and tuples with tensors and arrays inside -> (flat tensors, JSON-able rest)."""
+    tensors: dict[str, Tensor] = {}
+
+    def pack(value: Any) -> Any:
+        if isinstance(value, np.ndarray | Tensor):
+            tensors[str(len(tensors))] = torch.as_tensor(value).clone()
+            return {"tensor": str(len(tensors) - 1), "numpy": isinstance(value, np.ndarray)}
+        if isinstance(value, dict):
+            return {"items": [[pack(key), pack(item)] for key, item in value.items()]}
+        if isinstance(value, tuple | list):
+            return {type(value).__name__: [pack(item) for item in value]}
+        if isinstance(value, np.generic):
+            return value.item()
+        if value is None or isinstance(value, bool | int | float | str):
+            return value
+        raise TypeError(f"cannot save a {type(value).__name__} in a checkpoint")
+
+    rest = pack(state)
+    return tensors, rest
+
+
+def unpack_state(tensors: dict[str, Tensor], rest: Any) -> Any:
+    """Inverse of `pack_state`."""
+    if not isinstance(rest, dict):
+        return rest
+    if "tensor" in rest:
+        tensor = tensors[rest["tensor"]]
+        return tensor.numpy() if rest["numpy"] else tensor
+    if "items" in rest:
+        return {unpack_state(tensors, key): unpack_state(tensors, item) for key, item in rest["items"]}
+    ((kind, items),) = rest.items()
+    values = [unpack_state(tensors, item) for item in items]
+    return tuple(values) if kind == "tuple" else values
+
+
+def weights_of(module: nn.Module) -> dict[str, Tensor]:
+    """A detached copy of a module's weights."""
+    return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
+
+
+def config_arguments(settings: Any, names: tuple[str, ...]) -> dict[str, Any]:
+    """The named fields of a configuration dataclass, as constructor arguments."""
+    values = dataclasses.asdict(settings)
+    return {name: values[name] for name in names}

