@@ -191,7 +191,7 @@ _decoder: Decoder | None = None  # of a worker process
 
 def _start_worker(decoding: Decoding, stop: Event) -> None:
     global _decoder
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's; for systems without signal masks
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     _decoder = Decoder(decoding, stop)
 
@@ -211,15 +211,26 @@ def _decode_chunk(names: Sequence[str]) -> list[np.ndarray | str]:
 
 @contextlib.contextmanager
 def _interrupts_held() -> Iterator[None]:
-    """Processes started in here are born deaf to Ctrl-C, also before `_start_worker` runs; ours is delivered after."""
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    """Hold Ctrl-C back while worker processes start, which it would leave half made.
+
+    The signal mask makes them deaf to it from their birth. In this process another thread (of BLAS, of torch) may
+    still receive the signal, so that the main thread's handler has to wait too.
+    """
+    held: list[int] = []
+    handler = signal.getsignal(signal.SIGINT) if threading.current_thread() is threading.main_thread() else None
+    masked = hasattr(signal, "pthread_sigmask")
+    if handler is not None:
+        signal.signal(signal.SIGINT, lambda number, frame: held.append(number))
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if masked else set()
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if masked:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if handler is not None:
+            signal.signal(signal.SIGINT, handler)
+        if held:
+            signal.raise_signal(signal.SIGINT)
 
 
 def iterate_decoded(

@@ -42,23 +42,22 @@ def gate(pre: Tensor) -> Tensor:
     return torch.addcmul(b, a, b, value=-2)
 
 
-def convolve(x: Tensor, conv: nn.Conv2d, left: int, right: int, above: int, below: int) -> Tensor:
-    """Convolve a grid after padding it with zeros on each side; negative numbers crop.
+def convolve(x: Tensor, conv: nn.Conv2d, above: int = 0, below: int = 0, left: int = 0, right: int = 0) -> Tensor:
+    """Convolve a grid with rows and columns of zeros added on its sides; negative numbers crop.
 
     Args:
         x: (B, rows, W, C).
-        conv: a convolution without padding of its own.
-        left: columns added before the first.
-        right: columns added after the last.
+        conv: the convolution, whose own padding comes on top.
         above: rows added before the first.
         below: rows added after the last.
+        left: columns added before the first.
+        right: columns added after the last.
 
     Returns:
         (B, rows', W', channels out).
     """
     # Channels stay last in memory: the 1x1 layers are then plain matrix products and nothing is ever transposed.
-    padded = F.pad(x, (0, 0, left, right, above, below)).permute(0, 3, 1, 2)  # (B, C, padded rows, padded columns)
-    return conv(padded).permute(0, 2, 3, 1)
+    return conv(F.pad(x, (0, 0, left, right, above, below)).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 class InputLayer(nn.Module):
@@ -75,7 +74,7 @@ class InputLayer(nn.Module):
         super().__init__()
         self.reach = conv_filter_size // 2
         self.embedding = nn.Embedding(codebook_size, hidden_units)
-        self.vertical = nn.Conv2d(hidden_units, hidden_units, (self.reach, conv_filter_size))
+        self.vertical = nn.Conv2d(hidden_units, hidden_units, (self.reach, conv_filter_size), padding=(0, self.reach))
         self.horizontal = nn.Conv2d(hidden_units, hidden_units, (1, self.reach))
         self.position = nn.Parameter(torch.empty(hidden_units, *grid)) if grid else None
 
@@ -83,8 +82,8 @@ class InputLayer(nn.Module):
         """Codes (B, rows, W), 0..K-1, to the inputs of the two stacks, each (B, rows, W, C)."""
         reach = self.reach
         x = self.embedding(codes)  # (B, rows, W, C)
-        vertical = convolve(x, self.vertical, left=reach, right=reach, above=reach, below=-1)
-        horizontal = convolve(x, self.horizontal, left=reach, right=-1, above=0, below=0)
+        vertical = convolve(x, self.vertical, above=reach, below=-1)
+        horizontal = convolve(x, self.horizontal, left=reach, right=-1)
         if self.position is not None:
             position = self.position.permute(1, 2, 0)[: codes.shape[1]]  # (rows, W, C)
             vertical, horizontal = vertical + position, horizontal + position
@@ -108,7 +107,10 @@ class GatedBlock(nn.Module):
     def __init__(self, hidden_units: int, residual_units: int, conv_filter_size: int, dropout: float, last: bool):
         super().__init__()
         self.reach = conv_filter_size // 2
-        self.vertical = nn.Conv2d(hidden_units, 2 * residual_units, (self.reach + 1, conv_filter_size))
+        # Padding of the convolution's own, where it will do: oneDNN leaves those taps out, 15 % of the time on 8 x 8.
+        self.vertical = nn.Conv2d(
+            hidden_units, 2 * residual_units, (self.reach + 1, conv_filter_size), padding=(0, self.reach)
+        )
         self.horizontal = nn.Conv2d(hidden_units, 2 * residual_units, (1, self.reach + 1), bias=False)
         self.vertical_to_horizontal = nn.Linear(2 * residual_units, 2 * residual_units)
         self.vertical_out = None if last else nn.Linear(residual_units, hidden_units, bias=False)
@@ -118,8 +120,8 @@ class GatedBlock(nn.Module):
     def forward(self, vertical: Tensor, horizontal: Tensor) -> tuple[Tensor, Tensor]:
         """Both stacks, each (B, rows, W, C), one layer on."""
         reach = self.reach
-        above = convolve(vertical, self.vertical, left=reach, right=reach, above=reach, below=0)  # (B, rows, W, 2 R)
-        left = convolve(horizontal, self.horizontal, left=reach, right=0, above=0, below=0)  # (B, rows, W, 2 R)
+        above = convolve(vertical, self.vertical, above=reach)  # (B, rows, W, 2 R)
+        left = convolve(horizontal, self.horizontal, left=reach)  # (B, rows, W, 2 R)
         left = left + self.vertical_to_horizontal(above)
         if self.vertical_out is not None:
             vertical = vertical + self.vertical_out(self.dropout(gate(above)))

@@ -45,7 +45,8 @@ class PackedWeights:
         self.horizontal_table = like.new_zeros(tokens, reach, channels)  # [code, d]: what it adds d + 1 columns on
         self.vertical_base = like.new_zeros(prior.height, prior.width, channels)
         self.horizontal_base = like.new_zeros(prior.height, prior.width, channels)
-        self.vertical = [like.new_empty((reach + 1) * side * channels, 2 * inner) for _ in blocks]
+        kernels = [like.new_empty(2 * inner, reach + 1, side, channels) for _ in blocks]
+        self.vertical = [kernel.permute(0, 3, 1, 2) for kernel in kernels]  # channels last in memory
         self.vertical_bias = [like.new_empty(2 * inner) for _ in blocks]
         self.vertical_out = [like.new_empty(inner, channels) for _ in blocks[:-1]]
         self.across = [like.new_empty(2 * inner, 2 * inner) for _ in blocks]
@@ -69,7 +70,7 @@ class PackedWeights:
             if first.position is not None:
                 base += first.position.permute(1, 2, 0)  # (H, W, C)
         for layer, block in enumerate(self.prior.blocks):
-            self.vertical[layer].copy_(block.vertical.weight.permute(2, 3, 1, 0).flatten(0, 2))
+            self.vertical[layer].copy_(block.vertical.weight)
             self.vertical_bias[layer].copy_(_bias(block.vertical))
             if block.vertical_out is not None:
                 self.vertical_out[layer].copy_(block.vertical_out.weight.t())
@@ -114,8 +115,8 @@ class SamplingCache:
         taps = torch.arange(reach * self.side, device=like.device)
         self._vertical_offsets = taps * (self._nothing + 1)
         self._horizontal_offsets = torch.arange(reach, device=like.device).flip(0)
-        # Inputs of the vertical stack's blocks in the last p + 1 grid rows, zeros on both sides.
-        self._above = like.new_zeros(layers, batch, reach + 1, padded, channels)
+        # Inputs of the vertical stack's blocks in the last p + 1 grid rows.
+        self._above = like.new_zeros(layers, batch, reach + 1, width, channels)
         # What the vertical stack adds to the horizontal pre-activations in the current grid row.
         self._terms = like.new_empty(layers, batch, width, 2 * inner)
         # Inputs of the horizontal stack's blocks in the current grid row. Those of the first block are running sums
@@ -174,12 +175,10 @@ class SamplingCache:
         recent = torch.as_tensor(grid_rows[:, None] + np.arange(reach + 1), device=v.device)
         at = torch.as_tensor(batch, device=v.device)
         current = recent[:, 0]
-        for layer, packed in enumerate(weights.vertical):
-            x = F.pad(v, (0, 0, reach, reach, reach, 0))  # (n, p + rows, W + 2 p, C)
+        for layer in range(len(weights.vertical)):
+            x = F.pad(v, (0, 0, 0, 0, reach, 0))  # (n, p + rows, W, C)
             self._above[layer, rows] = x[at[:, None], recent]
-            kernel = packed.view(reach + 1, self.side, v.shape[-1], -1).permute(3, 2, 0, 1)  # (2 R, C, p + 1, k)
-            pre = F.conv2d(x.permute(0, 3, 1, 2), kernel, weights.vertical_bias[layer])
-            pre = pre.permute(0, 2, 3, 1)  # (n, rows, W, 2 R)
+            pre = self._convolve(x, layer)  # (n, rows, W, 2 R)
             self._terms[layer, rows] = pre[at, current] @ weights.across[layer] + weights.across_bias[layer]
             if layer < len(weights.vertical_out):
                 v = v + gate(pre) @ weights.vertical_out[layer]
@@ -224,18 +223,22 @@ class SamplingCache:
 
     def _run_row(self, tokens: Tensor, base: Tensor, above: Tensor, terms: Tensor) -> None:
         """One grid row of the vertical stack, from the tokens (n, p, W + 2 p) of those above."""
-        weights, reach, width = self.weights, self.reach, self.width
-        for row in range(reach):
+        weights, width = self.weights, self.width
+        for row in range(self.reach):
             above[:, :, row] = above[:, :, row + 1]
         v = (self._vertical_input(tokens)[:, 0] + base).flatten(0, 1)  # (n W, C)
-        for layer, packed in enumerate(weights.vertical):
-            above[layer, :, -1, reach:-reach] = v.view(-1, width, v.shape[-1])
-            windows = above[layer].unfold(2, self.side, 1).permute(0, 2, 1, 4, 3)  # (n, W, p + 1, k, C)
-            pre = torch.addmm(weights.vertical_bias[layer], windows.reshape(len(v), -1), packed)  # (n W, 2 R)
+        for layer in range(len(weights.vertical)):
+            above[layer, :, -1] = v.view(-1, width, v.shape[-1])
+            pre = self._convolve(above[layer], layer).flatten(0, 2)  # (n W, 2 R)
             across = torch.addmm(weights.across_bias[layer], pre, weights.across[layer])
             terms[layer] = across.view(-1, width, across.shape[-1])
             if layer < len(weights.vertical_out):
                 v.addmm_(gate(pre), weights.vertical_out[layer])
+
+    def _convolve(self, x: Tensor, layer: int) -> Tensor:
+        """A block's vertical convolution, (n, p + rows, W, C) to (n, rows, W, 2 R)."""
+        weight, bias = self.weights.vertical[layer], self.weights.vertical_bias[layer]
+        return F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=(0, self.reach)).permute(0, 2, 3, 1)
 
     def _vertical_input(self, tokens: Tensor) -> Tensor:
         """First layer of the vertical stack, (n, p - 1 + rows, W + 2 p) tokens to (n, rows, W, C), without its bias."""

@@ -98,6 +98,7 @@ def test_faces_hold_out_whole_people_and_two_photos_of_each_other() -> None:
     people = [{file.name.split("/")[0] for file in part} for part in (source.train, source.test, source.new_people)]
     assert people[0] == people[1] and not people[0] & people[2]
     assert [len(part) for part in people] == [36, 36, 4]
+    assert len({file.name.split("/")[1] for file in source.test}) > 2  # not the same two photos of everyone
     test_people = [file.name.split("/")[0] for file in source.test]
     assert all(test_people.count(person) == 2 for person in people[1])
 
@@ -221,6 +222,7 @@ def test_celeba_zip(tmp_path: Path, partition: str) -> None:
         csv = "image_id,partition\n" + text.replace(" ", ",")
         (tmp_path / "list_eval_partition.csv").write_text(csv)
     images = load(small(f"celeba:{path}"))
+    assert images.skipped == ()
     if partition == "none":
         assert (len(images.train), len(images.test)) == (9, 1)
     else:
@@ -343,6 +345,18 @@ def test_cache_equals_memory_and_is_used_again(tmp_path: Path, monkeypatch: pyte
         again.train[0] = 0
 
 
+@pytest.mark.parametrize("budget_mb", [0, 1])
+def test_groups_are_slices_without_gaps(tmp_path: Path, budget_mb: int) -> None:
+    for path in write_images(tmp_path / "images", 12)[::5]:
+        path.write_bytes(b"broken")  # 0, 5 and 10
+    files, _ = image_files.list_folder(tmp_path / "images")
+    decoding = image_files.Decoding(str(tmp_path / "images"), None, 8, False)
+    groups = [files[6:], files[:3], files[3:6]]
+    images, counts, skipped = image_cache.decode_groups(groups, decoding, budget_mb, str(tmp_path / "cache"), 1, False)
+    assert indices(images) == [6, 7, 8, 9, 11, 1, 2, 3, 4] and counts == [5, 2, 2]
+    assert [entry.split(":")[0] for entry in skipped] == ["000010.png", "000000.png", "000005.png"]
+
+
 @pytest.mark.parametrize("budget_mb", [1, 2])
 def test_budget_decides_between_memory_and_disk(tmp_path: Path, budget_mb: int) -> None:
     write_images(tmp_path / "images", 6)  # 6 * 3 * 256 * 256 bytes are 1.125 MB
@@ -352,7 +366,7 @@ def test_budget_decides_between_memory_and_disk(tmp_path: Path, budget_mb: int) 
 
 
 def test_cache_follows_what_would_change_the_pixels(tmp_path: Path) -> None:
-    paths = write_images(tmp_path / "images", 20)
+    paths = write_images(tmp_path / "images", 20, suffix="bmp")  # of equal sizes, whatever their content
     cache = tmp_path / "cache"
     config = small(tmp_path / "images", memory_budget_mb=0, cache_dir=str(cache))
     variants = [{}, {"image_size": 9}, {"grey": True}, {"crop": 10}, {"limit": 5}]

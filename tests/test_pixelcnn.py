@@ -12,9 +12,9 @@ from ral_gym.pixelcnn import PixelCNN
 
 
 def small(height: int = 5, width: int = 6, **kwargs: Any) -> PixelCNN:
-    """A network in float64, whose weights are large enough for every path to show in a gradient."""
+    """A network in float64, wide enough for every path to show in a gradient."""
     torch.manual_seed(0)
-    arguments = {"hidden_units": 8, "residual_units": 6, "layers": 2, "conv_filter_size": 3, "output_stack_layers": 2}
+    arguments = {"hidden_units": 16, "residual_units": 12, "layers": 2, "conv_filter_size": 3, "output_stack_layers": 2}
     return PixelCNN(7, height, width, **{**arguments, **kwargs}).double().eval()
 
 
@@ -148,7 +148,9 @@ def test_second_order_gradients_are_right() -> None:
     parameters = [dict(prior.named_parameters())[name] for name in names]
 
     def loss(*weights: Tensor) -> Tensor:
-        return torch.func.functional_call(prior, dict(zip(names, weights, strict=True)), (codes,)).log_softmax(-1)[0, -1]
+        return torch.func.functional_call(prior, dict(zip(names, weights, strict=True)), (codes,)).log_softmax(-1)[
+            0, -1
+        ]
 
     assert torch.autograd.gradgradcheck(loss, parameters, fast_mode=True)
 
@@ -182,7 +184,7 @@ def test_features_and_logits_make_up_the_pass() -> None:
     prior = small()
     codes = torch.randint(7, (2, 30))
     features = prior.features(codes)
-    assert features.shape == (2, 30, 8)
+    assert features.shape == (2, 30, 16)
     torch.testing.assert_close(prior.logits(features), prior(codes))
 
 

@@ -51,7 +51,7 @@ def check_finite(loss: Tensor | float, stage: str, step: int, remedy: str) -> fl
     Raises:
         DivergedError: it is NaN or infinite; what has been saved stays.
     """
-    value = float(loss)
+    value = loss.item() if isinstance(loss, Tensor) else loss
     if not math.isfinite(value):
         raise DivergedError(
             f"stage {stage}: the loss is {value} at step {step}; the last good checkpoint is kept; {remedy}"
