@@ -109,7 +109,12 @@ class CoTrainedCritic:
         rows = torch.randint(len(self.real_codes), (len(fake_codes),), generator=self.generator)
         real = self._real(rows, fake_codes.shape[1])
         loss, figures = critic_loss(
-            self.critic, real, self.decode(fake_codes), self.config.gradient_penalty, self.generator
+            self.critic,
+            real,
+            self.decode(fake_codes),
+            self.config.gradient_penalty,
+            self.generator,
+            self.config.loss,
         )
         if not np.isfinite(figures["loss"]):
             raise DivergedError(

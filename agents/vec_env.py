@@ -4,27 +4,30 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
+from copy import deepcopy
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
-import torch
-from gymnasium.envs.registration import load_env_creator
+from gymnasium.envs.registration import EnvSpec, load_env_creator
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
 from torch import Tensor
 
 from ral_gym.envs.core import Finished, GenerationCore
-from ral_gym.envs.generation import action_space, finished_info, observation_space, render_codes
+from ral_gym.envs.generation import action_space, finished_info, observation_space
+from ral_gym.envs.rendering import RENDER_FPS, check_render_mode, render_codes
 from ral_gym.envs.worlds import World
 from ral_gym.errors import ConfigError
+
+StepReturn = tuple[np.ndarray, np.ndarray, np.ndarray, list[dict[str, Any]]]
 
 
 class CodeVecEnv(VecEnv):
     """E generation episodes for SB3: one batched decode and critic call when they end, infos for finished rows only.
 
     Finished rows are reset at once (SB3's semantics) and carry `terminal_observation` and a Monitor's `episode`
-    entry, so no `VecMonitor` is needed around it.
+    entry, so no `VecMonitor` is needed around it: SB3 warns that one would write over those entries.
 
     Args:
         world: what to draw in.
@@ -33,7 +36,12 @@ class CodeVecEnv(VecEnv):
         lockstep: one mode and row count per round for all rows alike; False: each row draws its own.
         paired: for `mixed`, complementary pairs of episodes (see `StartDistribution`).
         render_mode: `rgb_array` or None.
+
+    Raises:
+        ValueError: an unknown mode, or one that is impossible in this world.
     """
+
+    spec: EnvSpec | None = None
 
     def __init__(
         self,
@@ -45,86 +53,100 @@ class CodeVecEnv(VecEnv):
         paired: bool = False,
         render_mode: str | None = None,
     ) -> None:
+        check_render_mode(render_mode)
         self.world, self.render_mode = world, render_mode
-        self.core = GenerationCore(
-            world.grid,
-            num_envs,
-            scorer=world.scorer,
-            real_codes=world.real_codes,
-            reset_mode=reset_mode,
-            row_multiple=world.row_multiple,
-            lockstep=lockstep,
-            paired=paired,
-            device=world.device,
-        )
-        self._actions = torch.zeros(num_envs, dtype=torch.int64)
+        self.core = GenerationCore(world, num_envs, reset_mode=reset_mode, lockstep=lockstep, paired=paired)
+        self._actions: np.ndarray | None = None
+        self._options_for_all: dict | None = None
         self._started = time.time()
         super().__init__(num_envs, observation_space(world.grid), action_space(world.grid))
+        self.metadata["render_fps"] = RENDER_FPS
+
+    def set_options(self, options: list[dict] | dict | None = None) -> None:
+        """Options of the next `reset`: one dict for all rows, or one per row.
+
+        Raises:
+            ValueError: an option that is unknown or out of range; nothing has changed then.
+        """
+        self.core.check_options(options)
+        super().set_options(options)
+        self._options_for_all = deepcopy(options) if isinstance(options, dict) else None
+
+    def _reset_options(self) -> None:
+        super()._reset_options()
+        self._options_for_all = None
 
     def reset(self) -> np.ndarray:
-        """Start all episodes; honours `seed` and `set_options` (row 0's options, for all rows)."""
-        self.core.seed(list(self._seeds))
-        options = self._options[0] if self._options else None
-        self.core.reset(np.arange(self.num_envs), options or None)
+        """Start all episodes; honours `seed` and `set_options`, once."""
+        own = self._options if any(self._options) else None
+        self.core.reset(np.arange(self.num_envs), self._options_for_all or own, self._seeds)
         self._reset_seeds()
         self._reset_options()
         self.reset_infos = [{} for _ in range(self.num_envs)]
         return self.core.observations()
 
     def step_async(self, actions: np.ndarray) -> None:
-        """Take the codes (E,) to draw.
+        """Take the codes (E,) to draw; `step_wait` draws them."""
+        self._actions = np.asarray(actions)
+
+    def step_wait(self) -> StepReturn:  # type: ignore[override]
+        """Draw the codes.
+
+        Returns:
+            observations (E, T) int16, rewards (E,) float32, dones (E,) bool, infos ({} where no episode ended).
 
         Raises:
-            ValueError: not E integers in 0..K-1.
+            ValueError: not E integers in 0..K-1; nothing has changed then.
+            gymnasium.error.ResetNeeded: there was no `reset` yet.
         """
-        actions = np.asarray(actions).reshape(-1)
-        size = self.world.grid.codebook_size
-        if actions.shape != (self.num_envs,) or not np.issubdtype(actions.dtype, np.integer):
-            raise ValueError(f"actions {actions.shape} {actions.dtype}: give {self.num_envs} integers in 0..{size - 1}")
-        if actions.min() < 0 or actions.max() >= size:
-            raise ValueError(f"actions in {actions.min()}..{actions.max()}: codes lie in 0..{size - 1}")
-        self._actions = torch.from_numpy(actions.astype(np.int64)).to(self.core.device)
-
-    def step_wait(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[dict[str, Any]]]:  # type: ignore[override]
-        """Observations (E, T) int16, rewards (E,) float32, dones (E,) bool, infos."""
-        finished = self.core.step(self._actions)
+        if self._actions is None:
+            raise ValueError("step_wait() without actions: call step_async() first")
+        actions, self._actions = self._actions, None
+        finished = self.core.step(actions)
         if finished is None:
             infos: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
             return self.core.observations(), np.zeros(self.num_envs, np.float32), np.zeros(self.num_envs, bool), infos
         return self._after(finished)
 
-    def step_round(self, codes: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[dict[str, Any]]]:
+    def step_round(self, codes: np.ndarray | Tensor) -> StepReturn:
         """Finish every running episode at once with the codes of whole images; returns as `step_wait`.
 
         Args:
-            codes: (E, T) int64; only positions still to be drawn are taken.
+            codes: (E, T) integer; only positions still to be drawn are taken.
+
+        Raises:
+            ValueError: another shape, or no code at a position to draw; nothing has changed then.
+            gymnasium.error.ResetNeeded: there was no `reset` yet.
         """
         return self._after(self.core.draw_round(codes))
 
-    def _after(self, finished: Finished) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[dict[str, Any]]]:
+    def _after(self, finished: Finished) -> StepReturn:
         """Reset the finished rows and tell what they did."""
         infos: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
         rewards, dones = np.zeros(self.num_envs, np.float32), np.zeros(self.num_envs, bool)
         rewards[finished.rows], dones[finished.rows] = finished.rewards, True
         seconds = round(time.time() - self._started, 6)
-        for number, row in enumerate(finished.rows):
-            length = int(finished.stop[number] - finished.start[number])
-            episode = {"r": float(finished.rewards[number]), "l": length, "t": seconds}
+        lengths = (finished.stop - finished.start).tolist()
+        for number, row in enumerate(finished.rows.tolist()):
             infos[row] = {
                 **finished_info(finished, number),
-                "terminal_observation": finished.codes[number].astype(np.int16),
+                "terminal_observation": finished.codes[number],
                 "TimeLimit.truncated": False,
-                "episode": episode,
+                "episode": {"r": float(finished.rewards[number]), "l": lengths[number], "t": seconds},
             }
         self.core.reset(finished.rows)
         return self.core.observations(), rewards, dones, infos
+
+    def action_masks(self) -> np.ndarray:
+        """(K,) bool, all True, the same for every environment: what `MaskablePPO` asks for through `env_method`."""
+        return self.core.action_masks()
 
     def close(self) -> None:
         """Nothing to close."""
 
     def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
         """The adapter's attribute, once per environment."""
-        return [getattr(self, attr_name)] * len(list(self._get_indices(indices)))
+        return [getattr(self, attr_name) for _ in self._get_indices(indices)]
 
     def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
         """Set the adapter's attribute; it is shared by all environments."""
@@ -133,22 +155,22 @@ class CodeVecEnv(VecEnv):
     def env_method(self, method_name: str, *method_args: Any, indices: Any = None, **method_kwargs: Any) -> list[Any]:
         """Call the adapter's method once; its result stands for every environment."""
         result = getattr(self, method_name)(*method_args, **method_kwargs)
-        return [result] * len(list(self._get_indices(indices)))
+        return [result for _ in self._get_indices(indices)]
 
     def env_is_wrapped(self, wrapper_class: type[gym.Wrapper], indices: Any = None) -> list[bool]:
         """True for `Monitor`: the adapter writes the same `episode` entries."""
-        return [issubclass(wrapper_class, Monitor)] * len(list(self._get_indices(indices)))
+        return [issubclass(wrapper_class, Monitor) for _ in self._get_indices(indices)]
 
     def get_images(self) -> Sequence[np.ndarray | None]:
-        """The images so far, one per environment."""
-        return [render_codes(self.world, codes) for codes in self.core.codes]
+        """The images so far, one per environment, decoded in one batch."""
+        return list(render_codes(self.world, self.core.codes))
 
 
 def make_sb3_env(
     id: str,
     n_envs: int = 1,
     *,
-    reset_mode: str = "full",
+    reset_mode: str | None = None,
     lockstep: bool = True,
     paired: bool | None = None,
     seed: int | None = None,
@@ -160,7 +182,7 @@ def make_sb3_env(
     Args:
         id: such as ``ral_gym/Toy-v0``.
         n_envs: E.
-        reset_mode: `full`, `continue`, `scratch` or `mixed`.
+        reset_mode: `full`, `continue`, `scratch` or `mixed`; None: what the id was registered with, `full` by default.
         lockstep: one mode and row count per round for all rows alike (needed for the fast path and for `n_steps = T`).
         paired: complementary pairs for `mixed`, so that ``n_steps = T`` always ends on an episode's end; None: yes for
             lockstep `mixed`.
@@ -176,11 +198,18 @@ def make_sb3_env(
     creator: Any = load_env_creator(spec.entry_point) if isinstance(spec.entry_point, str) else spec.entry_point
     if not hasattr(creator, "make_world"):
         raise ConfigError(f"{id} is not a ral_gym environment: make_sb3_env takes ral_gym/... ids")
-    world = creator.make_world(**{**spec.kwargs, **kwargs})
-    paired = (lockstep and reset_mode == "mixed") if paired is None else paired
+    arguments = {**spec.kwargs, **kwargs}
+    registered_mode, registered_render_mode = arguments.pop("reset_mode", "full"), arguments.pop("render_mode", None)
+    mode: str = registered_mode if reset_mode is None else reset_mode
     env = CodeVecEnv(
-        world, n_envs, reset_mode=reset_mode, lockstep=lockstep, paired=paired, render_mode=render_mode
+        creator.make_world(**arguments),
+        n_envs,
+        reset_mode=mode,
+        lockstep=lockstep,
+        paired=(lockstep and mode == "mixed") if paired is None else paired,
+        render_mode=registered_render_mode if render_mode is None else render_mode,
     )
+    env.spec = spec
     if seed is not None:
         env.seed(seed)
     return env

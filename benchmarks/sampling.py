@@ -42,11 +42,11 @@ def seconds(work: Callable[[], object], cuda: bool) -> float:
     """Wall-clock time of one call."""
     if cuda:
         torch.cuda.synchronize()
-    start = time.thread_time()
+    start = time.perf_counter()
     work()
     if cuda:
         torch.cuda.synchronize()
-    return time.thread_time() - start
+    return time.perf_counter() - start
 
 
 def naive_sample_of_positions(prior: PixelCNN, codes: torch.Tensor, positions: list[int]) -> None:

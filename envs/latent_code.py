@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from gymnasium.vector import AutoresetMode
+
 from ral_gym.envs.generation import GenerationEnv
+from ral_gym.envs.vector import GenerationVectorEnv
 from ral_gym.envs.worlds import World, run_world
 
 
@@ -14,6 +17,21 @@ class LatentCodeEnv(GenerationEnv):
     A VQ-VAE has turned images into grids of H x W discrete codes, each one of K. An episode writes such a grid in
     raster order, one code a step. After its last code the grid is decoded to an image and a PatchGAN critic scores it
     (Ak et al. 2020, Section 4). The critic is frozen: `CriticCallback` of `ral_gym.agents` trains its own copy.
+
+    ```python
+    import gymnasium as gym
+    import ral_gym
+
+    env = gym.make("ral_gym/LatentCode-v0", run="runs/demo", reset_mode="continue", render_mode="rgb_array")
+    observation, info = env.reset(seed=0)
+    terminated = False
+    while not terminated:
+        observation, reward, terminated, truncated, info = env.step(env.action_space.sample())
+    picture = env.render()
+    ```
+
+    ``gym.make_vec("ral_gym/LatentCode-v0", num_envs=64, run="runs/demo")`` steps 64 episodes and decodes and scores
+    them in one batch; `GenerationVectorEnv` explains its further arguments.
 
     ## Action Space
 
@@ -35,12 +53,19 @@ class LatentCodeEnv(GenerationEnv):
 
     ## Starting State
 
-    `reset_mode="full"`: nothing drawn. `"continue"`: n rows of a real image's codes, n uniform in 1..H-1. `"scratch"`:
-    nothing drawn, and the episode stops after n rows, n a multiple of (code rows / score-map rows). `"mixed"`: one of
-    the two at random (Section 4.3).
+    * `reset_mode="full"`: nothing drawn.
+    * `"continue"`: n rows of a real image's codes are given, n uniform in 1..H-1.
+    * `"scratch"`: nothing drawn, and the episode stops after n rows, n a multiple of (code rows / score-map rows).
+    * `"mixed"`: one of the last two at random (Section 4.3).
 
-    `reset(options=...)` overrides it for one episode: `mode`, `prefix_rows`, `stop_rows`, `codes` (a grid to
-    continue), `image_index` (which real image the prefix comes from). Wrong values raise `ValueError`.
+    `reset(options=...)` overrides it for one episode. What it leaves open is drawn; wrong values raise `ValueError`.
+
+    * `mode`: one of the above.
+    * `prefix_rows`: 0..H-1 rows of a real image are given.
+    * `stop_rows`: the episode stops after this row, a multiple of (code rows / score-map rows).
+    * `image_index`: which real image the given rows come from; alone, it means `mode="continue"`.
+    * `codes`: the given codes themselves: a grid (H, W), some rows of it, or a prefix (n,); what comes before the first
+      K or K + 1 is given.
 
     ## Episode End
 
@@ -48,15 +73,17 @@ class LatentCodeEnv(GenerationEnv):
 
     ## Information
 
-    At the last step only: `codes` (T,) int16, `score_map` (h, w) float32, `step_rewards` (T,) float32.
+    Empty until the last step. Then `codes` (T,) int16 (the last observation), and unless `reward="none"` also
+    `score_map` (h, w) float32, 0 below the last drawn row, and `step_rewards` (T,) float32, 0 at codes that the episode
+    did not draw itself; its sum is the reward.
 
     ## Arguments
 
-    * `run`: path of a run folder, such as ``runs/demo``.
+    * `run`: path of a run folder, such as ``runs/demo``, with stages 1 and 2 done; with stage 3 unless `reward="none"`.
     * `reward`: `single`, `intermediate` or `none`.
     * `reset_mode`: `full`, `continue`, `scratch` or `mixed`.
     * `render_mode`: `rgb_array` (the decoded image so far, undrawn cells grey) or `ansi`.
-    * `device`: `cpu` or `cuda`.
+    * `device`: `cpu`, `cuda` or `cuda:N`: where images are decoded and scored.
 
     ## Version History
 
@@ -72,9 +99,36 @@ class LatentCodeEnv(GenerationEnv):
         render_mode: str | None = None,
         device: str = "cpu",
     ) -> None:
-        super().__init__(self.make_world(run, reward, device), reset_mode=reset_mode, render_mode=render_mode)
+        super().__init__(run_world(run, reward, device), reset_mode=reset_mode, render_mode=render_mode)
 
     @staticmethod
     def make_world(run: str, reward: str = "single", device: str = "cpu") -> World:
         """The world behind these arguments; the vector environments share it."""
         return run_world(run, reward, device)
+
+
+class LatentCodeVectorEnv(GenerationVectorEnv):
+    """Many `LatentCodeEnv` episodes at once; `GenerationVectorEnv` explains the arguments."""
+
+    def __init__(
+        self,
+        num_envs: int = 1,
+        *,
+        run: str,
+        reward: str = "single",
+        reset_mode: str = "full",
+        render_mode: str | None = None,
+        device: str = "cpu",
+        autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP,
+        lockstep: bool = False,
+        paired: bool = False,
+    ) -> None:
+        super().__init__(
+            run_world(run, reward, device),
+            num_envs,
+            reset_mode=reset_mode,
+            render_mode=render_mode,
+            autoreset_mode=autoreset_mode,
+            lockstep=lockstep,
+            paired=paired,
+        )

@@ -25,19 +25,21 @@ OPTION_NAMES = ("mode", "prefix_rows", "stop_rows", "codes", "image_index")
 
 
 @dataclass(frozen=True)
-class Start:
-    """One episode's start.
+class StartRequest:
+    """What ``reset(options=...)`` asks for, checked; None: to be drawn.
 
     Attributes:
-        position: first position to draw, 0..T-1.
-        stop: one past the last position to draw, a multiple of W.
-        image_index: row of the real codes the prefix comes from; -1: no real prefix.
-        codes: the prefix itself where `reset` was given one, (T,) or shorter; None: take it from the real codes.
+        mode: `full`, `continue`, `scratch` or `mixed`, for this one episode.
+        prefix_rows: rows given.
+        stop_rows: rows of the image; the episode stops after them.
+        image_index: which real image the given rows come from.
+        codes: (n,) int16, the given codes themselves.
     """
 
-    position: int
-    stop: int
-    image_index: int = -1
+    mode: str | None = None
+    prefix_rows: int | None = None
+    stop_rows: int | None = None
+    image_index: int | None = None
     codes: np.ndarray | None = None
 
 
@@ -59,16 +61,22 @@ class StartDistribution:
     def __init__(
         self, grid: CodeGrid, mode: str = "full", *, n_images: int = 0, row_multiple: int = 1, paired: bool = False
     ) -> None:
-        if mode not in RESET_MODES:
-            raise ValueError(f"reset_mode {mode!r} is unknown: choose one of {', '.join(RESET_MODES)}")
-        if mode in ("continue", "mixed") and n_images == 0:
-            raise ValueError(f"reset_mode {mode!r} continues real images, but there are no real codes: give some")
-        if grid.height % row_multiple:
+        if row_multiple < 1 or grid.height % row_multiple:
             raise ValueError(f"row_multiple {row_multiple} must divide the {grid.height} rows of the code grid")
-        if mode in ("continue", "mixed") and grid.height < 2:
-            raise ValueError(f"reset_mode {mode!r} needs at least 2 rows of codes, the grid has {grid.height}")
         self.grid, self.mode, self.n_images = grid, mode, n_images
-        self.row_multiple, self.paired = row_multiple, paired
+        self.row_multiple, self.paired = row_multiple, paired and mode == "mixed"
+        self.check_mode(mode, "reset_mode")
+
+    def check_mode(self, mode: str, name: str) -> None:
+        """Raise `ValueError` for a mode that is unknown or impossible here; `name` is what the caller calls it."""
+        if mode not in RESET_MODES:
+            raise ValueError(f"{name}={mode!r} is unknown: choose one of {', '.join(RESET_MODES)}")
+        if mode not in ("continue", "mixed"):
+            return
+        if self.n_images == 0:
+            raise ValueError(f"{name}={mode!r} continues real images, but this environment has no real codes")
+        if self.grid.height < 2:
+            raise ValueError(f"{name}={mode!r} needs at least 2 rows of codes, the grid has {self.grid.height}")
 
     def draw(self, rng: np.random.Generator, pending: int = 0, mode: str | None = None) -> tuple[int, int, int]:
         """One start.
@@ -83,19 +91,31 @@ class StartDistribution:
         """
         height = self.grid.height
         mode = self.mode if mode is None else mode
-        if mode == "mixed" and pending:
-            return 0, pending, 0
+        if mode == "mixed" and self.paired:
+            return self._draw_of_pair(rng, pending)
         if mode == "mixed":
-            continues = self.paired or rng.random() < 0.5
-            mode = "continue" if continues else "scratch"
-            if self.paired and self._scratch_choices > 0:
-                n = self._scratch_rows(rng)
-                return n, height, n
+            mode = "continue" if rng.random() < 0.5 else "scratch"
         if mode == "continue":
             return int(rng.integers(1, height)), height, 0
         if mode == "scratch" and self._scratch_choices > 0:
             return 0, self._scratch_rows(rng), 0
         return 0, height, 0
+
+    def _draw_of_pair(self, rng: np.random.Generator, pending: int) -> tuple[int, int, int]:
+        height = self.grid.height
+        if pending:
+            return 0, pending, 0
+        if self._scratch_choices == 0:  # no image is shorter than a whole one: only that has T codes
+            return 0, height, 0
+        rows = self._scratch_rows(rng)
+        return rows, height, rows
+
+    def draw_requested(self, request: StartRequest, rng: np.random.Generator, pending: int) -> tuple[int, int, int]:
+        """As `draw`, for rows that a request fixes."""
+        if request.prefix_rows is None and request.stop_rows is None:
+            return self.draw(rng, pending, request.mode)
+        stop = self.grid.height if request.stop_rows is None else request.stop_rows
+        return request.prefix_rows or 0, stop, 0
 
     @property
     def _scratch_choices(self) -> int:
@@ -110,70 +130,70 @@ class StartDistribution:
         return int(rng.integers(self.n_images))
 
 
-def start_from_options(
-    options: Mapping[str, Any],
-    distribution: StartDistribution,
-    rng: np.random.Generator,
-    pending: int,
-) -> tuple[Start, int]:
-    """Check ``reset(options=...)`` and turn it into a start; what the options leave open is drawn.
+def parse_options(options: Mapping[str, Any], distribution: StartDistribution) -> StartRequest:
+    """Check ``reset(options=...)``; draws nothing.
 
     Args:
         options: `mode`, `prefix_rows` (0..H-1), `stop_rows` (a multiple of `row_multiple` in 1..H, above
-            `prefix_rows`), `codes` (a grid to continue: (H, W), (T,) or a shorter prefix; K marks "not drawn"),
-            `image_index` (which real image the prefix comes from).
+            `prefix_rows`), `codes` (a grid to continue, (H, W), some whole rows of it (r, W), or a prefix (n,); the
+            codes before its first K or K + 1 are given), `image_index` (which real image the prefix comes from; alone,
+            it means `mode` "continue"). None stands for an option that is not given.
         distribution: the environment's own.
-        rng: the row's random generator.
-        pending: see `StartDistribution.draw`.
-
-    Returns:
-        the start, and the new `pending`.
 
     Raises:
-        ValueError: an unknown name or a value outside what is allowed; says both.
+        ValueError: an unknown name, a value outside what is allowed, or options that contradict each other; says both
+            what was given and what is allowed.
     """
     grid = distribution.grid
-    unknown = sorted(set(options) - set(OPTION_NAMES))
+    unknown = [name for name in options if name not in OPTION_NAMES]
     if unknown:
         raise ValueError(f"reset option {unknown[0]!r} is unknown: choose from {', '.join(OPTION_NAMES)}")
-    mode = options.get("mode")
-    if mode is not None and mode not in RESET_MODES:
-        raise ValueError(f"option mode={mode!r} is unknown: choose one of {', '.join(RESET_MODES)}")
-    if "codes" in options:
-        return _start_from_codes(options, distribution), pending
+    mode, image = options.get("mode"), options.get("image_index")
+    if mode is not None:
+        distribution.check_mode(mode, "option mode")
     prefix = _integer(options, "prefix_rows", 0, grid.height - 1)
     stop = _integer(options, "stop_rows", 1, grid.height)
-    image = _integer(options, "image_index", 0, distribution.n_images - 1)
+    if stop is not None and stop % distribution.row_multiple:
+        raise ValueError(
+            f"option stop_rows={stop} would give the critic a broken score-map row: choose a multiple of "
+            f"{distribution.row_multiple} up to {grid.height}"
+        )
+    if options.get("codes") is not None:
+        if mode is not None or image is not None:
+            raise ValueError("option codes gives the prefix itself: leave mode and image_index out")
+        return _from_codes(options["codes"], prefix, grid.height if stop is None else stop, grid)
+    if prefix is not None and stop is not None and prefix >= stop:
+        raise ValueError(f"option prefix_rows={prefix} leaves nothing to draw before stop_rows={stop}: give fewer rows")
     if (mode in ("full", "mixed") and (prefix, stop) != (None, None)) or (mode == "scratch" and prefix):
         raise ValueError(f"option mode={mode!r} contradicts prefix_rows or stop_rows: give the mode or the rows")
     if mode == "continue" and prefix is None and stop is not None:
         raise ValueError("option mode='continue' with stop_rows needs prefix_rows too: give it, or leave stop_rows out")
-    needs_image = bool(prefix) or image is not None or mode in ("continue", "mixed")
-    if needs_image and distribution.n_images == 0:
-        raise ValueError("these options continue a real image, but this environment has no real codes: pass `codes`")
-    if prefix is None and stop is None:
-        if mode is None and image is not None and distribution.mode == "full":
-            mode = "continue"
-        prefix, stop, pending = distribution.draw(rng, pending, mode)
-    prefix = prefix or 0
-    stop = grid.height if stop is None else stop
-    _check_rows(prefix, stop, distribution)
-    if prefix and image is None:
-        image = distribution.draw_image(rng)
-    return Start(prefix * grid.width, stop * grid.width, -1 if image is None or not prefix else image), pending
+    if (prefix or image is not None) and distribution.n_images == 0:
+        raise ValueError(
+            "options prefix_rows and image_index continue a real image, but this environment has no real "
+            "codes: give option codes"
+        )
+    image = _integer(options, "image_index", 0, distribution.n_images - 1)
+    if image is not None and prefix is None:
+        if mode in ("full", "scratch") or stop is not None:
+            raise ValueError(f"option image_index={image} needs rows to continue: give prefix_rows, or mode='continue'")
+        mode = mode or "continue"
+        distribution.check_mode(mode, "option mode")
+    return StartRequest(mode, prefix, stop, image)
 
 
-def _start_from_codes(options: Mapping[str, Any], distribution: StartDistribution) -> Start:
+def _from_codes(given: Any, prefix_rows: int | None, stop_rows: int, grid: CodeGrid) -> StartRequest:
     """A start from a given grid: its codes up to `prefix_rows`, or up to the first one that is not drawn."""
-    grid = distribution.grid
-    if options.get("image_index") is not None or options.get("mode") is not None:
-        raise ValueError("option codes gives the prefix itself: leave image_index and mode out")
-    try:
-        codes = np.asarray(options["codes"]).astype(np.int64, casting="same_kind").reshape(-1)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"option codes must be an integer array: {error}") from error
-    if codes.size > grid.n_codes:
-        raise ValueError(f"option codes has {codes.size} entries: at most {grid.n_codes} ({grid.height}x{grid.width})")
+    codes = np.asarray(given)
+    whole_rows = codes.ndim == 2 and codes.shape[1] == grid.width and codes.shape[0] <= grid.height
+    if not (whole_rows or (codes.ndim == 1 and codes.size <= grid.n_codes)):
+        raise ValueError(
+            f"option codes has shape {codes.shape}: give {(grid.height, grid.width)}, fewer rows of {grid.width}, or "
+            f"up to {grid.n_codes} codes in raster order"
+        )
+    if codes.size and codes.dtype.kind not in "iu":
+        raise ValueError(f"option codes has dtype {codes.dtype}: give integers")
+    codes = codes.reshape(-1)
     if codes.size and (codes.min() < 0 or codes.max() > grid.never_drawn):
         raise ValueError(
             f"option codes lies in {codes.min()}..{codes.max()}: codes are 0..{grid.codebook_size - 1}, "
@@ -181,31 +201,18 @@ def _start_from_codes(options: Mapping[str, Any], distribution: StartDistributio
         )
     drawn = codes < grid.codebook_size
     length = codes.size if drawn.all() else int(np.argmin(drawn))
-    prefix = _integer(options, "prefix_rows", 0, grid.height - 1)
-    if prefix is not None:
-        if prefix * grid.width > length:
-            raise ValueError(f"option prefix_rows={prefix} needs {prefix * grid.width} codes, but codes gives {length}")
-        length = prefix * grid.width
-    stop_rows = _integer(options, "stop_rows", 1, grid.height)
-    stop_rows = grid.height if stop_rows is None else stop_rows
-    _check_rows(-(-(length + 1) // grid.width) - 1, stop_rows, distribution)
+    if prefix_rows is not None:
+        if prefix_rows * grid.width > length:
+            raise ValueError(
+                f"option prefix_rows={prefix_rows} needs {prefix_rows * grid.width} codes, but codes gives {length}"
+            )
+        length = prefix_rows * grid.width
     if length >= stop_rows * grid.width:
         raise ValueError(
-            f"option codes gives {length} codes and nothing is left to draw: give fewer than "
-            f"{stop_rows * grid.width}, or prefix_rows"
+            f"option codes gives {length} codes and nothing is left to draw: give fewer than {stop_rows * grid.width}, "
+            "or prefix_rows"
         )
-    return Start(length, stop_rows * grid.width, -1, codes[:length])
-
-
-def _check_rows(prefix: int, stop: int, distribution: StartDistribution) -> None:
-    height, multiple = distribution.grid.height, distribution.row_multiple
-    if prefix >= stop:
-        raise ValueError(f"prefix_rows={prefix} leaves nothing to draw before stop_rows={stop}: it must be smaller")
-    if stop % multiple:
-        raise ValueError(
-            f"stop_rows={stop} would give the critic a broken score-map row: choose a multiple of {multiple} up to "
-            f"{height}"
-        )
+    return StartRequest(stop_rows=stop_rows, codes=codes[:length].astype(np.int16))
 
 
 def _integer(options: Mapping[str, Any], name: str, low: int, high: int) -> int | None:

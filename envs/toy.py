@@ -2,8 +2,35 @@
 
 from __future__ import annotations
 
+from functools import partial
+
+import numpy as np
+import torch
+from gymnasium.vector import AutoresetMode
+from torch import Tensor
+
+from ral_gym.codes import CodeGrid
 from ral_gym.envs.generation import GenerationEnv
-from ral_gym.envs.worlds import World, toy_world
+from ral_gym.envs.vector import GenerationVectorEnv
+from ral_gym.envs.worlds import World, check_device, check_reward
+from ral_gym.rewards import RewardKind, step_rewards
+
+GRID = CodeGrid(height=4, width=4, codebook_size=8)
+TILE = 8
+"""Pixels per tile."""
+COLOURS = torch.tensor(
+    [
+        [0, 114, 178],
+        [86, 180, 233],
+        [0, 158, 115],
+        [240, 228, 66],
+        [230, 159, 0],
+        [213, 94, 0],
+        [204, 121, 167],
+        [120, 94, 160],
+    ],
+    dtype=torch.uint8,
+)
 
 
 class ToyEnv(GenerationEnv):
@@ -27,6 +54,17 @@ class ToyEnv(GenerationEnv):
     >>> reward, terminated, truncated
     (0.9375, True, False)
 
+    Many episodes at once:
+
+    >>> envs = gym.make_vec("ral_gym/Toy-v0", num_envs=3)
+    >>> observations, infos = envs.reset(seed=0)
+    >>> for code in range(16):
+    ...     observations, rewards, terminations, truncations, infos = envs.step([code % 8, code // 2, 0])
+    >>> rewards
+    array([0.8125, 0.3125, 0.0625])
+    >>> infos["final_info"]["codes"][1]
+    array([0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7], dtype=int16)
+
     ## Action Space
 
     ``Discrete(8)``: the next tile's colour.
@@ -40,7 +78,20 @@ class ToyEnv(GenerationEnv):
 
     0 until the last tile. Then the share of tiles that obey the rule (`reward="single"`), or their number
     (`reward="intermediate"`; ``info["step_rewards"]`` has 1 or 0 for every drawn tile). `reward="none"`: always 0.
-    A random policy scores 0.18; the best possible is 1 (or 16).
+    A random policy scores 0.18; the best possible is 1 (or 16), and from 0.9 on (`reward="single"`) the task counts as
+    solved: ``spec.reward_threshold``.
+
+    >>> envs = gym.make_vec("ral_gym/Toy-v0", num_envs=3, reward="intermediate")
+    >>> observations, infos = envs.reset(seed=0)
+    >>> for code in range(16):
+    ...     observations, rewards, terminations, truncations, infos = envs.step([code % 8, code // 2, 0])
+    >>> rewards
+    array([13.,  5.,  1.])
+    >>> infos["final_info"]["step_rewards"][0].reshape(4, 4)
+    array([[1., 1., 1., 1.],
+           [0., 1., 1., 1.],
+           [0., 1., 1., 1.],
+           [0., 1., 1., 1.]], dtype=float32)
 
     ## Starting State
 
@@ -52,6 +103,9 @@ class ToyEnv(GenerationEnv):
     4 5 6 7
     . . . .
     . . . .
+    >>> observation, info = env.reset(options={"stop_rows": 1})
+    >>> observation
+    array([8, 8, 8, 8, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9], dtype=int16)
 
     ## Episode End
 
@@ -59,11 +113,12 @@ class ToyEnv(GenerationEnv):
 
     ## Information
 
-    At the last step only: `codes` (16,), `score_map` (4, 4), `step_rewards` (16,).
+    At the last step only: `codes` (16,) int16, `score_map` (4, 4) float32, `step_rewards` (16,) float32.
 
     ## Arguments
 
-    `reward`, `reset_mode`, `render_mode`, `device`: as `LatentCodeEnv`.
+    `reward`, `reset_mode`, `render_mode`, `device`: as `LatentCodeEnv`. `gym.make_vec` takes `autoreset_mode`,
+    `lockstep` and `paired` too: see `GenerationVectorEnv`.
 
     ## Version History
 
@@ -78,9 +133,88 @@ class ToyEnv(GenerationEnv):
         render_mode: str | None = None,
         device: str = "cpu",
     ) -> None:
-        super().__init__(self.make_world(reward, device), reset_mode=reset_mode, render_mode=render_mode)
+        super().__init__(toy_world(reward, device), reset_mode=reset_mode, render_mode=render_mode)
 
     @staticmethod
     def make_world(reward: str = "single", device: str = "cpu") -> World:
         """The world behind these arguments; the vector environments share it."""
         return toy_world(reward, device)
+
+
+class ToyVectorEnv(GenerationVectorEnv):
+    """Many `ToyEnv` episodes at once; `GenerationVectorEnv` explains the arguments."""
+
+    def __init__(
+        self,
+        num_envs: int = 1,
+        *,
+        reward: str = "single",
+        reset_mode: str = "full",
+        render_mode: str | None = None,
+        device: str = "cpu",
+        autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP,
+        lockstep: bool = False,
+        paired: bool = False,
+    ) -> None:
+        super().__init__(
+            toy_world(reward, device),
+            num_envs,
+            reset_mode=reset_mode,
+            render_mode=render_mode,
+            autoreset_mode=autoreset_mode,
+            lockstep=lockstep,
+            paired=paired,
+        )
+
+
+def toy_world(reward: str = "single", device: str = "cpu") -> World:
+    """The colour wheel: no learned weights. Each code should be the next colour after its neighbour.
+
+    The score map has one cell per code, 1 where the rule holds and 0 elsewhere, so a perfect image has mean score 1 and
+    there are K of them; a random one scores (1 + 15 / 8) / 16 = 0.18 on average.
+
+    Raises:
+        ValueError: unknown reward.
+        DeviceError: a device that does not exist here.
+    """
+    check_reward(reward)
+    kind: RewardKind = "intermediate" if reward == "intermediate" else "single"
+    return World(
+        grid=GRID,
+        decode=draw_tiles,
+        scorer=None if reward == "none" else partial(score_tiles, reward=kind),
+        real_codes=perfect_images(),
+        row_multiple=1,
+        device=check_device(device),
+        recipe=(toy_world, (reward, device)),
+    )
+
+
+def score_tiles(codes: Tensor, reward: RewardKind) -> tuple[Tensor, Tensor]:
+    """Codes (B, r * 4) -> score map (B, r, 4), step rewards (B, r * 4)."""
+    score_map = toy_score_map(codes)
+    return score_map, step_rewards(score_map, score_map.shape[1], GRID.width, reward)
+
+
+def toy_score_map(codes: Tensor) -> Tensor:
+    """1 where a code is its neighbour's successor (or the first code), else 0: (B, r * 4) -> (B, r, 4) float32."""
+    grid = codes.reshape(len(codes), -1, GRID.width)  # (B, r, 4)
+    wanted = torch.empty_like(grid)
+    wanted[:, :, 1:] = grid[:, :, :-1] + 1
+    wanted[:, 1:, 0] = grid[:, :-1, 0] + 1
+    wanted[:, 0, 0] = grid[:, 0, 0]
+    return (grid == wanted % GRID.codebook_size).float()
+
+
+def perfect_images() -> np.ndarray:
+    """The K perfect images, (K, T) int16."""
+    first = np.arange(GRID.codebook_size)[:, None, None]
+    rows, columns = np.arange(GRID.height)[None, :, None], np.arange(GRID.width)[None, None, :]
+    return ((first + rows + columns) % GRID.codebook_size).reshape(len(first), -1).astype(np.int16)
+
+
+def draw_tiles(codes: Tensor) -> Tensor:
+    """Coloured tiles: (B, r * 4) -> (B, 3, r * 8, 32) uint8."""
+    grid = torch.as_tensor(codes).long().cpu().reshape(len(codes), -1, GRID.width)  # (B, r, 4)
+    tiles = COLOURS[grid].permute(0, 3, 1, 2)  # (B, 3, r, 4)
+    return tiles.repeat_interleave(TILE, 2).repeat_interleave(TILE, 3)

@@ -8,9 +8,16 @@ from gymnasium.envs.registration import registry as _registry
 
 __version__ = "0.1.0"
 
-for _name, _entry_point in {
-    "ral_gym/Toy-v0": "ral_gym.envs.toy:ToyEnv",
-    "ral_gym/LatentCode-v0": "ral_gym.envs.latent_code:LatentCodeEnv",
-}.items():
+# No max_episode_steps: the last code ends the episode, that is a termination and no time limit. Only a task with a
+# known optimum has a reward threshold; it is stated for `reward="single"`.
+for _name, _module, _class, _reward_threshold in [
+    ("ral_gym/Toy-v0", "ral_gym.envs.toy", "Toy", 0.9),
+    ("ral_gym/LatentCode-v0", "ral_gym.envs.latent_code", "LatentCode", None),
+]:
     if _name not in _registry:
-        _register(_name, entry_point=_entry_point)
+        _register(
+            _name,
+            entry_point=f"{_module}:{_class}Env",
+            vector_entry_point=f"{_module}:{_class}VectorEnv",
+            reward_threshold=_reward_threshold,
+        )

@@ -6,29 +6,29 @@ import argparse
 import dataclasses
 import logging
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import tyro
 from rich.console import Console
-from rich.logging import RichHandler
+from tqdm import tqdm
 
-from ral_gym.codes import CodeGrid, CodeSet, encode_set
 from ral_gym.config import Config
-from ral_gym.data import ImageSet, load_images
-from ral_gym.errors import RalGymError
-from ral_gym.figures import results_table
+from ral_gym.errors import RalGymError, RunError
 from ral_gym.presets import PRESETS, get_preset
-from ral_gym.run import Run
-from ral_gym.stages.common import resolve_device
-from ral_gym.stages.evaluate import check_extractor, evaluate
-from ral_gym.stages.train_prior import continue_prior, train_prior
-from ral_gym.stages.train_vqvae import train_vqvae
-from ral_gym.storage import load_json
-from ral_gym.vqvae import VQVAE
+
+# torch and the stages are imported inside the commands: --help and a mistyped flag answer at once, and Ctrl-C during
+# the seconds that they take to load is caught like any other.
+if TYPE_CHECKING:
+    import torch
+
+    from ral_gym.codes import CodeGrid, CodeSet
+    from ral_gym.data import ImageSet
+    from ral_gym.run import Run
+    from ral_gym.vqvae import VQVAE
 
 
 @dataclass
@@ -45,7 +45,7 @@ class TrainArguments:
     algo: str | None = None
     """Algorithm of stage 3: `reinforce` or `ppo`. Short for --ral.algo."""
     name: str | None = None
-    """Name of the run folder. None: the preset's name, with the algorithm and the seed where they are not the default."""
+    """Name of the run folder. None: the preset's, with the algorithm and the seed where they are not the default."""
     runs: str = "runs"
     """Folder that holds the run folders."""
     device: str = "auto"
@@ -58,7 +58,7 @@ def parse_train(argv: Sequence[str]) -> TrainArguments:
     """Arguments of the training command; `--preset` chooses the defaults of all others.
 
     Raises:
-        RalGymError: an unknown preset or algorithm.
+        ConfigError: an unknown preset, or a setting out of range.
         SystemExit: wrong arguments (2) or --help (0), by tyro.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -71,6 +71,7 @@ def parse_train(argv: Sequence[str]) -> TrainArguments:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, source=arguments.data))
     if arguments.algo is not None:
         config = dataclasses.replace(config, ral=dataclasses.replace(config.ral, algo=arguments.algo))
+    config.check()
     arguments.config = config
     if arguments.name is None:
         parts = [config.preset, *([config.ral.algo] if config.ral.algo != "reinforce" else [])]
@@ -80,9 +81,16 @@ def parse_train(argv: Sequence[str]) -> TrainArguments:
 
 def train(arguments: TrainArguments, console: Console) -> dict[str, Any]:
     """All stages in order; each loads what is there, continues what was begun, or trains."""
-    # Imported here so that sampling and evaluation do not load Stable-Baselines3.
     from ral_gym.agents.defaults import check_algorithm
     from ral_gym.agents.train_ral import train_ral
+    from ral_gym.codes import CodeGrid
+    from ral_gym.data import load_images
+    from ral_gym.run import Run
+    from ral_gym.stages.common import resolve_device
+    from ral_gym.stages.evaluate import check_extractor, evaluate
+    from ral_gym.stages.train_prior import continue_prior, train_prior
+    from ral_gym.stages.train_vqvae import train_vqvae
+    from ral_gym.storage import load_json
 
     config, progress = arguments.config, not arguments.quiet
     check_algorithm(config.ral.algo)
@@ -94,8 +102,8 @@ def train(arguments: TrainArguments, console: Console) -> dict[str, Any]:
     images = load_images(config.data, seed=config.seed, progress=progress)
     _introduce(images, run, device, console)
     vqvae = train_vqvae(run, images, device, progress)
-    codes = _codes(run, vqvae, images, progress)
     grid = CodeGrid(vqvae.height, vqvae.width, vqvae.codebook_size)
+    codes = _codes(run, vqvae, grid, images, progress)
     prior = train_prior(run, codes, grid, device, progress)
     train_ral(run, vqvae, prior, codes, device, progress)
     continue_prior(run, prior, codes, device, progress)
@@ -104,29 +112,49 @@ def train(arguments: TrainArguments, console: Console) -> dict[str, Any]:
 
 def _introduce(images: ImageSet, run: Run, device: torch.device, console: Console) -> None:
     """The first lines: which data, how to give other data, where the run lives."""
-    console.print(f"Data: {images.description}", highlight=False)
+    lines = [f"Data: {images.description}"]
     if run.config.data.source == "faces":
-        console.print(
-            "  Your own: --data celeba:PATH (img_align_celeba, folder or zip) or --data folder:PATH", highlight=False
-        )
-    console.print(f"Run:  {run.path}  (preset {run.config.preset}, {run.config.ral.algo}, {device})", highlight=False)
+        lines += ["  Your own: --data celeba:PATH (img_align_celeba, folder or zip) or --data folder:PATH"]
+    lines += [f"Run:  {run.path}  (preset {run.config.preset}, {run.config.ral.algo}, {device})"]
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
-def _codes(run: Run, vqvae: VQVAE, images: ImageSet, progress: bool) -> CodeSet:
+def _codes(run: Run, vqvae: VQVAE, grid: CodeGrid, images: ImageSet, progress: bool) -> CodeSet:
     """The code file: made once."""
+    from ral_gym.codes import CodeSet, encode_set
+
     file = run.file("codes.safetensors")
     if not file.exists():
         passes = run.config.prior.augmented_passes
         encode_set(vqvae, images, passes=passes, seed=run.config.seed * 1000 + 7, progress=progress).save(file)
-    return CodeSet.load(file)
+    return CodeSet.load(file, grid)
 
 
 def report(run: Run, results: dict[str, Any], console: Console) -> dict[str, Any]:
-    """The table, and the pictures' paths."""
-    console.print(results_table(results))
+    """The table, and the pictures' paths.
+
+    Raises:
+        RunError: the results are not ral_gym's.
+    """
+    from ral_gym.figures import results_table
+
+    try:
+        table = results_table(results)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise RunError(f"{run.file('results.json')} is no results file; remove it to evaluate again") from error
+    console.print(table)
     for picture in sorted(run.file("samples").glob("*.png")):
-        console.print(f"  {picture}", highlight=False, soft_wrap=True)
+        console.print(f"  {picture}", highlight=False, soft_wrap=True, markup=False)
     return results
+
+
+class _Lines(logging.Handler):
+    """Log records as lines "warning: ..." on the error stream, above any progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one record."""
+        tqdm.write(f"{record.levelname.lower()}: {record.getMessage()}", file=sys.stderr)
 
 
 def run_command(command: Callable[[Sequence[str], Console], Any], argv: Sequence[str]) -> int:
@@ -135,20 +163,27 @@ def run_command(command: Callable[[Sequence[str], Console], Any], argv: Sequence
     Returns:
         the exit code: 0, 2 after an error a user can mend, 130 after Ctrl-C.
     """
-    console = Console()
-    logging.basicConfig(format="%(message)s", level=logging.WARNING, handlers=[RichHandler(show_path=False)])
+    logger, handler = logging.getLogger("ral_gym"), _Lines()
+    logger.addHandler(handler)
     try:
-        command(argv, console)
+        with warnings.catch_warnings():
+            if not sys.warnoptions:
+                warnings.simplefilter("ignore")  # libraries' remarks to programmers
+            command(argv, Console())
+        return 0
     except RalGymError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        message, code = f"error: {error}", 2
     except OSError as error:
-        print(f"error: {error.filename or 'a file'}: {error.strerror or error}; mend that and run again", file=sys.stderr)
-        return 2
+        thing, reason = error.filename or "a file", error.strerror or str(error)
+        message, code = f"error: {thing}: {reason}; mend that and run the same command again", 2
     except KeyboardInterrupt:
-        print("stopped; what was saved is kept, the same command continues", file=sys.stderr)
-        return 130
-    return 0
+        message, code = "stopped: what was saved is kept; run the same command again to continue", 130
+    finally:
+        logger.removeHandler(handler)
+    for bar in list(getattr(tqdm, "_instances", ())):  # an unfinished bar would share its line with the message
+        bar.close()
+    print(message, file=sys.stderr)
+    return code
 
 
 def train_main(argv: Sequence[str] | None = None) -> int:

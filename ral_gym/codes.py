@@ -76,17 +76,32 @@ class CodeSet:
         save_tensors(path, tensors, {"clean": self.clean})
 
     @classmethod
-    def load(cls, path: Path) -> CodeSet:
+    def load(cls, path: Path, grid: CodeGrid | None = None) -> CodeSet:
         """Read what `save` wrote.
 
+        Args:
+            path: the file.
+            grid: the shape that the codes must have; None: whatever it is.
+
         Raises:
-            RunError: the file is missing, truncated or not a code file.
+            RunError: the file is missing, truncated, not a code file, or does not fit the grid.
         """
         tensors, metadata = load_tensors(path)
         if "train" not in tensors or "test" not in tensors or "clean" not in metadata:
             raise RunError(f"{path} is not a code file (no train and test codes in it); remove it to encode again")
+        if grid is not None and not all(_fits(codes, grid) for codes in tensors.values()):
+            raise RunError(
+                f"{path} belongs to another VQ-VAE: its codes are not {grid.n_codes} per image in "
+                f"0..{grid.codebook_size - 1}; remove it to encode again"
+            )
         arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
         return cls(arrays["train"], arrays["test"], arrays.get("new_people"), metadata["clean"])
+
+
+def _fits(codes: Tensor, grid: CodeGrid) -> bool:
+    """Whether codes (N, T) have the grid's T and lie in its codebook."""
+    inside = codes.numel() == 0 or 0 <= int(codes.min()) <= int(codes.max()) < grid.codebook_size
+    return codes.shape[1:] == (grid.n_codes,) and inside
 
 
 @torch.no_grad()
@@ -119,7 +134,7 @@ def encode_images(
     generator = torch.Generator().manual_seed(seed)
     starts = [(p, i) for p in range(passes) for i in range(0, len(images), batch_size)]
     for number, start in tqdm(starts, desc=label, unit="batch", disable=not progress, leave=False):
-        batch = to_float(torch.from_numpy(np.ascontiguousarray(images[start : start + batch_size])))  # (B, C, S, S)
+        batch = to_float(torch.from_numpy(np.array(images[start : start + batch_size])))  # (B, C, S, S)
         if number:
             batch = augment(batch, generator)
         row = number * len(images) + start

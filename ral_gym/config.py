@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from ral_gym.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -116,8 +120,10 @@ class CriticConfig:
     """Adam's first moment decay (Section 4.4)."""
     adam_beta2: float = 0.999
     """Adam's second moment decay (Section 4.4)."""
+    loss: Literal["wgan_gp", "hinge"] = "wgan_gp"
+    """`wgan_gp` (Eq. 5) or `hinge` (no gradient penalty: a fifth of the time per step, and it learns on small sets)."""
     gradient_penalty: float = 10.0
-    """Weight of the gradient penalty, lambda_gp of Eq. 5."""
+    """Weight of the gradient penalty, lambda_gp of Eq. 5; `wgan_gp` only."""
     batch_size: int = 16
     """Real and as many fake images per critic step."""
     warmup_steps: int = 100
@@ -206,6 +212,26 @@ class Config:
         """Side of the code grid."""
         return self.data.image_size // 2**self.vqvae.layers
 
+    def check(self) -> None:
+        """Refuse what would only fail later, perhaps after hours; `load_images` checks the rest of `data`.
+
+        Raises:
+            ConfigError: a setting is out of range, or does not fit another one.
+        """
+        for (allowed, holds), names in _LIMITS.items():
+            for name in names.split():
+                section, _, field_name = name.rpartition(".")
+                value = getattr(getattr(self, section) if section else self, field_name)
+                for number in value if isinstance(value, tuple) else (value,):
+                    if not holds(number):
+                        raise ConfigError(f"{name} is {number}: give {allowed}")
+        for name, layers in (("vqvae.layers", self.vqvae.layers), ("critic.layers", self.critic.layers)):
+            if self.data.image_size % 2**layers:
+                raise ConfigError(
+                    f"{name} is {layers}: data.image_size {self.data.image_size} must be a multiple of 2**{layers}; "
+                    "change one of them"
+                )
+
     def to_json(self) -> str:
         """The configuration as indented JSON."""
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
@@ -225,3 +251,39 @@ class Config:
             evaluation=EvaluationConfig(**evaluation),
             seed=values["seed"],
         )
+
+
+_Rule = tuple[str, Callable[[float], bool]]
+_COUNT: _Rule = ("an integer of 1 or more", lambda value: value >= 1)
+_NOT_NEGATIVE: _Rule = ("0 or more", lambda value: 0 <= value < math.inf)
+_POSITIVE: _Rule = ("a number above 0", lambda value: 0 < value < math.inf)
+_SHARE: _Rule = ("at least 0 and below 1", lambda value: 0 <= value < 1)
+_LIMITS: dict[_Rule, str] = {
+    _COUNT: """
+        vqvae.residual_units vqvae.layers vqvae.codebook_dim vqvae.batch_size vqvae.training_steps
+        prior.hidden_units prior.residual_units prior.layers prior.batch_size prior.training_steps
+        prior.augmented_passes prior.evaluate_every critic.hidden_units critic.layers critic.batch_size
+        ral.n_envs ral.n_updates ral.checkpoint_every
+        """,
+    _NOT_NEGATIVE: """
+        vqvae.residual_blocks vqvae.beta vqvae.threshold_ema_dead_code prior.output_stack_layers
+        critic.gradient_penalty critic.warmup_steps critic.n_critic ral.mle_coef ral.kl_coef
+        """,
+    _POSITIVE: """
+        vqvae.learning_rate prior.learning_rate critic.learning_rate ral.learning_rate ral.max_grad_norm
+        evaluation.temperatures
+        """,
+    _SHARE: """
+        vqvae.decay prior.dropout prior.ema_decay critic.adam_beta1 critic.adam_beta2 ral.adam_beta1 ral.adam_beta2
+        ral.ema_decay
+        """,
+    ("at least 0 and at most 1", lambda value: 0 <= value <= 1): "ral.gamma",
+    ("2 or more", lambda value: value >= 2): "vqvae.hidden_units",
+    ("2 to 32766, so that codes fit 16 bits", lambda value: 2 <= value <= 32_766): "vqvae.codebook_size",
+    ("an odd number", lambda value: value >= 1 and value % 2 == 1): "vqvae.encoder_filter_size",
+    ("an even number of 2 or more", lambda value: value >= 2 and value % 2 == 0): "vqvae.decoder_filter_size",
+    ("an odd number of 3 or more", lambda value: value >= 3 and value % 2 == 1): "prior.conv_filter_size",
+    ("6 or more, since KID compares subsets of a third", lambda value: value >= 6): "evaluation.n_samples",
+    ("0 to 4000000, since numpy's seeds have 32 bits", lambda value: 0 <= value <= 4_000_000): "seed",
+}
+"""What a setting may be (in words, and as a test), and the settings that this holds for."""

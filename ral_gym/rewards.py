@@ -22,8 +22,8 @@ Normalization = Literal["max_abs", "standard", "none"]
 def step_rewards(score_map: Tensor, rows: int, width: int, reward: RewardKind) -> Tensor:
     """The reward of every code of images of `rows` code rows.
 
-    The paper does not say how the map is upsampled: nearest is used, so that each code gets exactly the score of the
-    patch it lies in.
+    The paper does not say how the map is upsampled: each code gets exactly the score of the patch it lies in, and where
+    the map is finer than the grid, the mean of the patches inside it.
 
     Args:
         score_map: (B, h, w) float, higher is more real.
@@ -35,8 +35,7 @@ def step_rewards(score_map: Tensor, rows: int, width: int, reward: RewardKind) -
         (B, r * W) float; the whole sum is the mean score (single) or the sum over codes (intermediate).
     """
     if reward == "intermediate":
-        upsampled = F.interpolate(score_map.unsqueeze(1), size=(rows, width), mode="nearest")  # (B, 1, r, W)
-        return upsampled.flatten(1)
+        return F.interpolate(score_map.unsqueeze(1), size=(rows, width), mode="area").flatten(1)  # (B, r * W)
     rewards = score_map.new_zeros(len(score_map), rows * width)  # (B, T')
     rewards[:, -1] = score_map.flatten(1).mean(1)
     return rewards

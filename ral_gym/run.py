@@ -35,6 +35,7 @@ from ral_gym.config import Config
 from ral_gym.errors import RunError
 from ral_gym.storage import (
     cannot_write,
+    differences,
     load_json,
     load_tensors,
     pack_state,
@@ -79,24 +80,36 @@ class Run:
         config: the settings. They must equal those the folder was made with.
 
     Raises:
-        RunError: the folder holds another configuration, or cannot be written.
+        ConfigError: a setting is out of range.
+        RunError: the folder holds another configuration or something else, or cannot be written.
     """
 
     def __init__(self, path: Path | str, config: Config) -> None:
+        config.check()
         self.path = Path(path)
         self.config = config
         file = self.path / "config.json"
-        if not file.exists():
-            if self.path.is_dir() and any(self.path.iterdir()):
-                raise RunError(f"{self.path} is not empty and not a run folder; choose another --name")
-            write_text(file, config.to_json())
+        contents = [found.name for found in _visible(self.path) if found != file]
+        if not file.is_file():
+            if contents or self.path.is_file():
+                has = f"has no config.json, but {', '.join(sorted(contents)[:3])}" if contents else "is a file"
+                raise RunError(f"{self.path} is not a run folder: it {has}; choose another --name")
+        elif contents:  # else nothing has been made yet with the settings there, so that others may take their place
+            self._check_same(file)
             return
+        write_text(file, config.to_json())
+
+    def _check_same(self, file: Path) -> None:
+        """Refuse to go on with other settings than those the folder was made with."""
         there = load_json(file)
-        differences = _differences(there, json.loads(config.to_json()))
-        if differences:
+        if not isinstance(there, dict) or "preset" not in there:
+            raise RunError(f"{self.path} is not a run folder (its config.json is another's); choose another --name")
+        found = differences(there, json.loads(self.config.to_json()))
+        if found:
+            more = f"; and {len(found) - 3} more" if len(found) > 3 else ""
             raise RunError(
-                f"{self.path} was made with another configuration ({'; '.join(differences[:3])}"
-                f"{'; ...' if len(differences) > 3 else ''}); choose another --name, or remove the folder"
+                f"{self.path} was made with another configuration ({'; '.join(found[:3])}{more}); choose another --name, "
+                "or remove the folder"
             )
 
     def file(self, name: str) -> Path:
@@ -110,16 +123,27 @@ class Run:
     def save_checkpoint(self, stage: str, state: dict[str, Any]) -> None:
         """Write the state a stage continues from, together with every global random state."""
         tensors, rest = pack_state({**state, "random": random_state()})
-        save_tensors(self.file(f"checkpoints/{stage}.safetensors"), tensors, {"state": rest})
+        metadata = {"stage": stage, "config": json.loads(self.config.to_json()), "state": rest}
+        save_tensors(self.file(f"checkpoints/{stage}.safetensors"), tensors, metadata)
 
     def load_checkpoint(self, stage: str, restore_random: bool = True) -> dict[str, Any] | None:
-        """The state to continue `stage` from, or None; restores the global random states on the way."""
+        """The state to continue `stage` from, or None; restores the global random states on the way.
+
+        Raises:
+            RunError: the file is damaged, or another stage's or another run's checkpoint.
+        """
         path = self.file(f"checkpoints/{stage}.safetensors")
         if not path.exists():
             return None
         tensors, metadata = load_tensors(path)
-        if "state" not in metadata:
-            raise RunError(f"{path} is no checkpoint; remove it to start the stage again")
+        if metadata.get("stage") != stage or "state" not in metadata:
+            raise RunError(f"{path} is no checkpoint of stage {stage}; remove it to start the stage again")
+        found = differences(metadata.get("config"), json.loads(self.config.to_json()))
+        if found:
+            raise RunError(
+                f"{path} is a checkpoint of another configuration ({'; '.join(found[:3])}); remove it to start the "
+                "stage again"
+            )
         state = unpack_state(tensors, metadata["state"])
         if restore_random:
             set_random_state(state["random"])
@@ -136,19 +160,20 @@ class Run:
 
     def metrics(self, stage: str) -> list[dict[str, Any]]:
         """The logged lines of one stage."""
-        path = self.file("metrics.jsonl")
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        return [record for record in map(_parse_line, lines) if record.get("stage") == stage]
+        return [record for record in self._records() if record["stage"] == stage]
 
     def forget_after(self, stage: str, step: int) -> None:
         """Drop lines of `stage` logged after its checkpoint, so that a continued run logs each step once."""
-        path = self.file("metrics.jsonl")
-        if not path.exists():
+        if not self.has("metrics.jsonl"):
             return
-        records = [_parse_line(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        kept = [r for r in records if r and not (r["stage"] == stage and r["step"] > step)]
-        text = "".join(json.dumps(record) + "\n" for record in kept)
-        write_text(path, text)
+        kept = [record for record in self._records() if record["stage"] != stage or record["step"] <= step]
+        write_text(self.file("metrics.jsonl"), "".join(json.dumps(record) + "\n" for record in kept))
+
+    def _records(self) -> list[dict[str, Any]]:
+        """All logged lines, without any that a crash cut short."""
+        path = self.file("metrics.jsonl")
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+        return [record for record in map(_parse_line, lines) if record is not None]
 
     def add_seconds(self, stage: str, seconds: float) -> None:
         """Add to the time a stage has taken, over all the sittings."""
@@ -158,25 +183,22 @@ class Run:
 
     def seconds(self) -> dict[str, float]:
         """Seconds per stage."""
-        return load_json(self.file("seconds.json")) if self.has("seconds.json") else {}
+        return dict(load_json(self.file("seconds.json"))) if self.has("seconds.json") else {}
 
 
-def _parse_line(line: str) -> dict[str, Any]:
-    """One line of metrics.jsonl; a line cut short by a crash is {}."""
+def _visible(path: Path) -> list[Path]:
+    """What a folder holds, without hidden files (such as a killed process's temporary ones) and empty folders."""
+    found = [item for item in path.iterdir() if not item.name.startswith(".")] if path.is_dir() else []
+    return [item for item in found if not item.is_dir() or any(item.iterdir())]
+
+
+def _parse_line(line: str) -> dict[str, Any] | None:
+    """One line of metrics.jsonl; None for a line cut short by a crash."""
     try:
-        return json.loads(line)
-    except ValueError:
-        return {}
-
-
-def _differences(there: Any, here: Any, name: str = "") -> list[str]:
-    """``field: value there, value here`` for every setting that differs."""
-    if isinstance(there, dict) and isinstance(here, dict):
-        found: list[str] = []
-        for key in sorted(there.keys() | here.keys()):
-            found += _differences(there.get(key), here.get(key), f"{name}.{key}" if name else key)
-        return found
-    return [] if there == here else [f"{name}: {there} there, {here} here"]
+        record = json.loads(line)
+        return record if record["stage"] and record["step"] >= 0 else None
+    except (KeyError, TypeError, ValueError):
+        return None
 
 
 def read_config(path: Path | str) -> Config:
@@ -188,5 +210,6 @@ def read_config(path: Path | str) -> Config:
     file = Path(path) / "config.json"
     try:
         return Config.from_dict(load_json(file))
-    except (KeyError, TypeError) as error:
-        raise RunError(f"{file} does not fit this version of ral_gym ({error}); train again in another folder") from error
+    except (KeyError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise RunError(f"{file} does not fit this version of ral_gym ({reason}); train in another folder") from error

@@ -36,13 +36,13 @@ def draw(logits: Tensor, uniforms: Tensor, temperature: float = 1.0) -> tuple[Te
         logits = logits.float()
     if temperature != 1.0:
         logits = logits / temperature
-    log_probs = F.log_softmax(logits, dim=-1)  # (B, K)
-    cumulative = log_probs.exp().cumsum(dim=-1)  # (B, K)
+    probs = F.softmax(logits, dim=-1)  # (B, K)
+    cumulative = probs.cumsum(dim=-1)  # (B, K)
     # Rounding leaves the total near 1; the last code of positive probability is just below, whatever the uniform.
     total = cumulative[:, -1:] * (1 - torch.finfo(logits.dtype).eps)
     codes = torch.searchsorted(cumulative, uniforms.to(logits.dtype)[:, None] * total, right=True)  # (B, 1)
     codes.clamp_(max=logits.shape[1] - 1)  # only NaN logits need it: they give NaN log-probabilities and no crash
-    return codes[:, 0], log_probs.gather(1, codes)[:, 0]
+    return codes[:, 0], probs.gather(1, codes)[:, 0].log()
 
 
 class _Request:

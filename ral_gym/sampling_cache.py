@@ -25,6 +25,19 @@ def _bias(layer: nn.Conv2d) -> Tensor:
     return layer.bias
 
 
+def _can_block(like: Tensor) -> bool:
+    """Whether kernels can be kept in oneDNN's own layout.
+
+    `F.conv2d` brings the kernels into that layout at every call, a quarter of its time on one row of 16 grids. These
+    operators, which torch.compile uses, are not public: without them `F.conv2d` does the same.
+    """
+    names = ("_reorder_convolution_weight", "_convolution_pointwise")
+    operators = all(hasattr(torch.ops.mkldnn, name) for name in names)
+    return (
+        like.device.type == "cpu" and like.dtype == torch.float32 and torch.backends.mkldnn.is_available() and operators
+    )
+
+
 class PackedWeights:
     """The PixelCNN's weights as the sampler's matrix products want them: (inputs, outputs), taps side by side.
 
@@ -55,6 +68,7 @@ class PackedWeights:
         self.horizontal_out = [like.new_empty(inner, channels) for _ in blocks]
         self.stack = [like.new_empty(channels + 1, channels) for _ in stack.layers]  # the bias is the last row
         self.to_logits = like.new_empty(channels + 1, prior.codebook_size)
+        self._blocked: list[Tensor] | None = [] if _can_block(like) else None
         self.refresh()
 
     @torch.no_grad()
@@ -81,6 +95,24 @@ class PackedWeights:
         for packed, linear in zip([*self.stack, self.to_logits], [*stack.layers, stack.to_logits], strict=True):
             packed[:-1].copy_(linear.weight.t())
             packed[-1].copy_(linear.bias)
+        if self._blocked is not None:
+            padding = [0, self.prior.conv_filter_size // 2]
+            self._blocked = [torch.ops.mkldnn._reorder_convolution_weight(x, padding) for x in self.vertical]
+
+    def convolve(self, x: Tensor, layer: int, seen: int) -> Tensor:
+        """A block's vertical convolution, whose last `seen` kernel rows lie on the grid: (n, rows + seen - 1, W, C).
+
+        Returns:
+            (n, rows, W, 2 R).
+        """
+        weight, bias = self.vertical[layer], self.vertical_bias[layer]
+        padding, x = [0, weight.shape[3] // 2], x.permute(0, 3, 1, 2)
+        if self._blocked is not None and seen == weight.shape[2]:
+            packed = self._blocked[layer]
+            pre = torch.ops.mkldnn._convolution_pointwise(x, packed, bias, padding, [1, 1], [1, 1], 1, "none", [], "")
+        else:
+            pre = F.conv2d(x, weight[:, :, -seen:], bias, padding=padding)
+        return pre.permute(0, 2, 3, 1)
 
 
 class SamplingCache:
@@ -175,10 +207,11 @@ class SamplingCache:
         recent = torch.as_tensor(grid_rows[:, None] + np.arange(reach + 1), device=v.device)
         at = torch.as_tensor(batch, device=v.device)
         current = recent[:, 0]
+        seen = min(v.shape[1], reach + 1)
         for layer in range(len(weights.vertical)):
             x = F.pad(v, (0, 0, 0, 0, reach, 0))  # (n, p + rows, W, C)
             self._above[layer, rows] = x[at[:, None], recent]
-            pre = self._convolve(x, layer)  # (n, rows, W, 2 R)
+            pre = weights.convolve(x[:, reach + 1 - seen :], layer, seen)  # (n, rows, W, 2 R)
             self._terms[layer, rows] = pre[at, current] @ weights.across[layer] + weights.across_bias[layer]
             if layer < len(weights.vertical_out):
                 v = v + gate(pre) @ weights.vertical_out[layer]
@@ -207,7 +240,8 @@ class SamplingCache:
 
     def _next_row(self, row: int) -> None:
         tokens = self._tokens[:, row : row + self.reach]
-        self._run_row(tokens, self.weights.vertical_base[row], self._above, self._terms)
+        seen = min(row, self.reach) + 1
+        self._run_row(tokens, self.weights.vertical_base[row], self._above, self._terms, seen)
         self._line[0, :, self.reach : -self.reach] = self.weights.horizontal_base[row]
 
     def next_row_of(self, rows: np.ndarray, grid_rows: np.ndarray) -> None:
@@ -216,29 +250,24 @@ class SamplingCache:
         at, current = torch.as_tensor(rows, device=device), torch.as_tensor(grid_rows, device=device)
         tokens = self._tokens[at[:, None], current[:, None] + torch.arange(self.reach, device=device)]
         above, terms = self._above[:, at], self._terms[:, at]
-        self._run_row(tokens, weights.vertical_base[current], above, terms)
+        self._run_row(tokens, weights.vertical_base[current], above, terms, self.reach + 1)
         self._above[:, at] = above
         self._terms[:, at] = terms
         self._line[0, at, self.reach : -self.reach] = weights.horizontal_base[current]
 
-    def _run_row(self, tokens: Tensor, base: Tensor, above: Tensor, terms: Tensor) -> None:
-        """One grid row of the vertical stack, from the tokens (n, p, W + 2 p) of those above."""
+    def _run_row(self, tokens: Tensor, base: Tensor, above: Tensor, terms: Tensor, seen: int) -> None:
+        """One grid row of the vertical stack, from the tokens (n, p, W + 2 p) of those above, `seen` rows at most."""
         weights, width = self.weights, self.width
         for row in range(self.reach):
             above[:, :, row] = above[:, :, row + 1]
         v = (self._vertical_input(tokens)[:, 0] + base).flatten(0, 1)  # (n W, C)
         for layer in range(len(weights.vertical)):
             above[layer, :, -1] = v.view(-1, width, v.shape[-1])
-            pre = self._convolve(above[layer], layer).flatten(0, 2)  # (n W, 2 R)
+            pre = weights.convolve(above[layer][:, -seen:], layer, seen).flatten(0, 2)  # (n W, 2 R)
             across = torch.addmm(weights.across_bias[layer], pre, weights.across[layer])
             terms[layer] = across.view(-1, width, across.shape[-1])
             if layer < len(weights.vertical_out):
                 v.addmm_(gate(pre), weights.vertical_out[layer])
-
-    def _convolve(self, x: Tensor, layer: int) -> Tensor:
-        """A block's vertical convolution, (n, p + rows, W, C) to (n, rows, W, 2 R)."""
-        weight, bias = self.weights.vertical[layer], self.weights.vertical_bias[layer]
-        return F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=(0, self.reach)).permute(0, 2, 3, 1)
 
     def _vertical_input(self, tokens: Tensor) -> Tensor:
         """First layer of the vertical stack, (n, p - 1 + rows, W + 2 p) tokens to (n, rows, W, C), without its bias."""
@@ -286,7 +315,7 @@ class SamplingCache:
         reach = self.reach
         self._tokens[:, row + reach, column + reach] = codes
         right = self._line[0, :, column + reach + 1 : column + 2 * reach + 1]  # (B, p, C)
-        right += self.weights.horizontal_table[codes]
+        right += self.weights.horizontal_table.index_select(0, codes)
 
     def put_at(self, rows: np.ndarray, codes: Tensor, grid_rows: np.ndarray, columns: np.ndarray) -> None:
         """Enter the codes (n,) of some batch rows (n,), each at a position of its own."""

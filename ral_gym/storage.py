@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import json
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,32 +22,27 @@ from ral_gym.errors import RunError
 _KEY = "ral_gym"
 
 
-def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     """Call ``write(temporary)`` beside `path`, then rename: a reader sees the old file or the whole new one.
 
     Raises:
         RunError: the folder is not writable or the disk is full; nothing at `path` has changed then.
     """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
-        os.close(handle)
-    except OSError as error:
-        raise cannot_write(path, error) from error
-    temporary = Path(name)
-    try:
         write(temporary)
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
-        os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except OSError as error:
         raise cannot_write(path, error) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # renamed, or never made
+            temporary.unlink()
 
 
-def cannot_write(path: Path, error: OSError) -> RunError:
+def cannot_write(path: Path | str, error: OSError) -> RunError:
     """The error that says why `path` could not be written and what to do."""
     remedy = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "choose a folder you can write to"
     return RunError(f"cannot write {path}: {error.strerror or error}; {remedy} and run the same command again")
@@ -60,7 +55,7 @@ def save_json(path: Path, values: Any) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically."""
-    write_atomic(path, lambda temporary: _write_bytes(temporary, text.encode()))
+    _write_bytes(path, text.encode())
 
 
 def load_json(path: Path) -> Any:
@@ -81,11 +76,11 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any
     """Write tensors and JSON-able metadata atomically as one safetensors file."""
     ready = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
     data = safetensors.torch.save(ready, metadata={_KEY: json.dumps(metadata)})
-    write_atomic(path, lambda temporary: _write_bytes(temporary, data))
+    _write_bytes(path, data)
 
 
 def _write_bytes(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
+    write_atomic(path, lambda temporary: temporary.write_bytes(data))
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -102,9 +97,10 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError) as error:
         raise RunError(f"{path} is damaged or no safetensors file ({error}); remove it to make it again") from error
-    if _KEY not in metadata:
-        raise RunError(f"{path} was not written by ral_gym (its metadata is missing); remove it to make it again")
-    return tensors, json.loads(metadata[_KEY])
+    try:
+        return tensors, dict(json.loads(metadata[_KEY]))
+    except (KeyError, ValueError, TypeError) as error:
+        raise RunError(f"{path} was not written by ral_gym (no metadata of its); remove it to make it again") from error
 
 
 def save_module(path: Path, module: nn.Module, weights: dict[str, Tensor] | None = None, **metadata: Any) -> None:
@@ -120,22 +116,46 @@ def save_module(path: Path, module: nn.Module, weights: dict[str, Tensor] | None
     save_tensors(path, state, {"class": type(module).__name__, "config": module.config, **metadata})
 
 
-def load_module(path: Path, cls: type[nn.Module], device: torch.device | str = "cpu") -> Any:
+def load_module(
+    path: Path, cls: type[nn.Module], device: torch.device | str = "cpu", config: dict[str, Any] | None = None
+) -> Any:
     """Rebuild a module from its file, in evaluation mode, without gradients.
 
+    Args:
+        path: the file.
+        cls: the module's class.
+        device: where it goes.
+        config: the constructor's arguments that it must have been made with; None: whatever they are.
+
     Raises:
-        RunError: missing, damaged, of another class, or weights that do not fit the configuration beside them.
+        RunError: missing, damaged, of another class or made with other arguments, or weights that do not fit them.
     """
     tensors, metadata = load_tensors(path)
     if metadata.get("class") != cls.__name__:
-        raise RunError(f"{path} holds a {metadata.get('class')}, not a {cls.__name__}; check which file you named")
-    module = cls(**metadata["config"])
+        raise RunError(
+            f"{path} holds {metadata.get('class', 'no weights')}, not {cls.__name__}; remove it to make it again"
+        )
+    found = metadata.get("config")
+    others = [] if config is None else differences(found, config)
+    if others:
+        raise RunError(f"{path} belongs to another model ({'; '.join(others[:3])}); remove it to make it again")
     try:
+        module = cls(**found)  # type: ignore[arg-type]
         module.load_state_dict(tensors)
-    except RuntimeError as error:
-        first = str(error).splitlines()[-1].strip()
-        raise RunError(f"{path} does not fit its own configuration ({first}); remove it to make it again") from error
+    except (TypeError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise RunError(f"{path} does not fit this version of ral_gym ({reason}); remove it to make it again") from error
     return module.to(device).eval().requires_grad_(False)
+
+
+def differences(there: Any, here: Any, name: str = "") -> list[str]:
+    """``field: value there, value here`` for every field in which two nested JSON-able dicts differ."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        found: list[str] = []
+        for key in sorted(there.keys() | here.keys()):
+            found += differences(there.get(key), here.get(key), f"{name}.{key}" if name else key)
+        return found
+    return [] if there == here else [f"{name or 'all'}: {there} there, {here} here"]
 
 
 def pack_state(state: Any) -> tuple[dict[str, Tensor], Any]:
@@ -144,7 +164,7 @@ def pack_state(state: Any) -> tuple[dict[str, Tensor], Any]:
 
     def pack(value: Any) -> Any:
         if isinstance(value, np.ndarray | Tensor):
-            tensors[str(len(tensors))] = torch.as_tensor(value).clone()
+            tensors[str(len(tensors))] = torch.tensor(value) if isinstance(value, np.ndarray) else value.clone()
             return {"tensor": str(len(tensors) - 1), "numpy": isinstance(value, np.ndarray)}
         if isinstance(value, dict):
             return {"items": [[pack(key), pack(item)] for key, item in value.items()]}

@@ -77,7 +77,7 @@ class VQVAE(nn.Module):
         if layers < 1 or image_size % 2**layers:
             raise ConfigError(
                 f"image_size {image_size} does not fit {layers} strided layers: it must be a multiple of "
-                f"{2**max(layers, 1)}; change data.image_size or vqvae.layers"
+                f"{2 ** max(layers, 1)}; change data.image_size or vqvae.layers"
             )
         if encoder_filter_size % 2 == 0 or decoder_filter_size % 2:
             raise ConfigError(
@@ -155,13 +155,12 @@ class VQVAE(nn.Module):
         rows, rest = divmod(codes.shape[1], self.width)
         if rest or not 1 <= rows <= self.height:
             raise ConfigError(
-                f"cannot decode {codes.shape[1]} codes per image: it must be a multiple of the row length {self.width}, "
+                f"cannot decode {codes.shape[1]} codes per image: give a multiple of the row length {self.width}, "
                 f"at most {self.height * self.width}"
             )
-        if codes.numel() and not (0 <= int(codes.min()) and int(codes.max()) < self.codebook_size):
-            raise ConfigError(
-                f"codes between {int(codes.min())} and {int(codes.max())}: they must lie in 0..{self.codebook_size - 1}"
-            )
+        lowest, highest = map(int, codes.aminmax()) if codes.numel() else (0, 0)
+        if lowest < 0 or highest >= self.codebook_size:
+            raise ConfigError(f"codes in {lowest}..{highest}: they must lie in 0..{self.codebook_size - 1}")
         grid = self.codebook[codes].transpose(1, 2).reshape(len(codes), -1, rows, self.width)  # (B, D, r, W)
         return self.decoder(grid).clamp(-1, 1)
 

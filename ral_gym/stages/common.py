@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -29,11 +31,10 @@ def resolve_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cpu":
         return torch.device("cpu")
-    kind, _, index = name.partition(":")
-    if kind != "cuda" or (index and not index.isdigit()):
+    if not re.fullmatch(r"cuda(:[0-9]+)?", name):
         raise DeviceError(f"unknown device '{name}': choose auto, cpu, cuda or cuda:N")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if int(index or 0) >= count:
+    if int(name[5:] or 0) >= count:
         raise DeviceError(f"device '{name}' asked for, but {count} CUDA devices are visible; use --device cpu or auto")
     return torch.device(name)
 
@@ -51,12 +52,25 @@ def check_finite(loss: Tensor | float, stage: str, step: int, remedy: str) -> fl
     Raises:
         DivergedError: it is NaN or infinite; what has been saved stays.
     """
-    value = loss.item() if isinstance(loss, Tensor) else loss
+    value = loss.item() if isinstance(loss, Tensor) else float(loss)
     if not math.isfinite(value):
         raise DivergedError(
             f"stage {stage}: the loss is {value} at step {step}; the last good checkpoint is kept; {remedy}"
         )
     return value
+
+
+def check_weights(module: nn.Module, stage: str, step: int, remedy: str) -> None:
+    """Stop before broken weights are saved: a step taken from a finite loss can still break them.
+
+    Raises:
+        DivergedError: a weight or a statistic is NaN or infinite; what has been saved stays.
+    """
+    floats = [tensor for tensor in module.state_dict().values() if tensor.is_floating_point()]
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in floats):
+        raise DivergedError(
+            f"stage {stage}: weights are NaN or infinite after step {step}; the last good checkpoint is kept; {remedy}"
+        )
 
 
 class Clock:
@@ -121,12 +135,12 @@ class WeightAverage:
         finally:
             module.load_state_dict(own)
 
-    def state_dict(self) -> dict[str, object]:
+    def state_dict(self) -> dict[str, Any]:
         """For a checkpoint."""
         return {"weights": self.weights, "n_updates": self.n_updates}
 
-    def load_state_dict(self, state: dict[str, object], module: nn.Module) -> None:
+    def load_state_dict(self, state: dict[str, Any], module: nn.Module) -> None:
         """From a checkpoint; `module` says on which device the average lives."""
         device = next(module.parameters()).device
-        self.weights = {name: tensor.to(device) for name, tensor in state["weights"].items()}  # type: ignore[attr-defined]
-        self.n_updates = state["n_updates"]  # type: ignore[assignment]
+        self.weights = {name: tensor.to(device) for name, tensor in state["weights"].items()}
+        self.n_updates = state["n_updates"]
