@@ -11,16 +11,14 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import torch
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import KVWriter
 from tqdm import tqdm
 
 from ral_gym.agents.critic_callback import CriticCallback
 from ral_gym.agents.vec_env import unwrap_code_env
-from ral_gym.errors import DivergedError
 from ral_gym.run import Run
-from ral_gym.stages.common import Clock, WeightAverage
+from ral_gym.stages.common import Clock, WeightAverage, check_weights
 
 STAGE = "ral"
 
@@ -104,7 +102,7 @@ class RunCallback(BaseCallback):
 
     def _after_update(self) -> None:
         self.updates += 1
-        self._check_weights()
+        check_weights(self.model.policy, STAGE, self.updates, "lower ral.learning_rate")
         assert self.average is not None
         self.average.update(self.model.policy)
         reward, area = (self._latest.get(name, float("nan")) for name in ("rollout/critic_reward_mean", "critic/heldout_auc"))
@@ -114,15 +112,6 @@ class RunCallback(BaseCallback):
             self.save()
             if self.draw_samples is not None:
                 self.draw_samples(self.updates)
-
-    def _check_weights(self) -> None:
-        """Stop before a broken policy is averaged or saved."""
-        weights = torch.nn.utils.parameters_to_vector(self.model.policy.parameters())
-        if not bool(torch.isfinite(weights).all()):
-            raise DivergedError(
-                f"stage ral: the policy's weights are NaN or infinite after update {self.updates}; the last good "
-                "checkpoint is kept; lower ral.learning_rate"
-            )
 
     def _on_step(self) -> bool:
         return self.updates < self.total_updates

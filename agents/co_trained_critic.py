@@ -150,10 +150,18 @@ class CoTrainedCritic:
         Returns:
             (n, T) float32, 0 where nothing was drawn; figures `heldout_gap` (mean real - mean fake score), `heldout_auc`
             (chance that a real image scores above a fake one) and `score_mean`.
+
+        Raises:
+            DivergedError: a score is NaN or infinite.
         """
         lengths = pool.stop.unique().tolist()
         fakes = {length: self.score_map(pool.codes[pool.stop == length, :length]) for length in lengths}
         reals = {length: self.score_map(self.held_out_codes[:, :length]) for length in lengths}
+        if not all(bool(scores.isfinite().all()) for scores in (*fakes.values(), *reals.values())):
+            raise DivergedError(
+                f"stage ral: the critic's scores are NaN or infinite after {self.n_updates} critic steps; the last good "
+                "checkpoint is kept; lower critic.learning_rate"
+            )
         self.normalizer = ScoreNormalizer(self.normalization).fit(
             torch.cat([scores.flatten() for scores in reals.values()]),
             torch.cat([scores.flatten() for scores in fakes.values()]),

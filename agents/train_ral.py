@@ -87,8 +87,8 @@ def train_ral(
         DivergedError: a loss or a weight became NaN or infinite.
     """
     live, averaged = run.file("policy.safetensors"), run.file("policy_ema.safetensors")
-    if live.exists() and averaged.exists():
-        return load_module(live, PixelCNN, device), load_module(averaged, PixelCNN, device)
+    if live.exists() and averaged.exists() and run.has("critic.safetensors"):
+        return load_module(live, PixelCNN, device, prior.config), load_module(averaged, PixelCNN, device, prior.config)
     config = run.config.ral
     seed_everything(run.config.seed * 1000 + 4)
     env = make_sb3_env(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -60,7 +60,7 @@ class CodeVecEnv(VecEnv):
         self._options_for_all: dict | None = None
         self._started = time.time()
         super().__init__(num_envs, observation_space(world.grid), action_space(world.grid))
-        self.metadata["render_fps"] = RENDER_FPS
+        self.metadata: dict[str, Any] = {**self.metadata, "render_fps": RENDER_FPS}
 
     def set_options(self, options: list[dict] | dict | None = None) -> None:
         """Options of the next `reset`: one dict for all rows, or one per row.
@@ -89,7 +89,7 @@ class CodeVecEnv(VecEnv):
         """Take the codes (E,) to draw; `step_wait` draws them."""
         self._actions = np.asarray(actions)
 
-    def step_wait(self) -> StepReturn:  # type: ignore[override]
+    def step_wait(self) -> StepReturn:
         """Draw the codes.
 
         Returns:
@@ -228,4 +228,4 @@ def real_codes(env: VecEnv) -> np.ndarray | None:
     return None if found is None else found.world.real_codes
 
 
-__all__: Iterable[str] = ["CodeVecEnv", "make_sb3_env", "real_codes", "unwrap_code_env"]
+__all__: list[str] = ["CodeVecEnv", "make_sb3_env", "real_codes", "unwrap_code_env"]

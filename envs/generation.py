@@ -101,7 +101,7 @@ class GenerationEnv(gym.Env[np.ndarray, np.int64]):
         """(K,) bool, all True: what `MaskablePPO` asks for."""
         return self.core.action_masks()
 
-    def render(self) -> np.ndarray | str | None:  # type: ignore[override]
+    def render(self) -> np.ndarray | str | None:
         """`rgb_array`: the decoded image so far, undrawn cells grey; `ansi`: the codes as text."""
         if self.render_mode is None:
             gym.logger.warn("render() called without a render_mode: pass render_mode='rgb_array' or 'ansi' to make()")

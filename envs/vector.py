@@ -77,7 +77,7 @@ class GenerationVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self.action_space = batch_space(self.single_action_space, num_envs)
         self._ended = np.zeros(num_envs, bool)
 
-    def reset(  # type: ignore[override]
+    def reset(
         self, *, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
         """Start the episodes of all rows, or of those in ``options["reset_mask"]``.
@@ -177,7 +177,7 @@ class GenerationVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             return tuple(render_text(self.world.grid, self.core.codes))
         return tuple(render_codes(self.world, self.core.codes))
 
-    @property
+    @property  # type: ignore[misc]
     def np_random(self) -> tuple[np.random.Generator, ...]:  # type: ignore[override]
         """The rows' random generators."""
         return tuple(self.core.rngs)

@@ -101,16 +101,8 @@ def run_world(run: str, reward: str = "single", device: str = "cpu") -> World:
     config = read_config(folder)
     vqvae = _load(folder / "vqvae.safetensors", _load_vqvae, device)
     grid = CodeGrid(vqvae.height, vqvae.width, vqvae.codebook_size)
-    codes = _load(folder / "codes.safetensors", _load_codes, device)
-    if codes.shape[1] != grid.n_codes or codes.max(initial=0) >= grid.codebook_size:
-        raise RunError(
-            f"{folder / 'codes.safetensors'} has {codes.shape[1]} codes per image up to {codes.max(initial=0)}, but "
-            f"the VQ-VAE beside it makes {grid.n_codes} codes in 0..{grid.codebook_size - 1}; remove it to encode again"
-        )
-    scorer = None
-    if reward != "none":
-        path = folder / "critic.safetensors"
-        scorer = _critic_scorer(path, vqvae, reward, device)
+    codes = _load(folder / "codes.safetensors", _load_codes, grid)
+    scorer = None if reward == "none" else _critic_scorer(folder / "critic.safetensors", vqvae, reward, device)
     map_size = vqvae.image_size // 2**config.critic.layers
     return World(
         grid=grid,
@@ -136,9 +128,9 @@ def _load_vqvae(path: Path, device: str) -> VQVAE:
     return load_module(path, VQVAE, device)
 
 
-def _load_codes(path: Path, device: str) -> np.ndarray:
+def _load_codes(path: Path, grid: CodeGrid) -> np.ndarray:
     """The codes of the training images as they are, without augmented passes: (N, T) int16."""
-    codes = CodeSet.load(path)
+    codes = CodeSet.load(path, grid)
     return codes.train[: codes.clean]
 
 
@@ -154,12 +146,12 @@ def _load_critic(path: Path, device: str) -> tuple[PatchCritic, ScoreNormalizer]
     return critic, normalizer
 
 
-def _load(path: Path, load: Callable[[Path, str], Any], device: str) -> Any:
-    """What `load` reads from a file, once per process; a file that was written again is read again."""
+def _load(path: Path, load: Callable[[Path, Any], Any], argument: Any) -> Any:
+    """What ``load(path, argument)`` reads, once per process; a file that was written again is read again."""
     version = (path.stat().st_mtime_ns, path.stat().st_size) if path.exists() else None
-    return _load_once(path.absolute(), version, load, device)
+    return _load_once(path, path.absolute(), version, load, argument)
 
 
 @lru_cache(maxsize=16)
-def _load_once(path: Path, version: tuple[int, int] | None, load: Callable[[Path, str], Any], device: str) -> Any:
-    return load(path, device)
+def _load_once(path: Path, absolute: Path, version: Any, load: Callable[[Path, Any], Any], argument: Any) -> Any:
+    return load(path, argument)

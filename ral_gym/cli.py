@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import errno
 import logging
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,6 +31,10 @@ if TYPE_CHECKING:
     from ral_gym.data import ImageSet
     from ral_gym.run import Run
     from ral_gym.vqvae import VQVAE
+
+WEIGHTS = ("vqvae", "codes", "prior", "prior_ema", "prior_continued", "policy", "policy_ema", "critic")
+FINISHED = ("results.json", *(f"{name}.safetensors" for name in WEIGHTS))
+"""The files of a finished run; one that was removed is made again."""
 
 
 @dataclass
@@ -87,7 +93,7 @@ def train(arguments: TrainArguments, console: Console) -> dict[str, Any]:
     from ral_gym.data import load_images
     from ral_gym.run import Run
     from ral_gym.stages.common import resolve_device
-    from ral_gym.stages.evaluate import check_extractor, evaluate
+    from ral_gym.stages.evaluate import check_extractor, check_images, evaluate
     from ral_gym.stages.train_prior import continue_prior, train_prior
     from ral_gym.stages.train_vqvae import train_vqvae
     from ral_gym.storage import load_json
@@ -96,10 +102,11 @@ def train(arguments: TrainArguments, console: Console) -> dict[str, Any]:
     check_algorithm(config.ral.algo)
     device = resolve_device(arguments.device)
     run = Run(Path(arguments.runs) / str(arguments.name), config)
-    if run.has("results.json"):
+    if all(map(run.has, FINISHED)):
         return report(run, load_json(run.file("results.json")), console)
     check_extractor(run)
     images = load_images(config.data, seed=config.seed, progress=progress)
+    check_images(images)
     _introduce(images, run, device, console)
     vqvae = train_vqvae(run, images, device, progress)
     grid = CodeGrid(vqvae.height, vqvae.width, vqvae.codebook_size)
@@ -157,6 +164,12 @@ class _Lines(logging.Handler):
         tqdm.write(f"{record.levelname.lower()}: {record.getMessage()}", file=sys.stderr)
 
 
+def _quiet_about_files(arguments: threading.ExceptHookArgs) -> None:
+    """No traceback from TensorBoard's writing thread: the main thread raises the same error at its next write."""
+    if not issubclass(arguments.exc_type, OSError):
+        threading.__excepthook__(arguments)
+
+
 def run_command(command: Callable[[Sequence[str], Console], Any], argv: Sequence[str]) -> int:
     """Run a command; a user's mistake is one line on the error stream.
 
@@ -165,6 +178,7 @@ def run_command(command: Callable[[Sequence[str], Console], Any], argv: Sequence
     """
     logger, handler = logging.getLogger("ral_gym"), _Lines()
     logger.addHandler(handler)
+    thread_hook, threading.excepthook = threading.excepthook, _quiet_about_files
     try:
         with warnings.catch_warnings():
             if not sys.warnoptions:
@@ -174,12 +188,14 @@ def run_command(command: Callable[[Sequence[str], Console], Any], argv: Sequence
     except RalGymError as error:
         message, code = f"error: {error}", 2
     except OSError as error:
-        thing, reason = error.filename or "a file", error.strerror or str(error)
-        message, code = f"error: {thing}: {reason}; mend that and run the same command again", 2
+        thing, reason = error.filename or "a log file", error.strerror or str(error)
+        remedy = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "mend that"
+        message, code = f"error: {thing}: {reason}; {remedy} and run the same command again", 2
     except KeyboardInterrupt:
         message, code = "stopped: what was saved is kept; run the same command again to continue", 130
     finally:
         logger.removeHandler(handler)
+        threading.excepthook = thread_hook
     for bar in list(getattr(tqdm, "_instances", ())):  # an unfinished bar would share its line with the message
         bar.close()
     print(message, file=sys.stderr)

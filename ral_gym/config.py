@@ -283,7 +283,7 @@ _LIMITS: dict[_Rule, str] = {
     ("an odd number", lambda value: value >= 1 and value % 2 == 1): "vqvae.encoder_filter_size",
     ("an even number of 2 or more", lambda value: value >= 2 and value % 2 == 0): "vqvae.decoder_filter_size",
     ("an odd number of 3 or more", lambda value: value >= 3 and value % 2 == 1): "prior.conv_filter_size",
-    ("6 or more, since KID compares subsets of a third", lambda value: value >= 6): "evaluation.n_samples",
+    ("12 or more, two halves that KID can compare", lambda value: value >= 12): "evaluation.n_samples",
     ("0 to 4000000, since numpy's seeds have 32 bits", lambda value: 0 <= value <= 4_000_000): "seed",
 }
 """What a setting may be (in words, and as a test), and the settings that this holds for."""

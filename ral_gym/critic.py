@@ -36,7 +36,7 @@ class PatchCritic(nn.Module):
         if layers < 1 or image_size % 2**layers:
             raise ConfigError(
                 f"{layers} strided critic layers do not fit images of side {image_size}: the side must be a multiple "
-                f"of {2**max(layers, 1)}; change critic.layers"
+                f"of {2 ** max(layers, 1)}; change critic.layers"
             )
         self.config: dict[str, Any] = {
             "image_size": image_size,

@@ -1,8 +1,8 @@
-"""Pictures and tables of a run: sample grids, generators side by side, curves, FD against entropy, the results table.
+"""Pictures of a run: sample grids, generators side by side, curves, FD against entropy; and the results table.
 
 Everything is drawn with matplotlib's object interface (no window, no global state) and written atomically. A generator
-has one colour in all figures, from Okabe and Ito's palette, which colour-blind readers can tell apart; curves and points
-differ in marker too. Images are enlarged by whole numbers without smoothing, so that a pixel stays a pixel.
+has one colour in all figures, from Okabe and Ito's palette, which colour-blind readers can tell apart; curves and
+points differ in marker too. Images are enlarged by whole numbers without smoothing, so that a pixel stays a pixel.
 """
 
 from __future__ import annotations
@@ -17,10 +17,22 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from rich.table import Table
 from torch import Tensor
 
+from ral_gym.metrics.table import results_caption, results_markdown, results_table
 from ral_gym.storage import write_atomic
+
+__all__ = [
+    "colour",
+    "results_caption",
+    "results_markdown",
+    "results_table",
+    "save_comparison",
+    "save_curves",
+    "save_frontier",
+    "save_grid",
+    "save_neighbours",
+]
 
 Images = Tensor | np.ndarray
 """uint8 images (N, C, S, S), C = 1 or 3."""
@@ -45,28 +57,6 @@ COLOURS = {
 }
 OTHER_COLOURS = ("#CC79A7", "#0072B2", "#D55E00", "#009E73", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-
-ROWS = (
-    "mle",
-    "mle_ema",
-    "mle_continued",
-    "mle_temperature",
-    "mle_best_temperature",
-    "ral",
-    "ral_live",
-    "ral_best_temperature",
-    "reconstruction",
-    "floor",
-)
-COLUMNS = {
-    "fd": ("FD", ".2f"),
-    "kid": ("KID", ".4f"),
-    "nll_test": ("NLL\ntest", ".3f"),
-    "nll_new_people": ("NLL new\npeople", ".3f"),
-    "entropy": ("entropy", ".3f"),
-    "n": ("n", ",d"),
-    "temperature": ("T", ".2f"),
-}
 
 
 def colour(label: str, others: Sequence[str] = ()) -> str:
@@ -231,13 +221,15 @@ def save_frontier(
     axes.plot(
         [e for e, _, _ in sweep], [f for _, f, _ in sweep], color=COLOURS["mle"], marker="o", label="MLE by temperature"
     )
-    for entropy, fd, temperature in sweep:
+    for number, (entropy, fd, temperature) in enumerate(sweep):
+        # Below the curve, on the side that it leaves free.
+        falling = number + 1 < len(sweep) and sweep[number + 1][1] < fd
         axes.annotate(
             f"T={temperature:g}",
             (entropy, fd),
-            xytext=(0, 8),
+            xytext=(-6 if falling else 6, -12),
+            ha="right" if falling else "left",
             textcoords="offset points",
-            ha="center",
             fontsize=9,
             color=COLOURS["mle"],
         )
@@ -246,7 +238,7 @@ def save_frontier(
         axes.plot(
             [entropy for entropy, _ in known],
             [fd for _, fd in known],
-            label=label,
+            label=f"{label} (checkpoints in order)" if len(known) > 1 else label,
             color=colour(label, list(points)),
             marker=MARKERS[(number + 1) % len(MARKERS)],
             markersize=8,
@@ -256,64 +248,10 @@ def save_frontier(
         )
         if len(known) > 1:
             for order, position in enumerate(known, start=1):
-                axes.annotate(str(order), position, xytext=(6, -3), textcoords="offset points", fontsize=8)
+                axes.annotate(str(order), position, xytext=(-9, 5), textcoords="offset points", fontsize=8)
     axes.margins(0.08, 0.12)
     axes.legend(frameon=False, fontsize=10)
     _write(figure, path)
-
-
-def results_table(results: Mapping[str, Any]) -> Table:
-    """The results as a table for the terminal.
-
-    Args:
-        results: what `results.json` holds: `rows` (name -> figures), `extractor`, `n_samples`, `seed`, `seconds`.
-            Figures that are missing or None are shown as "-".
-    """
-    table = Table(title="Results", caption=results_caption(results))
-    table.add_column("row", justify="left", no_wrap=True)
-    for heading, _ in COLUMNS.values():
-        table.add_column(heading, justify="right")
-    for name in _row_names(results):
-        table.add_row(name, *_cells(results["rows"][name]))
-    return table
-
-
-def results_markdown(results: Mapping[str, Any]) -> str:
-    """The same table as Markdown, with its caption below."""
-    lines = [
-        "| row | " + " | ".join(heading.replace("\n", " ") for heading, _ in COLUMNS.values()) + " |",
-        "|---|" + "---:|" * len(COLUMNS),
-        *(f"| `{name}` | " + " | ".join(_cells(results["rows"][name])) + " |" for name in _row_names(results)),
-    ]
-    return "\n".join(lines) + f"\n\n{results_caption(results)}\n"
-
-
-def results_caption(results: Mapping[str, Any]) -> str:
-    """What the figures were measured with: extractor, sample count, seed, time."""
-    parts = [
-        f"FD and KID on {results.get('extractor', '-')} features",
-        f"{_number(results.get('n_samples'), ',d')} samples per generator",
-        "NLL and entropy in nats per code",
-        f"seed {_number(results.get('seed'), 'd')}",
-    ]
-    if results.get("seconds"):
-        parts.append(f"{sum(results['seconds'].values()):,.0f} s in all")
-    return "; ".join(parts) + "."
-
-
-def _row_names(results: Mapping[str, Any]) -> list[str]:
-    """Rows in the table's order; unknown ones last."""
-    rows = results["rows"]
-    return [name for name in ROWS if name in rows] + [name for name in rows if name not in ROWS]
-
-
-def _cells(row: Mapping[str, Any]) -> list[str]:
-    return [_number(row.get(key), spec) for key, (_, spec) in COLUMNS.items()]
-
-
-def _number(value: float | None, spec: str) -> str:
-    """A figure as text; "-" where there is none."""
-    return "-" if value is None else format(value, spec)
 
 
 def _name(label: str) -> str:
@@ -357,13 +295,13 @@ def _write_panels(path: str | Path, panels: Sequence[_Panel], title: str, captio
     between, margin = 2 * text, text
     left = margin + (5 * text if any(panel.rows for panel in panels) else 0)
     width = max(left + inner + between * (len(panels) - 1) + margin, 24 * text)
-    per_line = int((width - 2 * margin) / (0.5 * text))
-    title_lines = textwrap.wrap(title, int(per_line / 1.3))
-    caption_lines = textwrap.wrap(caption or "", per_line)
+    # Characters per line: DejaVu's are 0.56 em wide on average, bold ones 0.68.
+    title_lines = textwrap.wrap(title, int((width - 2 * margin) / (0.68 * 1.25 * text)))
+    caption_lines = textwrap.wrap(caption or "", int((width - 2 * margin) / (0.56 * text)))
     label_height = 2 * text if any(panel.label for panel in panels) else 0
     top = int(margin + 1.7 * text * len(title_lines) + 0.5 * text + label_height)
     tallest = max(panel.canvas.shape[0] for panel in panels)
-    height = int(top + tallest + margin + (1.4 * text * len(caption_lines) + 0.5 * text if caption_lines else 0))
+    height = int(top + tallest + margin + (1.4 * text * len(caption_lines) if caption_lines else 0))
 
     figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI, facecolor="white")
 

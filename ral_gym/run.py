@@ -45,6 +45,9 @@ from ral_gym.storage import (
     write_text,
 )
 
+RESOURCES = ("workers", "memory_budget_mb", "cache_dir")
+"""Settings of `data` that change how fast and where, but not what comes out: a run may continue with others."""
+
 
 def random_state() -> dict[str, Any]:
     """The state of every global source of randomness."""
@@ -104,13 +107,17 @@ class Run:
         there = load_json(file)
         if not isinstance(there, dict) or "preset" not in there:
             raise RunError(f"{self.path} is not a run folder (its config.json is another's); choose another --name")
-        found = differences(there, json.loads(self.config.to_json()))
+        found = differences(_what(there), self._what())
         if found:
             more = f"; and {len(found) - 3} more" if len(found) > 3 else ""
             raise RunError(
-                f"{self.path} was made with another configuration ({'; '.join(found[:3])}{more}); choose another --name, "
-                "or remove the folder"
+                f"{self.path} was made with another configuration ({'; '.join(found[:3])}{more}); choose another "
+                "--name, or remove the folder"
             )
+
+    def _what(self) -> dict[str, Any]:
+        """The configuration, as JSON has it, without resources."""
+        return _what(json.loads(self.config.to_json()))
 
     def file(self, name: str) -> Path:
         """Path of `name` inside the folder."""
@@ -123,7 +130,7 @@ class Run:
     def save_checkpoint(self, stage: str, state: dict[str, Any]) -> None:
         """Write the state a stage continues from, together with every global random state."""
         tensors, rest = pack_state({**state, "random": random_state()})
-        metadata = {"stage": stage, "config": json.loads(self.config.to_json()), "state": rest}
+        metadata = {"stage": stage, "config": self._what(), "state": rest}
         save_tensors(self.file(f"checkpoints/{stage}.safetensors"), tensors, metadata)
 
     def load_checkpoint(self, stage: str, restore_random: bool = True) -> dict[str, Any] | None:
@@ -138,7 +145,7 @@ class Run:
         tensors, metadata = load_tensors(path)
         if metadata.get("stage") != stage or "state" not in metadata:
             raise RunError(f"{path} is no checkpoint of stage {stage}; remove it to start the stage again")
-        found = differences(metadata.get("config"), json.loads(self.config.to_json()))
+        found = differences(metadata.get("config"), self._what())
         if found:
             raise RunError(
                 f"{path} is a checkpoint of another configuration ({'; '.join(found[:3])}); remove it to start the "
@@ -184,6 +191,13 @@ class Run:
     def seconds(self) -> dict[str, float]:
         """Seconds per stage."""
         return dict(load_json(self.file("seconds.json"))) if self.has("seconds.json") else {}
+
+
+def _what(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration without the settings that do not change the outcome."""
+    data = config.get("data")
+    kept = {name: value for name, value in data.items() if name not in RESOURCES} if isinstance(data, dict) else data
+    return {**config, "data": kept}
 
 
 def _visible(path: Path) -> list[Path]:

@@ -264,8 +264,7 @@ class SamplingCache:
         for layer in range(len(weights.vertical)):
             above[layer, :, -1] = v.view(-1, width, v.shape[-1])
             pre = weights.convolve(above[layer][:, -seen:], layer, seen).flatten(0, 2)  # (n W, 2 R)
-            across = torch.addmm(weights.across_bias[layer], pre, weights.across[layer])
-            terms[layer] = across.view(-1, width, across.shape[-1])
+            torch.addmm(weights.across_bias[layer], pre, weights.across[layer], out=terms[layer].flatten(0, 1))
             if layer < len(weights.vertical_out):
                 v.addmm_(gate(pre), weights.vertical_out[layer])
 

@@ -119,7 +119,7 @@ def save_module(path: Path, module: nn.Module, weights: dict[str, Tensor] | None
 def load_module(
     path: Path, cls: type[nn.Module], device: torch.device | str = "cpu", config: dict[str, Any] | None = None
 ) -> Any:
-    """Rebuild a module from its file, in evaluation mode, without gradients.
+    """Rebuild a module from its file, in evaluation mode, without gradients; draws no random numbers.
 
     Args:
         path: the file.
@@ -140,7 +140,8 @@ def load_module(
     if others:
         raise RunError(f"{path} belongs to another model ({'; '.join(others[:3])}); remove it to make it again")
     try:
-        module = cls(**found)  # type: ignore[arg-type]
+        with torch.random.fork_rng(devices=[]):  # what comes after must not depend on whether a file was read before
+            module = cls(**found)  # type: ignore[arg-type]
         module.load_state_dict(tensors)
     except (TypeError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[-1].strip()

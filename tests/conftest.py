@@ -2,6 +2,7 @@
 
 import os
 import random
+from pathlib import Path
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 
@@ -24,3 +25,20 @@ def fixed_seeds() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def smoke_options() -> list[str]:
+    """Arguments of the training command for a run of a few seconds."""
+    evaluation = ["--evaluation.n-samples", "24", "--evaluation.temperatures", "0.3"]
+    return ["--preset", "smoke", "--data.workers", "1", "--quiet", *evaluation]
+
+
+@pytest.fixture(scope="session")
+def smoke_run(tmp_path_factory: pytest.TempPathFactory, smoke_options: list[str]) -> Path:
+    """The folder of a finished run with `smoke_options`; one per worker, so copy it before changing anything."""
+    from ral_gym.cli import train_main
+
+    runs = tmp_path_factory.mktemp("runs")
+    assert train_main([*smoke_options, "--runs", str(runs)]) == 0
+    return runs / "smoke"

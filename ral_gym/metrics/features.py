@@ -187,7 +187,7 @@ def make_extractor(name: str, encoder: Extractor | None = None, device: str | to
 
 
 @torch.no_grad()
-def extract(extractor: Extractor, images: Images, batch_size: int = 128) -> Tensor:
+def extract(extractor: Extractor, images: Images, batch_size: int = 64) -> Tensor:
     """Features of a whole set.
 
     Args:

@@ -7,6 +7,7 @@ trained on. All generators draw from the same uniforms. A row that has been meas
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,9 +16,20 @@ from tqdm import tqdm
 
 from ral_gym.codes import CodeSet, decode_codes
 from ral_gym.data import ImageSet
-from ral_gym.errors import ConfigError
+from ral_gym.errors import DataError, RunError
 from ral_gym.figures import save_comparison, save_curves, save_frontier, save_neighbours
-from ral_gym.metrics import EncoderFeatures, ImageDistance, entropy, make_extractor, match_temperature, nearest, nll
+from ral_gym.metrics import (
+    EncoderFeatures,
+    FeatureDistance,
+    ImageDistance,
+    entropy,
+    extract,
+    make_extractor,
+    match_temperature,
+    nearest,
+    nll,
+)
+from ral_gym.metrics.distances import MINIMUM_IMAGES
 from ral_gym.pixelcnn import PixelCNN
 from ral_gym.run import Run
 from ral_gym.sampler import CachedSampler
@@ -35,12 +47,16 @@ GENERATORS = {
 }
 """Row of the table -> file of its weights."""
 SAMPLE_BATCH = 500
+SWEPT = ("mle", "mle_continued", "ral")
+"""Rows that are also sampled at other temperatures; each gets a row `..._best_temperature`."""
+LOWEST_TEMPERATURE = 0.3
+TEMPERATURE_STEP = 0.1
 TEMPERATURE_BATCH = 500
 """Samples per step of the search for the temperature that gives RAL's entropy."""
 
 
 def sample_codes(prior: PixelCNN, n: int, seed: int, temperature: float = 1.0) -> Tensor:
-    """n code grids (n, T) int64 on the CPU; the same seed draws from the same uniforms for every generator."""
+    """Draw n code grids (n, T) int64 on the CPU; the same seed draws from the same uniforms for every generator."""
     generator = torch.Generator().manual_seed(seed)
     sampler = CachedSampler(prior)
     batches = [
@@ -57,10 +73,11 @@ class Evaluation:
         run: the run folder.
         vqvae: its VQ-VAE.
         codes: its codes.
+        images: its images, for the distance to real ones.
         device: where the models are.
     """
 
-    def __init__(self, run: Run, vqvae: VQVAE, codes: CodeSet, device: torch.device) -> None:
+    def __init__(self, run: Run, vqvae: VQVAE, codes: CodeSet, images: ImageSet, device: torch.device) -> None:
         self.run, self.vqvae, self.codes, self.device = run, vqvae, codes, device
         config = run.config.evaluation
         self.n_samples, self.seed = config.n_samples, run.config.seed * 1000 + 6
@@ -69,15 +86,24 @@ class Evaluation:
         picked = torch.randperm(len(codes.train), generator=torch.Generator().manual_seed(self.seed))[: self.n_samples]
         self.reference = decode_codes(vqvae, codes.train[picked.numpy()])  # (N, C, S, S)
         self.distance = ImageDistance(self.extractor, self.reference, seed=self.seed)
+        real = extract(self.extractor, torch.from_numpy(images.train[: self.n_samples].copy()))
+        self.real_distance = FeatureDistance(real, extractor=self.extractor.name, seed=self.seed)
 
     def row(self, prior: PixelCNN, temperature: float = 1.0) -> dict[str, Any]:
-        """One row of the table: `fd`, `kid`, `nll_test`, `nll_new_people`, `entropy`, `n`, `temperature`."""
+        """One row of the table.
+
+        `fd` and `kid` are distances to the decoded training codes, `fd_real` and `kid_real` to the training images
+        themselves; `nll_test`, `nll_new_people` and `entropy` are in nats per code.
+        """
         codes = sample_codes(prior, self.n_samples, self.seed, temperature)
-        measured = self.distance.measure(decode_codes(self.vqvae, codes))
+        features = extract(self.extractor, decode_codes(self.vqvae, codes))
+        measured, from_real = self.distance.features.measure(features), self.real_distance.measure(features)
         new_people = self.codes.new_people
         return {
             "fd": measured["fd"],
             "kid": measured["kid"],
+            "fd_real": from_real["fd"],
+            "kid_real": from_real["kid"],
             "nll_test": self.nll(prior, self.codes.test, temperature),
             "nll_new_people": None if new_people is None else self.nll(prior, new_people, temperature),
             "entropy": entropy(prior, codes, temperature, device=self.device),
@@ -110,12 +136,17 @@ def evaluate(
         ConfigError: the extractor cannot be had.
     """
     clock = Clock(run, STAGE)
-    evaluation = Evaluation(run, vqvae, codes, device)
+    evaluation = Evaluation(run, vqvae, codes, images, device)
     partial = run.file("checkpoints/evaluation.json")
     rows: dict[str, dict[str, Any]] = load_json(partial) if partial.exists() else {}
-    priors = {row: load_module(run.file(f"{name}.safetensors"), PixelCNN, device) for row, name in GENERATORS.items()}
-    temperatures = run.config.evaluation.temperatures
-    bar = tqdm(total=len(priors) + 2 * len(temperatures) + 3, desc="4 evaluation", unit="row", disable=not progress)
+    if not isinstance(rows, dict) or not all(isinstance(row, dict) and "fd" in row for row in rows.values()):
+        raise RunError(f"{partial} holds no rows of a table; remove it to evaluate again")
+    config = load_module(run.file(f"{GENERATORS['mle']}.safetensors"), PixelCNN).config
+    priors = {
+        row: load_module(run.file(f"{name}.safetensors"), PixelCNN, device, config) for row, name in GENERATORS.items()
+    }
+    planned = len(priors) + len(SWEPT) * len(run.config.evaluation.temperatures) + 3
+    bar = tqdm(total=planned, desc="4 evaluation", unit="row", disable=not progress)
 
     def measure(name: str, prior: PixelCNN, temperature: float = 1.0) -> dict[str, Any]:
         if name not in rows:
@@ -132,9 +163,8 @@ def evaluate(
     if same_entropy is None:
         same_entropy = evaluation.temperature_of(priors["mle"], rows["ral"]["entropy"])
     measure("mle_temperature", priors["mle"], same_entropy)
-    for start in ("mle", "ral"):
-        for temperature in temperatures:
-            measure(f"{start}_at_{temperature:g}", priors[start], temperature)
+    for name in SWEPT:
+        _sweep(measure, name, priors[name], run.config.evaluation.temperatures)
     bar.close()
     results = _results(run, evaluation, rows)
     clock.book()
@@ -144,13 +174,26 @@ def evaluate(
     return results
 
 
+def _sweep(
+    measure: Callable[[str, PixelCNN, float], dict[str, Any]],
+    name: str,
+    prior: PixelCNN,
+    temperatures: Sequence[float],
+) -> None:
+    """Measure a generator at several temperatures, and at lower ones still while the lowest is the best."""
+    fds = {temperature: measure(f"{name}_at_{temperature:g}", prior, temperature)["fd"] for temperature in temperatures}
+    while fds and min(fds, key=lambda t: fds[t]) == min(fds) and min(fds) > LOWEST_TEMPERATURE:
+        lower = round(min(fds) - TEMPERATURE_STEP, 3)
+        fds[lower] = measure(f"{name}_at_{lower:g}", prior, lower)["fd"]
+
+
 def _measure_real(evaluation: Evaluation, images: ImageSet, rows: dict[str, dict[str, Any]]) -> None:
     """The rows that say what a distance means: real against reconstructed images, and two halves of the reference."""
     if "floor" in rows:
         return
-    clean = torch.from_numpy(images.train[: evaluation.n_samples].copy())
-    rebuilt = decode_codes(evaluation.vqvae, evaluation.codes.train[: len(clean)])
-    reconstruction = ImageDistance(evaluation.extractor, clean, seed=evaluation.seed).measure(rebuilt)
+    n_clean = min(len(images.train), evaluation.n_samples)
+    rebuilt = extract(evaluation.extractor, decode_codes(evaluation.vqvae, evaluation.codes.train[:n_clean]))
+    reconstruction = evaluation.real_distance.measure(rebuilt)
     floor = evaluation.distance.floor()
     for name, measured in (("reconstruction", reconstruction), ("floor", floor)):
         rows[name] = {key: measured[key] for key in ("fd", "kid", "n", "n_reference", "kid_subset_size")}  # type: ignore[literal-required]
@@ -163,7 +206,7 @@ def _results(run: Run, evaluation: Evaluation, rows: dict[str, dict[str, Any]]) 
             [rows[start], *(row for name, row in rows.items() if name.startswith(f"{start}_at_"))],
             key=lambda row: row["temperature"],
         )
-        for start in ("mle", "ral")
+        for start in SWEPT
     }
     named = {name: row for name, row in rows.items() if "_at_" not in name}
     for start, sweep in sweeps.items():
@@ -240,6 +283,20 @@ def _draw_curves(run: Run) -> None:
             save_curves(run.file(f"samples/curve_{stage}.png"), curves, xlabel=xlabel, ylabel=ylabel, title=title)
 
 
+def check_images(images: ImageSet) -> None:
+    """Fail before training where there are too few images to measure distances afterwards.
+
+    Raises:
+        DataError: how many there are and must be.
+    """
+    needed = 2 * MINIMUM_IMAGES  # the row `floor` compares two halves
+    if len(images.train) < needed:
+        raise DataError(
+            f"{len(images.train)} training images are too few to measure distances: give at least {needed} "
+            "(more images, or a larger data.limit)"
+        )
+
+
 def check_extractor(run: Run) -> None:
     """Fail before hours of training, not after, where the evaluation's extractor cannot be had.
 
@@ -248,5 +305,3 @@ def check_extractor(run: Run) -> None:
     """
     if run.config.evaluation.extractor != "encoder":
         make_extractor(run.config.evaluation.extractor)
-    if run.config.evaluation.n_samples < 6:
-        raise ConfigError(f"evaluation.n_samples {run.config.evaluation.n_samples} is too few: use at least 6")

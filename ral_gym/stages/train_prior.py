@@ -16,14 +16,16 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from ral_gym.codes import CodeGrid, CodeSet
+from ral_gym.errors import DivergedError
 from ral_gym.metrics import nll, unigram_nll
 from ral_gym.pixelcnn import PixelCNN
 from ral_gym.run import Run, seed_everything
-from ral_gym.stages.common import Clock, WeightAverage, check_finite, make_accelerator
+from ral_gym.stages.common import Clock, WeightAverage, check_finite, check_weights, make_accelerator
 from ral_gym.storage import config_arguments, load_module, save_module, weights_of
 
 STAGE = "prior"
 LOG_EVERY = 10
+REMEDY = "lower prior.learning_rate"
 logger = logging.getLogger("ral_gym")
 
 
@@ -71,8 +73,8 @@ def train_prior(run: Run, codes: CodeSet, grid: CodeGrid, device: torch.device, 
         DivergedError: the loss became NaN or infinite.
     """
     file = run.file("prior.safetensors")
-    if file.exists():
-        return load_module(file, PixelCNN, device)
+    if file.exists() and run.has("prior_ema.safetensors"):
+        return load_module(file, PixelCNN, device, build_prior(run, grid).config)
     config = run.config.prior
     seed_everything(run.config.seed * 1000 + 2)
     accelerator = make_accelerator(device)
@@ -98,7 +100,7 @@ def train_prior(run: Run, codes: CodeSet, grid: CodeGrid, device: torch.device, 
     for step in steps:
         batch = train[torch.randint(len(train), (config.batch_size,))].long().to(accelerator.device)  # (B, T)
         loss = maximum_likelihood_loss(prior, batch)
-        check_finite(loss, STAGE, step, "lower prior.learning_rate")
+        check_finite(loss, STAGE, step, REMEDY)
         optimizer.zero_grad()
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(prior.parameters(), 1.0)
@@ -139,6 +141,8 @@ def _evaluate(
 
 def _finish(run: Run, prior: PixelCNN, codes: CodeSet, grid: CodeGrid, best: _Best) -> None:
     """Write the best weights, and say so if they are no better than code frequencies."""
+    if len(best.weights) < len(best.nll):
+        raise DivergedError(f"stage {STAGE}: no held-out NLL was finite; the last good checkpoint is kept; {REMEDY}")
     unigram = unigram_nll(torch.from_numpy(codes.train), torch.from_numpy(codes.test), grid.codebook_size)
     if best.nll["live"] >= unigram:
         logger.warning(
@@ -156,6 +160,7 @@ def _finish(run: Run, prior: PixelCNN, codes: CodeSet, grid: CodeGrid, best: _Be
 def _save(
     run: Run, step: int, prior: PixelCNN, optimizer: torch.optim.Optimizer, average: WeightAverage, best: _Best
 ) -> None:
+    check_weights(prior, STAGE, step, REMEDY)
     state = {"step": step, "model": prior.state_dict(), "optimizer": optimizer.state_dict()}
     state |= {"average": average.state_dict(), "best": vars(best)}
     run.save_checkpoint(STAGE, state)
@@ -186,7 +191,7 @@ def continue_prior(run: Run, prior: PixelCNN, codes: CodeSet, device: torch.devi
     """
     file = run.file("prior_continued.safetensors")
     if file.exists():
-        return load_module(file, PixelCNN, device)
+        return load_module(file, PixelCNN, device, prior.config)
     config = run.config.ral
     seed_everything(run.config.seed * 1000 + 3)
     model = PixelCNN(**prior.config).to(device)
@@ -206,6 +211,7 @@ def continue_prior(run: Run, prior: PixelCNN, codes: CodeSet, device: torch.devi
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         optimizer.step()
         average.update(model)
+    check_weights(model, "prior_continued", config.n_updates, "lower ral.learning_rate")
     save_module(file, model, average.weights)
     clock.book()
     return load_module(file, PixelCNN, device)

@@ -10,12 +10,13 @@ from tqdm import tqdm
 from ral_gym.data import ImageSet, augment, to_float
 from ral_gym.metrics import perplexity
 from ral_gym.run import Run, seed_everything
-from ral_gym.stages.common import Clock, check_finite, make_accelerator
+from ral_gym.stages.common import Clock, check_finite, check_weights, make_accelerator
 from ral_gym.storage import config_arguments, load_module, save_module
 from ral_gym.vqvae import VQVAE
 
 STAGE = "vqvae"
 LOG_EVERY = 10
+REMEDY = "lower vqvae.learning_rate"
 
 
 def build_vqvae(run: Run, images: ImageSet) -> VQVAE:
@@ -48,7 +49,7 @@ def train_vqvae(run: Run, images: ImageSet, device: torch.device, progress: bool
     """
     file = run.file("vqvae.safetensors")
     if file.exists():
-        return load_module(file, VQVAE, device)
+        return load_module(file, VQVAE, device, build_vqvae(run, images).config)
     config = run.config.vqvae
     seed_everything(run.config.seed * 1000 + 1)
     accelerator = make_accelerator(device)
@@ -77,7 +78,7 @@ def train_vqvae(run: Run, images: ImageSet, device: torch.device, progress: bool
         reconstruction, codes, commitment = vqvae(batch)
         error = F.mse_loss(reconstruction, batch)
         loss = error + commitment
-        check_finite(loss, STAGE, step, "lower vqvae.learning_rate")
+        check_finite(loss, STAGE, step, REMEDY)
         optimizer.zero_grad()
         accelerator.backward(loss)
         optimizer.step()
@@ -93,12 +94,14 @@ def train_vqvae(run: Run, images: ImageSet, device: torch.device, progress: bool
             _save(run, step, vqvae, optimizer)
             clock.book()
     writer.close()
+    check_weights(vqvae, STAGE, config.training_steps, REMEDY)
     save_module(file, accelerator.unwrap_model(vqvae), images=images.description)
     clock.book()
     return load_module(file, VQVAE, device)
 
 
 def _save(run: Run, step: int, vqvae: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    check_weights(vqvae, STAGE, step, REMEDY)
     run.save_checkpoint(STAGE, {"step": step, "model": vqvae.state_dict(), "optimizer": optimizer.state_dict()})
 
 

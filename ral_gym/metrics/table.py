@@ -1,0 +1,89 @@
+"""The results table: one row per generator, for the terminal and for the README."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+ROWS = (
+    "mle",
+    "mle_ema",
+    "mle_continued",
+    "mle_temperature",
+    "mle_best_temperature",
+    "ral",
+    "ral_live",
+    "ral_best_temperature",
+    "reconstruction",
+    "floor",
+)
+COLUMNS = {
+    "fd": ("FD", ".2f"),
+    "kid": ("KID", ""),
+    "nll_test": ("NLL\ntest", ".3f"),
+    "nll_new_people": ("NLL new\npeople", ".3f"),
+    "entropy": ("entropy", ".3f"),
+    "n": ("n", ",d"),
+    "temperature": ("T", ".2f"),
+}
+
+
+def results_table(results: Mapping[str, Any]) -> Table:
+    """The results as a table for the terminal.
+
+    Args:
+        results: what `results.json` holds: `rows` (name -> figures), `extractor`, `n_samples`, `seed`, `seconds`.
+            Figures that are missing or None are shown as "-".
+    """
+    table = Table(title="Results", caption=results_caption(results), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("row", justify="left", no_wrap=True)
+    for heading, _ in COLUMNS.values():
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name in _row_names(results):
+        table.add_row(name, *_cells(results["rows"][name]))
+    return table
+
+
+def results_markdown(results: Mapping[str, Any]) -> str:
+    """The same table as Markdown, with its caption below."""
+    lines = [
+        "| row | " + " | ".join(heading.replace("\n", " ") for heading, _ in COLUMNS.values()) + " |",
+        "|---|" + "---:|" * len(COLUMNS),
+        *(f"| `{name}` | " + " | ".join(_cells(results["rows"][name])) + " |" for name in _row_names(results)),
+    ]
+    return "\n".join(lines) + f"\n\n{results_caption(results)}\n"
+
+
+def results_caption(results: Mapping[str, Any]) -> str:
+    """What the figures were measured with: extractor, sample count, seed, time."""
+    parts = [
+        f"FD and KID on {results.get('extractor', '-')} features",
+        f"{_number(results.get('n_samples'), ',d')} samples per generator",
+        "NLL and entropy in nats per code",
+        f"seed {_number(results.get('seed'), 'd')}",
+    ]
+    if results.get("seconds"):
+        parts.append(f"{sum(results['seconds'].values()):,.0f} s in all")
+    return "; ".join(parts) + "."
+
+
+def _row_names(results: Mapping[str, Any]) -> list[str]:
+    """Rows in the table's order; unknown ones last."""
+    rows = results["rows"]
+    return [name for name in ROWS if name in rows] + [name for name in rows if name not in ROWS]
+
+
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    return [_number(row.get(key), spec) for key, (_, spec) in COLUMNS.items()]
+
+
+def _number(value: float | None, spec: str) -> str:
+    """A figure as text; "-" where there is none. Without a format: KID, whose scale depends on the extractor."""
+    if value is None:
+        return "-"
+    if not spec:
+        spec = ".4f" if abs(value) < 1 else ".2f" if abs(value) < 100 else ",.0f"
+    return format(value, spec)

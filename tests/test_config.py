@@ -1,0 +1,116 @@
+"""The settings: what is out of range is refused at the border, with the value and what is allowed."""
+
+import dataclasses
+import json
+import re
+from typing import Any
+
+import pytest
+
+from ral_gym.config import _LIMITS, Config
+from ral_gym.errors import ConfigError
+from ral_gym.presets import PRESETS, SMOKE, get_preset
+
+
+def changed(name: str, value: Any) -> Config:
+    section, _, field = name.rpartition(".")
+    if not section:
+        return dataclasses.replace(SMOKE, **{field: value})
+    return dataclasses.replace(SMOKE, **{section: dataclasses.replace(getattr(SMOKE, section), **{field: value})})
+
+
+def value_of(name: str) -> Any:
+    section, _, field = name.rpartition(".")
+    return getattr(getattr(SMOKE, section) if section else SMOKE, field)
+
+
+LIMITED = {name: allowed for (allowed, _), names in _LIMITS.items() for name in names.split()}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_are_in_range_and_survive_json(preset) -> None:
+    config = get_preset(preset)
+    config.check()
+    assert config.preset == preset
+    assert Config.from_dict(json.loads(config.to_json())) == config
+
+
+@pytest.mark.parametrize("name", LIMITED)
+def test_numbers_out_of_range_are_refused(name) -> None:
+    for value in (-1, float("nan")):
+        wrong = changed(name, (value,) if isinstance(value_of(name), tuple) else value)
+        with pytest.raises(ConfigError) as caught:
+            wrong.check()
+        assert str(caught.value) == f"{name} is {value}: give {LIMITED[name]}"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("vqvae.batch_size", -3),
+        ("vqvae.training_steps", 0),
+        ("vqvae.codebook_size", 32_767),
+        ("vqvae.encoder_filter_size", 4),
+        ("vqvae.decoder_filter_size", 3),
+        ("vqvae.learning_rate", float("inf")),
+        ("prior.hidden_units", 0),
+        ("prior.dropout", 2.0),
+        ("prior.dropout", 1.0),
+        ("prior.conv_filter_size", 4),
+        ("prior.conv_filter_size", 1),
+        ("critic.layers", 0),
+        ("ral.n_envs", 0),
+        ("ral.gamma", 1.01),
+        ("ral.ema_decay", 1.0),
+        ("evaluation.temperatures", (0.9, 0.0)),
+        ("evaluation.n_samples", 11),
+        ("seed", 4_000_001),
+    ],
+)
+def test_the_edges_of_the_ranges(name, value) -> None:
+    with pytest.raises(ConfigError, match=rf"^{name} is .*: give "):
+        changed(name, value).check()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("vqvae.residual_blocks", 0),
+        ("vqvae.threshold_ema_dead_code", 0),
+        ("vqvae.codebook_size", 32_766),
+        ("prior.dropout", 0.0),
+        ("prior.output_stack_layers", 0),
+        ("critic.n_critic", 0),
+        ("ral.gamma", 0.0),
+        ("ral.gamma", 1.0),
+        ("ral.n_envs", 1),
+        ("evaluation.n_samples", 12),
+        ("evaluation.temperatures", ()),
+        ("seed", 4_000_000),
+    ],
+)
+def test_the_last_values_inside_the_ranges(name, value) -> None:
+    changed(name, value).check()
+
+
+@pytest.mark.parametrize("name", ["vqvae.layers", "critic.layers"])
+def test_layers_that_do_not_fit_the_image_are_refused_before_training(name) -> None:
+    with pytest.raises(ConfigError, match=rf"{name} is 6: data.image_size 32 must be a multiple of 2\*\*6"):
+        changed(name, 6).check()
+
+
+def test_every_number_has_a_range() -> None:
+    # A new setting cannot be forgotten; those of the data are checked where the images are loaded.
+    numbers = {
+        f"{section.name}.{field.name}"
+        for section in dataclasses.fields(Config)
+        if section.name != "data" and dataclasses.is_dataclass(getattr(SMOKE, section.name))
+        for field in dataclasses.fields(getattr(SMOKE, section.name))
+        if re.search(r"\b(int|float)\b", str(field.type))
+    }
+    assert numbers | {"seed"} == set(LIMITED)
+
+
+def test_an_unknown_preset_is_named_with_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match=r"preset 'celebahq' is unknown: choose one of demo, celeba64, smoke"):
+        get_preset("celebahq")

@@ -1,0 +1,257 @@
+"""Figures: the right pixels in the right order, labels inside the picture, atomic writes; and the results table."""
+
+from __future__ import annotations
+
+import errno
+import io
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from PIL import Image
+from rich.console import Console
+
+from ral_gym import figures
+from ral_gym.errors import RunError
+from ral_gym.figures import (
+    COLOURS,
+    colour,
+    results_markdown,
+    results_table,
+    save_comparison,
+    save_curves,
+    save_frontier,
+    save_grid,
+    save_neighbours,
+)
+
+# Fills that no text, label or background has.
+FILLS = [(200, 10 + 9 * i, 255 - 7 * i) for i in range(24)]
+
+
+def plain(*fills: int, side: int = 16) -> torch.Tensor:
+    """Images of one colour each, by their number in FILLS."""
+    return torch.tensor([FILLS[i] for i in fills], dtype=torch.uint8)[:, :, None, None].repeat(1, 1, side, side)
+
+
+def read(path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def box(picture: np.ndarray, fill: int) -> tuple[int, int, int, int]:
+    """Top, left, height and width of the one rectangle of a colour; fails if it is not one whole rectangle."""
+    ys, xs = np.nonzero((picture == FILLS[fill]).all(-1))
+    height, width = np.ptp(ys) + 1, np.ptp(xs) + 1
+    assert len(ys) == height * width
+    return int(ys.min()), int(xs.min()), int(height), int(width)
+
+
+@pytest.fixture
+def drawn(monkeypatch) -> list[Figure]:
+    """The figures that would have been written."""
+    taken: list[Figure] = []
+    monkeypatch.setattr(figures, "_write", lambda figure, path: taken.append(figure))
+    return taken
+
+
+# --- grids
+
+
+def test_grid_shows_all_images_in_raster_order_enlarged_without_smoothing(tmp_path):
+    save_grid(tmp_path / "grid.png", plain(*range(7)), columns=3, title="Grid")
+    boxes = [box(read(tmp_path / "grid.png"), i) for i in range(7)]
+    assert {(height, width) for _, _, height, width in boxes} == {(128, 128)}
+    assert sorted(range(7), key=lambda i: boxes[i][:2]) == list(range(7))
+    assert boxes[0][0] == boxes[2][0] < boxes[3][0]
+    assert boxes[0][1] == boxes[3][1] == boxes[6][1]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_every_pixel_of_an_image_arrives(tmp_path, channels):
+    image = torch.randint(0, 256, (1, channels, 64, 64), dtype=torch.uint8)
+    save_grid(tmp_path / "one.png", image, columns=1, title="One")
+    picture = read(tmp_path / "one.png")
+    expected = image[0].expand(3, -1, -1).permute(1, 2, 0).numpy().repeat(2, 0).repeat(2, 1)
+    windows = np.lib.stride_tricks.sliding_window_view(picture[..., 0], (128, 128))
+    ys, xs = np.nonzero(windows[:, :, 0, 0] == expected[0, 0, 0])
+    assert any((picture[y : y + 128, x : x + 128] == expected).all() for y, x in zip(ys, xs, strict=True))
+
+
+def test_large_images_are_not_enlarged_and_wide_pictures_stay_bounded(tmp_path):
+    save_grid(tmp_path / "a.png", plain(0, side=200), columns=1, title="A")
+    assert box(read(tmp_path / "a.png"), 0)[2:] == (200, 200)
+    save_grid(tmp_path / "b.png", plain(*range(24), side=64), columns=24, title="B")
+    assert read(tmp_path / "b.png").shape[1] < 2700
+
+
+def test_comparison_puts_equally_many_images_in_each_labelled_block(tmp_path):
+    save_comparison(tmp_path / "c.png", {"MLE": plain(*range(5)), "RAL": plain(*range(8, 15))}, title="C", rows=2)
+    picture = read(tmp_path / "c.png")
+    left = [box(picture, i) for i in range(4)]
+    right = [box(picture, i) for i in range(8, 12)]
+    for hidden in (4, 12, 13, 14):
+        assert not (picture == FILLS[hidden]).all(-1).any()
+    assert max(x + width for _, x, _, width in left) < min(x for _, x, _, _ in right)
+    assert [y for y, *_ in left] == [y for y, *_ in right]
+    for label, block in (("MLE", left), ("RAL", right)):
+        rgb = np.round(255 * np.array(to_rgb(colour(label)))).astype(np.uint8)
+        _, xs = np.nonzero((picture[: block[0][0]] == rgb).all(-1))
+        assert abs(int(xs.min()) - block[0][1]) <= 1
+        assert abs(int(xs.max()) + 1 - (block[1][1] + block[1][3])) <= 1
+
+
+def test_neighbours_stand_below_their_samples(tmp_path):
+    save_neighbours(tmp_path / "n.png", plain(0, 1, 2), plain(8, 9, 10), title="N", columns=2)
+    picture = read(tmp_path / "n.png")
+    for sample, neighbour in ((0, 8), (1, 9), (2, 10)):
+        above, below = box(picture, sample), box(picture, neighbour)
+        assert above[1] == below[1]
+        assert 0 < below[0] - (above[0] + above[2]) < 8
+    assert box(picture, 2)[0] > box(picture, 8)[0]
+
+
+def test_neighbours_have_row_labels(drawn):
+    save_neighbours("n.png", plain(0, 1, 2), plain(8, 9, 10), title="N", columns=2)
+    assert [text.get_text() for text in drawn[0].texts].count("sample") == 2
+    assert [text.get_text() for text in drawn[0].texts].count("nearest") == 2
+
+
+@pytest.mark.parametrize("columns", [1, 3, 12])
+def test_text_stays_inside_the_picture(drawn, columns):
+    words = "Samples Of The Prior With WIDE Letters "
+    save_grid("g.png", plain(*range(columns)), columns=columns, title=words * 4, caption=words * 6)
+    save_neighbours("n.png", plain(*range(columns)), plain(*range(columns)), title=words * 4, caption=words * 6)
+    for figure in drawn:
+        renderer = FigureCanvasAgg(figure).get_renderer()
+        for text in figure.texts:
+            extent = text.get_window_extent(renderer)
+            if text.get_text():
+                assert extent.x0 >= 0
+                assert extent.y0 >= 0
+                assert extent.x1 <= figure.bbox.width
+                assert extent.y1 <= figure.bbox.height
+
+
+@pytest.mark.parametrize("bad", [torch.zeros(2, 3, 8, 8), torch.zeros(2, 2, 8, 8).byte(), plain(0)[:0]])
+def test_what_is_not_a_set_of_images_is_refused(tmp_path, bad):
+    with pytest.raises(ValueError, match="uint8"):
+        save_grid(tmp_path / "g.png", bad, columns=2, title="G")
+
+
+# --- plots
+
+
+def test_curves_have_labels_and_leave_nan_out(drawn):
+    nan = float("nan")
+    save_curves("c.png", {"MLE": ([0, 1, 2], [3.0, nan, 1.0]), "RAL": ([0], [2.0])}, xlabel="x", ylabel="y", title="t")
+    (axes,) = drawn[0].axes
+    assert (axes.get_xlabel(), axes.get_ylabel(), axes.get_title(loc="left")) == ("x", "y", "t")
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["MLE", "RAL"]
+    assert axes.lines[0].get_xydata().tolist() == [[0, 3], [2, 1]]
+    assert [line.get_color() for line in axes.lines] == [COLOURS["mle"], COLOURS["ral"]]
+
+
+def test_frontier_joins_the_sweep_by_entropy_and_names_temperatures_and_checkpoints(drawn):
+    points = {"RAL": [(2.9, 24.0), (2.8, 23.0)], "MLE continued": [(2.95, 28.0), (float("nan"), 1.0)]}
+    save_frontier("f.png", [(1.0, 3.1, 31.0), (0.8, 2.5, 23.0), (0.9, 2.8, 22.0)], points, title="t")
+    (axes,) = drawn[0].axes
+    assert axes.lines[0].get_xydata().tolist() == [[2.5, 23], [2.8, 22], [3.1, 31]]
+    notes = {text.get_text(): text.xy for text in axes.texts}
+    assert notes["T=0.8"] == (2.5, 23.0)
+    assert notes["T=1"] == (3.1, 31.0)
+    assert (notes["1"], notes["2"]) == ((2.9, 24.0), (2.8, 23.0))
+    assert axes.lines[2].get_xydata().tolist() == [[2.95, 28]]
+    legend = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert legend == ["MLE by temperature", "RAL (checkpoints in order)", "MLE continued"]
+
+
+def test_a_generator_has_one_colour_however_it_is_written():
+    assert colour("mle_continued") == colour("MLE continued") == colour("MLE-continued")
+    assert len({colour(name) for name in ("real", "reconstruction", "mle", "mle_ema", "mle_continued", "ral")}) == 6
+    assert colour("train", ["train", "held out"]) != colour("held out", ["train", "held out"])
+
+
+# --- files
+
+
+def test_plots_and_grids_are_written_whole_and_equal_figures_are_equal_files(tmp_path):
+    curve = {"a": (range(50), range(50))}
+    for name in ("one", "two"):
+        save_curves(tmp_path / name / "curves.png", curve, xlabel="x", ylabel="y", title="t")
+        save_frontier(tmp_path / name / "frontier.png", [(1, 3, 4), (0.9, 2, 3)], {"RAL": [(2, 2)]}, title="t")
+        save_comparison(tmp_path / name / "comparison.png", {"Real": plain(0), "RAL": plain(1)}, title="t")
+    names = sorted(file.name for file in (tmp_path / "one").iterdir())
+    assert names == ["comparison.png", "curves.png", "frontier.png"]
+    for name in names:
+        assert read(tmp_path / "one" / name).std() > 0
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_a_full_disk_leaves_the_old_picture_and_nothing_else(tmp_path, monkeypatch):
+    path = tmp_path / "grid.png"
+    save_grid(path, plain(0), columns=1, title="old")
+    before = path.read_bytes()
+
+    def fill_the_disk(figure, target, **_) -> None:
+        target.write_bytes(b"half a pict")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Figure, "savefig", fill_the_disk)
+    with pytest.raises(RunError, match="No space left on device"):
+        save_grid(path, plain(1), columns=1, title="new")
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_no_window_library_is_loaded():
+    code = "import ral_gym.figures, sys; print('matplotlib.pyplot' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+# --- the table
+
+RESULTS = {
+    "rows": {
+        "floor": {"fd": 3.1, "kid": -15.98, "n": 144},
+        "ral": {"fd": 123.611, "kid": 5944.4, "nll_test": None, "entropy": 2.85, "n": 3000},
+        "mle": {"fd": 31.3, "kid": 0.0123, "nll_test": 3.73, "nll_new_people": 4.12, "n": 3000, "temperature": 1.0},
+        "another": {},
+    },
+    "extractor": "lite0",
+    "n_samples": 3000,
+    "seed": 7,
+    "seconds": {"vqvae": 75.2, "prior": 100},
+}
+
+
+def test_markdown_has_every_figure_in_order_and_a_dash_for_each_missing_one():
+    lines = results_markdown(RESULTS).splitlines()
+    assert lines[0] == "| row | FD | KID | NLL test | NLL new people | entropy | n | T |"
+    assert lines[2:6] == [
+        "| `mle` | 31.30 | 0.0123 | 3.730 | 4.120 | - | 3,000 | 1.00 |",
+        "| `ral` | 123.61 | 5,944 | - | - | 2.850 | 3,000 | - |",
+        "| `floor` | 3.10 | -15.98 | - | - | - | 144 | - |",
+        "| `another` | - | - | - | - | - | - | - |",
+    ]
+    assert lines[-1] == (
+        "FD and KID on lite0 features; 3,000 samples per generator; NLL and entropy in nats per code; "
+        "seed 7; 175 s in all."
+    )
+
+
+def test_the_table_fits_80_columns_uncut_and_says_extractor_and_sample_count():
+    rows = {"mle_best_temperature": RESULTS["rows"]["ral"], **RESULTS["rows"]}
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(results_table({**RESULTS, "rows": rows}))
+    text = console.export_text()
+    assert "…" not in text
+    for row in results_markdown({**RESULTS, "rows": rows}).splitlines()[2:7]:
+        cells = row.replace("`", "").strip("| ").split(" | ")
+        assert any(line.split() == cells for line in text.splitlines())
+    assert "lite0 features; 3,000 samples" in " ".join(text.split())
