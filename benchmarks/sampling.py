@@ -1,20 +1,22 @@
 """How long does it take to draw code grids: cached sampling against one teacher-forced pass and naive sampling.
 
-    python benchmarks/sampling.py            # some minutes
+    python benchmarks/sampling.py            # 4 minutes on 2 cores
     python benchmarks/sampling.py --quick    # half a minute, rougher
 
-`pass` is one pass over a batch of complete grids in evaluation mode: the same multiply-adds as drawing them once, with
-everything known beforehand, hence the floor of any cached sampler. `cached` is `CachedSampler.sample` from an empty
-grid, `naive` is `sample_naive`, a pass per code. The three take turns, so that a busy machine slows them alike; times
-are medians over the rounds, ratios medians of the ratios within a round. GFLOP/s counts two operations for each
-multiply-add of the network with its kernels cropped to the taps that a mask would leave, once per code for `pass` and
-`cached` and once per code and pass for `naive`.
+`pass` is one pass over a batch of complete grids in evaluation mode. It does the multiply-adds of drawing them once,
+but may do them all at the same time, and is what a cached sampler can hope for. `cached` is `CachedSampler.sample` from
+an empty grid. `naive` is `sample_naive`, a full-grid pass per code; where that would take minutes, passes are made at
+some evenly spaced positions only and their time is scaled to all, which a star marks.
+
+The three take turns, so that a busy machine slows them alike: seconds are medians over the rounds, ratios medians of
+the ratios within a round. GFLOP/s counts two operations per multiply-add of the network, its kernels cropped to the
+taps that a mask would leave: once per code in `pass` and `cached`, once per code and pass in `naive`.
 """
 
 from __future__ import annotations
 
 import argparse
-import platform
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -29,7 +31,6 @@ SETTINGS = {
     "16x16, K=512, 128 units x 8 layers": {"codebook_size": 512, "height": 16, "width": 16, "layers": 8},
 }
 BATCH_SIZES = (16, 64)
-NAIVE_POSITIONS = 16
 
 
 def multiply_adds_per_code(prior: PixelCNN) -> int:
@@ -38,47 +39,87 @@ def multiply_adds_per_code(prior: PixelCNN) -> int:
     return sum(weight.numel() for weight in weights) - prior.input.embedding.weight.numel()
 
 
-def seconds(work: Callable[[], object], cuda: bool) -> float:
+def seconds(work: Callable[[], object], device: torch.device) -> float:
     """Wall-clock time of one call."""
-    if cuda:
+    if device.type == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
     work()
-    if cuda:
+    if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
-def naive_sample_of_positions(prior: PixelCNN, codes: torch.Tensor, positions: list[int]) -> None:
-    """Naive sampling's work at some positions only."""
-    for position in positions:
-        logits = prior(codes)[:, position]
-        draw(logits, torch.rand(len(codes), device=codes.device))
+def measure(prior: PixelCNN, batch: int, quick: bool) -> tuple[list[float], list[float], list[float], bool]:
+    """Time the three methods in turns.
 
-
-def measure(prior: PixelCNN, batch: int, rounds: int, quick: bool) -> dict[str, list[float]]:
-    """Seconds per grid batch of each method, one number per round; naive sampling scaled to all positions."""
+    Returns:
+        Seconds of `pass`, `cached` and `naive` in each round (one round in three has the latter), and whether `naive`
+        was scaled up from some positions.
+    """
     device = prior.input.embedding.weight.device
     length = prior.height * prior.width
-    sampler = CachedSampler(prior)
     codes = torch.randint(prior.codebook_size, (batch, length), device=device)
+    sampler = CachedSampler(prior)
     scaled = quick or length > 64
-    count = 4 if quick else NAIVE_POSITIONS
+    count = 4 if quick else 16
     positions = [length * i // count for i in range(count)]
 
-    def naive() -> None:
-        if scaled:
-            naive_sample_of_positions(prior, codes, positions)
-        else:
-            sample_naive(prior, batch)
+    def naive_at_positions() -> None:
+        for position in positions:
+            draw(prior(codes)[:, position], torch.rand(batch, device=device))
 
-    times: dict[str, list[float]] = {"pass": [], "cached": [], "naive": []}
-    for work in (lambda: prior(codes), lambda: sampler.sample(batch)):
-        seconds(work, device.type == "cuda")  # warm-up
-    for round_ in range(rounds):
-        times["pass"].append(seconds(lambda: prior(codes), device.type == "cuda"))
-        times["cached"].append(seconds(lambda: sampler.sample(batch), device.type == "cuda"))
-        if round_ % 4 == 0 and (round_ == 0 or not quick) and round_ < 12:
-            factor = length / count if scaled else 1
-            times["naive"].append(factor * seconds(naive, device.type == "cuda"))
-    return times
+    passes, cached, naive = [], [], []
+    rounds = 3 if quick else 9
+    for round_ in range(rounds + 1):
+        passes.append(seconds(lambda: prior(codes), device))
+        cached.append(seconds(lambda: sampler.sample(batch), device))
+        if round_ % 3 == 1 and scaled:
+            naive.append(seconds(naive_at_positions, device) * length / count)
+        elif round_ % 3 == 1:
+            naive.append(seconds(lambda: sample_naive(prior, batch), device))
+    return passes[1:], cached[1:], naive, scaled  # the first round warms up
+
+
+def report(name: str, prior: PixelCNN, batch: int, quick: bool) -> None:
+    """Measure one setting and print its line of the table."""
+    passes, cached, naive, scaled = measure(prior, batch, quick)
+    length = prior.height * prior.width
+    operations = 2e-9 * multiply_adds_per_code(prior) * batch * length
+    cells = [
+        f"{statistics.median(times):8.3f} s {factor * operations / statistics.median(times):6.0f}"
+        for times, factor in ((passes, 1), (cached, 1), (naive, length))
+    ]
+    cached_to_pass = statistics.median(c / p for c, p in zip(cached, passes, strict=True))
+    naive_to_cached = statistics.median(n / c for n, c in zip(naive, cached[::3], strict=True))
+    ratios = f"{cached_to_pass:12.2f} {naive_to_cached:13.0f}"
+    print(f"{name:36} {batch:5} " + " ".join(cells) + ("* " if scaled else "  ") + ratios, flush=True)
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer rounds, naive sampling at 4 positions")
+    parser.add_argument("--threads", type=int, help="CPU threads; default: PyTorch's choice")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    device = torch.device(arguments.device)
+    place = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    print(f"torch {torch.__version__}, {place}, float32; seconds and GFLOP/s per batch of whole grids")
+    load = os.getloadavg()[0]
+    if device.type == "cpu" and load > 0.5:
+        print(f"the machine is busy (load average {load:.1f}): waiting threads distort the times, `cached` most of all")
+    columns = "".join(f"{column + ' GFLOP/s':>18} " for column in ("pass", "cached", "naive"))
+    print(f"\n{'setting':36} batch {columns} cached/pass  naive/cached")
+    for name, setting in SETTINGS.items():
+        for batch in BATCH_SIZES:
+            torch.manual_seed(0)
+            with torch.no_grad():
+                report(name, PixelCNN(**setting).eval().to(device), batch, arguments.quick)
+    print("* timed at 4 or 16 evenly spaced positions, a full-grid pass each, and scaled to all")
+
+
+if __name__ == "__main__":
+    main()

@@ -2,35 +2,11 @@
 
 from __future__ import annotations
 
-from functools import partial
-
-import numpy as np
-import torch
 from gymnasium.vector import AutoresetMode
-from torch import Tensor
 
-from ral_gym.codes import CodeGrid
 from ral_gym.envs.generation import GenerationEnv
 from ral_gym.envs.vector import GenerationVectorEnv
-from ral_gym.envs.worlds import World, check_device, check_reward
-from ral_gym.rewards import RewardKind, step_rewards
-
-GRID = CodeGrid(height=4, width=4, codebook_size=8)
-TILE = 8
-"""Pixels per tile."""
-COLOURS = torch.tensor(
-    [
-        [0, 114, 178],
-        [86, 180, 233],
-        [0, 158, 115],
-        [240, 228, 66],
-        [230, 159, 0],
-        [213, 94, 0],
-        [204, 121, 167],
-        [120, 94, 160],
-    ],
-    dtype=torch.uint8,
-)
+from ral_gym.envs.worlds import World, toy_world
 
 
 class ToyEnv(GenerationEnv):
@@ -165,56 +141,3 @@ class ToyVectorEnv(GenerationVectorEnv):
             lockstep=lockstep,
             paired=paired,
         )
-
-
-def toy_world(reward: str = "single", device: str = "cpu") -> World:
-    """The colour wheel: no learned weights. Each code should be the next colour after its neighbour.
-
-    The score map has one cell per code, 1 where the rule holds and 0 elsewhere, so a perfect image has mean score 1 and
-    there are K of them; a random one scores (1 + 15 / 8) / 16 = 0.18 on average.
-
-    Raises:
-        ValueError: unknown reward.
-        DeviceError: a device that does not exist here.
-    """
-    check_reward(reward)
-    kind: RewardKind = "intermediate" if reward == "intermediate" else "single"
-    return World(
-        grid=GRID,
-        decode=draw_tiles,
-        scorer=None if reward == "none" else partial(score_tiles, reward=kind),
-        real_codes=perfect_images(),
-        row_multiple=1,
-        device=check_device(device),
-        recipe=(toy_world, (reward, device)),
-    )
-
-
-def score_tiles(codes: Tensor, reward: RewardKind) -> tuple[Tensor, Tensor]:
-    """Codes (B, r * 4) -> score map (B, r, 4), step rewards (B, r * 4)."""
-    score_map = toy_score_map(codes)
-    return score_map, step_rewards(score_map, score_map.shape[1], GRID.width, reward)
-
-
-def toy_score_map(codes: Tensor) -> Tensor:
-    """1 where a code is its neighbour's successor (or the first code), else 0: (B, r * 4) -> (B, r, 4) float32."""
-    grid = codes.reshape(len(codes), -1, GRID.width)  # (B, r, 4)
-    wanted = torch.empty_like(grid)
-    wanted[:, :, 1:] = grid[:, :, :-1] + 1
-    wanted[:, 1:, 0] = grid[:, :-1, 0] + 1
-    wanted[:, 0, 0] = grid[:, 0, 0]
-    return (grid == wanted % GRID.codebook_size).float()
-
-
-def perfect_images() -> np.ndarray:
-    """The K perfect images, (K, T) int16."""
-    first = np.arange(GRID.codebook_size)[:, None, None]
-    rows, columns = np.arange(GRID.height)[None, :, None], np.arange(GRID.width)[None, None, :]
-    return ((first + rows + columns) % GRID.codebook_size).reshape(len(first), -1).astype(np.int16)
-
-
-def draw_tiles(codes: Tensor) -> Tensor:
-    """Coloured tiles: (B, r * 4) -> (B, 3, r * 8, 32) uint8."""
-    grid = torch.as_tensor(codes).long().cpu().reshape(len(codes), -1, GRID.width)  # (B, r, 4)
-    tiles = COLOURS[grid].permute(0, 3, 1, 2)  # (B, 3, r, 4)
-    return tiles.repeat_interleave(TILE, 2).repeat_interleave(TILE, 3)

@@ -19,7 +19,7 @@ from torch import Tensor
 from ral_gym.codes import CodeGrid, CodeSet, decode_codes
 from ral_gym.critic import PatchCritic
 from ral_gym.errors import DeviceError, RunError
-from ral_gym.rewards import CriticScorer, ScoreNormalizer
+from ral_gym.rewards import CriticScorer, RewardKind, ScoreNormalizer, step_rewards
 from ral_gym.run import read_config
 from ral_gym.storage import load_module, load_tensors
 from ral_gym.vqvae import VQVAE
@@ -155,3 +155,75 @@ def _load(path: Path, load: Callable[[Path, Any], Any], argument: Any) -> Any:
 @lru_cache(maxsize=16)
 def _load_once(path: Path, absolute: Path, version: Any, load: Callable[[Path, Any], Any], argument: Any) -> Any:
     return load(path, argument)
+
+
+TOY_GRID = CodeGrid(height=4, width=4, codebook_size=8)
+TOY_TILE = 8
+"""Pixels per tile."""
+TOY_COLOURS = torch.tensor(
+    [
+        [0, 114, 178],
+        [86, 180, 233],
+        [0, 158, 115],
+        [240, 228, 66],
+        [230, 159, 0],
+        [213, 94, 0],
+        [204, 121, 167],
+        [120, 94, 160],
+    ],
+    dtype=torch.uint8,
+)
+
+
+def toy_world(reward: str = "single", device: str = "cpu") -> World:
+    """The colour wheel: no learned weights. Each code should be the next colour after its neighbour.
+
+    The neighbour is the code to the left, in the first column the one above; the first code is free. The score map has
+    one cell per code, 1 where the rule holds and 0 elsewhere, so a perfect image has mean score 1 and there are K of
+    them; a random one scores (1 + 15 / 8) / 16 = 0.18 on average.
+
+    Raises:
+        ValueError: unknown reward.
+        DeviceError: a device that does not exist here.
+    """
+    check_reward(reward)
+    kind: RewardKind = "intermediate" if reward == "intermediate" else "single"
+    return World(
+        grid=TOY_GRID,
+        decode=decode_toy,
+        scorer=None if reward == "none" else partial(score_toy, reward=kind),
+        real_codes=toy_images(),
+        row_multiple=1,
+        device=check_device(device),
+        recipe=(toy_world, (reward, device)),
+    )
+
+
+def score_toy(codes: Tensor, reward: RewardKind) -> tuple[Tensor, Tensor]:
+    """Codes (B, r * 4) -> score map (B, r, 4), step rewards (B, r * 4)."""
+    score_map = toy_score_map(codes)
+    return score_map, step_rewards(score_map, score_map.shape[1], TOY_GRID.width, reward)
+
+
+def toy_score_map(codes: Tensor) -> Tensor:
+    """1 where a code is its neighbour's successor (or the first code), else 0: (B, r * 4) -> (B, r, 4) float32."""
+    grid = codes.reshape(len(codes), -1, TOY_GRID.width)  # (B, r, 4)
+    wanted = torch.empty_like(grid)
+    wanted[:, :, 1:] = grid[:, :, :-1] + 1
+    wanted[:, 1:, 0] = grid[:, :-1, 0] + 1
+    wanted[:, 0, 0] = grid[:, 0, 0]
+    return (grid == wanted % TOY_GRID.codebook_size).float()
+
+
+def toy_images() -> np.ndarray:
+    """The K perfect images, (K, T) int16."""
+    first = np.arange(TOY_GRID.codebook_size)[:, None, None]
+    rows, columns = np.arange(TOY_GRID.height)[None, :, None], np.arange(TOY_GRID.width)[None, None, :]
+    return ((first + rows + columns) % TOY_GRID.codebook_size).reshape(len(first), -1).astype(np.int16)
+
+
+def decode_toy(codes: Tensor) -> Tensor:
+    """Coloured tiles: (B, r * 4) -> (B, 3, r * 8, 32) uint8."""
+    grid = torch.as_tensor(codes).long().cpu().reshape(len(codes), -1, TOY_GRID.width)  # (B, r, 4)
+    tiles = TOY_COLOURS[grid].permute(0, 3, 1, 2)  # (B, 3, r, 4)
+    return tiles.repeat_interleave(TOY_TILE, 2).repeat_interleave(TOY_TILE, 3)

@@ -13,8 +13,7 @@ from torch import Tensor
 from ral_gym.codes import CodeGrid
 from ral_gym.envs.core import Finished, GenerationCore
 from ral_gym.envs.resets import RESET_MODES
-from ral_gym.envs.toy import perfect_images, toy_world
-from ral_gym.envs.worlds import World, run_world
+from ral_gym.envs.worlds import World, run_world, toy_images, toy_world
 from ral_gym.storage import pack_state, unpack_state
 from tests.tiny import make_tiny_run
 
@@ -193,7 +192,7 @@ def test_lockstep_rows_stand_alike_on_different_images() -> None:
 def test_options_may_differ_by_row() -> None:
     core = seeded(toy_world(), lockstep=True)
     core.reset(np.arange(2, 5), [{"image_index": 3, "prefix_rows": 1}, None, {"codes": [5, 6], "stop_rows": 1}])
-    assert core.codes[2].tolist() == [*perfect_images()[3, :4], *[K] * 12]
+    assert core.codes[2].tolist() == [*toy_images()[3, :4], *[K] * 12]
     assert core.codes[3].tolist() == [K] * 16
     assert core.codes[4].tolist() == [5, 6, K, K, *[K + 1] * 12]
     assert core.position.tolist() == [0, 0, 4, 0, 2, 0] and core.stop.tolist() == [16, 16, 16, 16, 4, 16]

@@ -330,6 +330,18 @@ def test_inception_with_a_damaged_file(fidelity, content):
     assert str(fidelity) in str(caught.value)
 
 
+def test_a_weight_file_never_runs_code(fidelity, tmp_path):
+    class Touch:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "executed",)
+
+    fidelity.parent.mkdir(parents=True)
+    torch.save({"fc.weight": Touch()}, fidelity)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        make_extractor("inception")
+    assert not (tmp_path / "executed").exists()
+
+
 def test_inception_with_a_foreign_file(fidelity):
     fidelity.parent.mkdir(parents=True)
     torch.save(nn.Linear(3, 4).state_dict(), fidelity)

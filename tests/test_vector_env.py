@@ -19,8 +19,8 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor, VecVideoRe
 import ral_gym  # noqa: F401
 from ral_gym.agents.vec_env import make_sb3_env, real_codes, unwrap_code_env
 from ral_gym.envs.resets import RESET_MODES
-from ral_gym.envs.toy import perfect_images
 from ral_gym.envs.vector import GenerationVectorEnv
+from ral_gym.envs.worlds import toy_images
 from ral_gym.errors import ConfigError
 from tests.tiny import make_tiny_run
 
@@ -278,7 +278,7 @@ def test_a_round_at_once_in_the_adapter() -> None:
 def test_adapter_options_hold_once_and_may_differ_by_row() -> None:
     env = make_sb3_env(TOY, 3)
     env.set_options({"image_index": 2, "prefix_rows": 1})
-    assert (env.reset()[:, :4] == perfect_images()[2, :4]).all()
+    assert (env.reset()[:, :4] == toy_images()[2, :4]).all()
     assert (env.reset() == K).all()
     env.set_options([{"stop_rows": 1}, {}, {"codes": [1, 2]}])
     assert [(row < K).sum() for row in env.reset()] == [0, 0, 2] and env.core.stop.tolist() == [4, 16, 16]
@@ -340,7 +340,7 @@ def test_videos_of_the_adapter_are_recorded(tmp_path: Path) -> None:
 def test_a_monitor_around_the_adapter_warns_and_works() -> None:
     with pytest.warns(UserWarning, match="already wrapped with a `Monitor`"):
         env = VecMonitor(make_sb3_env(TOY, E, reset_mode="mixed"))
-    assert unwrap_code_env(env) is env.venv and (real_codes(env) == perfect_images()).all()
+    assert unwrap_code_env(env) is env.venv and (real_codes(env) == toy_images()).all()
     env.reset()
     lengths = np.zeros(E, int)
     for actions in random_actions():
