@@ -159,8 +159,8 @@ class CoTrainedCritic:
         reals = {length: self.score_map(self.held_out_codes[:, :length]) for length in lengths}
         if not all(bool(scores.isfinite().all()) for scores in (*fakes.values(), *reals.values())):
             raise DivergedError(
-                f"stage ral: the critic's scores are NaN or infinite after {self.n_updates} critic steps; the last good "
-                "checkpoint is kept; lower critic.learning_rate"
+                f"stage ral: the critic's scores are NaN or infinite after {self.n_updates} critic steps; the last "
+                "good checkpoint is kept; lower critic.learning_rate"
             )
         self.normalizer = ScoreNormalizer(self.normalization).fit(
             torch.cat([scores.flatten() for scores in reals.values()]),

@@ -13,7 +13,9 @@
       policy_ema.safetensors      its exponential average
       critic.safetensors          stage 3: the critic
       checkpoints/STAGE.safetensors   optimizers, random states, step: where a stage continues
+      checkpoints/evaluation.json     rows of the table that are measured
       metrics.jsonl               one line per logged step, all stages
+      seconds.json                how long each stage has taken, over all sittings
       tensorboard/                the same curves, and sample grids
       samples/*.png               pictures
       results.json                the table
