@@ -72,9 +72,7 @@ def main(argv: Sequence[str], console: Console) -> None:
         curve = [(row["temperature"], row["entropy"], row["fd"]) for row in result["sweeps"]["mle"]]
         points = {
             "ral by temperature": [(row["entropy"], row["fd"]) for row in result["sweeps"]["ral"]],
-            "mle_continued by temperature": [
-                (row["entropy"], row["fd"]) for row in result["sweeps"]["mle_continued"]
-            ],
+            "mle_continued by temperature": [(row["entropy"], row["fd"]) for row in result["sweeps"]["mle_continued"]],
         }
         path = folder / f"does_rl_help_seed{seed}.png"
         save_frontier(path, curve, points, title=f"FD against entropy, seed {seed}, n = {result['n_samples']}")

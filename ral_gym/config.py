@@ -131,7 +131,7 @@ class CriticConfig:
     n_critic: int = 5
     """Critic steps per policy update (Section 4.4)."""
     fakes: Literal["previous", "fresh"] = "previous"
-    """What the critic is trained on: images of the previous rollout, or a batch sampled for it. Never those scored now."""
+    """What the critic learns from: images of the previous rollout, or ones sampled for it. Never those scored now."""
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ class EvaluationConfig:
     n_samples: int = 3000
     """Generated images per row of the table."""
     extractor: Literal["lite0", "inception", "encoder"] = "lite0"
-    """Features of FD and KID: EfficientNet-Lite0 block 10 (offline), Inception-v3 (torch-fidelity) or the VQ-VAE's encoder."""
+    """Features of FD and KID: EfficientNet-Lite0's block 10 (offline), Inception-v3 or the VQ-VAE's own encoder."""
     temperatures: tuple[float, ...] = (0.8, 0.85, 0.9, 0.95)
     """Temperatures of the MLE sweep (1 is always there)."""
 

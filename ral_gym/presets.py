@@ -66,7 +66,7 @@ CELEBA64 = Config(
 
 DEMO = Config(
     preset="demo",
-    data=DataConfig(source="faces", image_size=64, grey=True),
+    data=DataConfig(source="faces", image_size=64),
     vqvae=VQVAEConfig(
         hidden_units=48,
         residual_units=32,
@@ -119,7 +119,7 @@ DEMO = Config(
 
 SMOKE = Config(
     preset="smoke",
-    data=DataConfig(source="faces", image_size=32, grey=True, limit=64),
+    data=DataConfig(source="faces", image_size=32, limit=64),
     vqvae=VQVAEConfig(
         hidden_units=16,
         residual_units=8,
@@ -127,8 +127,9 @@ SMOKE = Config(
         layers=3,
         codebook_size=16,
         codebook_dim=8,
+        decay=0.9,
         batch_size=16,
-        training_steps=20,
+        training_steps=40,
         learning_rate=1e-3,
     ),
     prior=PriorConfig(

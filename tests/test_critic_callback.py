@@ -99,7 +99,9 @@ def test_real_images_are_decoded_from_as_many_rows_as_the_fakes(vqvae, reset_mod
 
     loss = module.critic_loss
     monkeypatch.setattr(
-        module, "critic_loss", lambda c, real, fake, *a: (shapes.append((real.shape, fake.shape)), loss(c, real, fake, *a))[1]
+        module,
+        "critic_loss",
+        lambda c, real, fake, *a: (shapes.append((real.shape, fake.shape)), loss(c, real, fake, *a))[1],
     )
     critic = make_critic(vqvae)
     model = make_model(make_env(vqvae, reset_mode))
@@ -166,7 +168,7 @@ def test_a_critic_that_diverges_stops_the_training(vqvae) -> None:
     critic = make_critic(vqvae)
     with torch.no_grad():
         critic.critic.head.bias.fill_(float("nan"))
-    with pytest.raises(DivergedError, match="critic's loss is nan.*critic.learning_rate"):
+    with pytest.raises(DivergedError, match=r"critic's loss is nan.*critic\.learning_rate"):
         make_model(make_env(vqvae)).learn(16 * 6, callback=CriticCallback(critic))
 
 

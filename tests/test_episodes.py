@@ -43,10 +43,12 @@ def collect(n_steps: int, n_envs: int = 5, reset_mode: str = "mixed", lockstep: 
 def test_every_drawn_code_is_visited_once_and_prefixes_never(n_steps: int, batch_size: int | None) -> None:
     buffer = collect(n_steps, rollouts=3).rollout_buffer
     seen = np.zeros(buffer.codes.shape, int)
-    index = {(tuple(codes), int(start)): i for i, (codes, start) in enumerate(zip(buffer.codes, buffer.start))}
+    index = {
+        (tuple(codes), int(start)): i for i, (codes, start) in enumerate(zip(buffer.codes, buffer.start, strict=True))
+    }
     for batch in buffer.get(batch_size):
         episodes = batch.observations
-        for row, pos in zip(episodes.row.tolist(), episodes.pos.tolist()):
+        for row, pos in zip(episodes.row.tolist(), episodes.pos.tolist(), strict=True):
             first = int(episodes.pos[episodes.row == row].min())
             seen[index[tuple(episodes.codes[row].tolist()), first], pos] += 1
     assert np.array_equal(seen, buffer.mask.astype(int))
@@ -70,7 +72,9 @@ def test_stored_log_probs_are_those_of_the_stored_grids() -> None:
     buffer = model.rollout_buffer
     with torch.no_grad():
         logits = model.policy.prior(buffer.to_torch(buffer.codes.astype(np.int64)))
-    chosen = logits.log_softmax(-1).gather(-1, buffer.to_torch(buffer.codes.clip(max=K - 1).astype(np.int64))[..., None])
+    chosen = logits.log_softmax(-1).gather(
+        -1, buffer.to_torch(buffer.codes.clip(max=K - 1).astype(np.int64))[..., None]
+    )
     expected = chosen.squeeze(-1).numpy()[buffer.mask]
     np.testing.assert_allclose(buffer.log_probs, expected, atol=1e-5)
 

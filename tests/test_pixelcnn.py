@@ -53,7 +53,7 @@ def expected(prior: PixelCNN) -> Tensor:
             (row - up, column + across)
             for row, column in field
             for up, across in taps
-            if 0 <= row - up and 0 <= column + across < width
+            if row - up >= 0 and 0 <= column + across < width
         }
 
     square = [(up, across) for up in range(reach + 1) for across in range(-reach, reach + 1)]

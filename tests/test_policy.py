@@ -154,9 +154,7 @@ def test_save_and_load_act_alike(tmp_path) -> None:
     model.save(tmp_path / "model")
     loaded = PPO.load(tmp_path / "model", device="cpu")
     obs = np.full((3, T), K, np.int16)
-    np.testing.assert_array_equal(
-        model.predict(obs, deterministic=True)[0], loaded.predict(obs, deterministic=True)[0]
-    )
+    np.testing.assert_array_equal(model.predict(obs, deterministic=True)[0], loaded.predict(obs, deterministic=True)[0])
     model.policy.save(tmp_path / "policy")
     policy = PixelCNNPolicy.load(tmp_path / "policy", device="cpu")
     with torch.no_grad():

@@ -73,7 +73,7 @@ def test_baselines_compare_only_episodes_of_one_start_and_stop() -> None:
     buffer = model.rollout_buffer
     advantages = np.zeros(buffer.mask.shape)
     advantages[buffer.mask] = model._advantages()
-    for start, stop in {*zip(buffer.start, buffer.stop)}:
+    for start, stop in {*zip(buffer.start, buffer.stop, strict=True)}:
         same = (buffer.start == start) & (buffer.stop == stop)
         np.testing.assert_allclose(advantages[same].sum(0), 0, atol=1e-5)
 
@@ -92,7 +92,7 @@ def test_the_gradient_is_reinforce() -> None:
     expected = torch.autograd.grad(-(q * log_probs).mean(), list(model.policy.prior.parameters()))
     before = [p.detach().clone() for p in model.policy.prior.parameters()]
     model.train()
-    for old, new, gradient in zip(before, model.policy.prior.parameters(), expected):
+    for old, new, gradient in zip(before, model.policy.prior.parameters(), expected, strict=True):
         torch.testing.assert_close(old - new, gradient, atol=1e-6, rtol=1e-4)
 
 
@@ -155,7 +155,7 @@ def test_save_and_load_keep_the_reference(tmp_path) -> None:
     model.learn(T * 8 * 2)
     model.save(tmp_path / "model")
     loaded = Reinforce.load(tmp_path / "model", env=make_sb3_env("ral_gym/Toy-v0", 8), device="cpu")
-    for old, new in zip(model._reference.parameters(), loaded._reference.parameters()):
+    for old, new in zip(model._reference.parameters(), loaded._reference.parameters(), strict=True):
         torch.testing.assert_close(old, new)
     loaded.learn(T * 8)
 

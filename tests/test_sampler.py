@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -309,13 +310,18 @@ def test_dropout_is_never_applied(uniforms: Tensor) -> None:
 
 def test_given_rows_cost_no_steps(prior: PixelCNN, codes: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
-    for name in ("_step", "_run_row"):
 
-        def count(*arguments: Any, name: str = name, work: Any = getattr(SamplingCache, name)) -> None:
+    def counted(name: str) -> Callable[..., None]:
+        work = getattr(SamplingCache, name)
+
+        def count(*arguments: Any) -> None:
             calls.append(name)
             work(*arguments)
 
-        monkeypatch.setattr(SamplingCache, name, count)
+        return count
+
+    for name in ("_step", "_run_row"):
+        monkeypatch.setattr(SamplingCache, name, counted(name))
     CachedSampler(prior).sample(codes=codes, start=2 * W)
     assert calls.count("_step") == T - 2 * W
     assert calls.count("_run_row") == H - 3  # the position's own row belongs to the prefix's single convolution

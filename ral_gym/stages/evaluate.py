@@ -152,6 +152,7 @@ def evaluate(
         if name not in rows:
             rows[name] = evaluation.row(prior, temperature)
             save_json(partial, rows)
+        bar.total = max(bar.total, bar.n + 1)  # a sweep may go on below the temperatures planned
         bar.update(1)
         return rows[name]
 
@@ -245,7 +246,7 @@ def _draw_pictures(
     save_comparison(run.file("samples/comparison.png"), columns, title="Real and drawn images", caption=caption)
     three = {name: columns[name] for name in ("real", "mle", "ral")}
     save_comparison(run.file("samples/real_mle_ral.png"), three, title="Real | MLE | RAL", caption=caption)
-    train = torch.from_numpy(images.train[: 20_000].copy())
+    train = torch.from_numpy(images.train[:20_000].copy())
     index, _ = nearest(samples["ral"][:12], train)
     save_neighbours(
         run.file("samples/nearest.png"),

@@ -24,6 +24,8 @@ from ral_gym.stages.common import Clock, WeightAverage, check_finite, check_weig
 from ral_gym.storage import config_arguments, load_module, save_module, weights_of
 
 STAGE = "prior"
+CONTROL = "prior_continued"
+CONTROL_REMEDY = "lower ral.learning_rate"
 LOG_EVERY = 10
 REMEDY = "lower prior.learning_rate"
 logger = logging.getLogger("ral_gym")
@@ -83,7 +85,7 @@ def train_prior(run: Run, codes: CodeSet, grid: CodeGrid, device: torch.device, 
     prior, optimizer = accelerator.prepare(prior, optimizer)
     average = WeightAverage(prior, config.ema_decay, warm_up=True)
     best = _Best()
-    start = _resume(run, prior, optimizer, average, best)
+    start = _resume(run, STAGE, prior, optimizer, average, best)
     run.forget_after(STAGE, start)
     train = torch.from_numpy(codes.train)
     clock = Clock(run, STAGE)
@@ -115,7 +117,7 @@ def train_prior(run: Run, codes: CodeSet, grid: CodeGrid, device: torch.device, 
             for name, figure in figures.items():
                 writer.add_scalar(f"prior/{name}", figure, step)
         if clock.due():
-            _save(run, step, prior, optimizer, average, best)
+            _save(run, STAGE, step, prior, optimizer, average, best)
             clock.book()
     writer.close()
     _finish(run, prior, codes, grid, best)
@@ -123,9 +125,7 @@ def train_prior(run: Run, codes: CodeSet, grid: CodeGrid, device: torch.device, 
     return load_module(file, PixelCNN, device)
 
 
-def _evaluate(
-    prior: PixelCNN, average: WeightAverage, codes: CodeSet, best: _Best, step: int
-) -> dict[str, float]:
+def _evaluate(prior: PixelCNN, average: WeightAverage, codes: CodeSet, best: _Best, step: int) -> dict[str, float]:
     """Held-out figures of the live and the averaged weights; remembers the best of each."""
     prior.eval()
     figures = {"nll_test": nll(prior, torch.from_numpy(codes.test))}
@@ -158,25 +158,38 @@ def _finish(run: Run, prior: PixelCNN, codes: CodeSet, grid: CodeGrid, best: _Be
 
 
 def _save(
-    run: Run, step: int, prior: PixelCNN, optimizer: torch.optim.Optimizer, average: WeightAverage, best: _Best
+    run: Run,
+    stage: str,
+    step: int,
+    prior: PixelCNN,
+    optimizer: torch.optim.Optimizer,
+    average: WeightAverage,
+    best: _Best | None = None,
 ) -> None:
-    check_weights(prior, STAGE, step, REMEDY)
+    """Write the stage's checkpoint."""
+    check_weights(prior, stage, step, REMEDY if stage == STAGE else CONTROL_REMEDY)
     state = {"step": step, "model": prior.state_dict(), "optimizer": optimizer.state_dict()}
-    state |= {"average": average.state_dict(), "best": vars(best)}
-    run.save_checkpoint(STAGE, state)
+    state |= {"average": average.state_dict(), "best": {} if best is None else vars(best)}
+    run.save_checkpoint(stage, state)
 
 
 def _resume(
-    run: Run, prior: PixelCNN, optimizer: torch.optim.Optimizer, average: WeightAverage, best: _Best
+    run: Run,
+    stage: str,
+    prior: PixelCNN,
+    optimizer: torch.optim.Optimizer,
+    average: WeightAverage,
+    best: _Best | None = None,
 ) -> int:
     """Load the stage's checkpoint, if any; the step it was taken at."""
-    state = run.load_checkpoint(STAGE)
+    state = run.load_checkpoint(stage)
     if state is None:
         return 0
     prior.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     average.load_state_dict(state["average"], prior)
-    vars(best).update(state["best"])
+    if best is not None:
+        vars(best).update(state["best"])
     return state["step"]
 
 
@@ -199,19 +212,31 @@ def continue_prior(run: Run, prior: PixelCNN, codes: CodeSet, device: torch.devi
     betas = (config.adam_beta1, config.adam_beta2)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate, betas=betas)
     average = WeightAverage(model, config.ema_decay)
+    start = _resume(run, CONTROL, model, optimizer, average)
     train = torch.from_numpy(codes.train)
-    clock = Clock(run, "prior_continued")
+    clock = Clock(run, CONTROL)
     model.train()
-    for step in tqdm(range(1, config.n_updates + 1), desc="  MLE continued", disable=not progress, unit="step"):
+    steps = tqdm(
+        range(start + 1, config.n_updates + 1),
+        desc="  MLE continued",
+        initial=start,
+        total=config.n_updates,
+        disable=not progress,
+        unit="step",
+    )
+    for step in steps:
         batch = train[torch.randint(len(train), (config.n_envs,))].long().to(device)  # (B, T)
         loss = maximum_likelihood_loss(model, batch)
-        check_finite(loss, "prior_continued", step, "lower ral.learning_rate")
+        check_finite(loss, CONTROL, step, CONTROL_REMEDY)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         optimizer.step()
         average.update(model)
-    check_weights(model, "prior_continued", config.n_updates, "lower ral.learning_rate")
+        if clock.due():
+            _save(run, CONTROL, step, model, optimizer, average)
+            clock.book()
+    check_weights(model, CONTROL, config.n_updates, CONTROL_REMEDY)
     save_module(file, model, average.weights)
     clock.book()
     return load_module(file, PixelCNN, device)

@@ -1,0 +1,53 @@
+"""Helpers of the tests that read images."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ral_gym.config import DataConfig
+from ral_gym.data import ImageSet, load_images
+from ral_gym.errors import DataError
+
+
+def colour_of(index: int) -> tuple[int, int, int]:
+    """A colour that tells which image this is."""
+    return (index % 256, 200 - index % 200, index // 256 * 50)
+
+
+def write_images(folder: Path, count: int, size: tuple[int, int] = (24, 20), suffix: str = "png") -> list[Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{index:06d}.{suffix}" for index in range(count)]
+    for index, path in enumerate(paths):
+        Image.new("RGB", size, colour_of(index)).save(path)
+    return paths
+
+
+def small(source: Path | str, **changes: object) -> DataConfig:
+    source = source if isinstance(source, str) else f"folder:{source}"
+    return dataclasses.replace(DataConfig(source=source, image_size=8, workers=1), **changes)  # type: ignore[arg-type]
+
+
+def load(config: DataConfig, seed: int = 0) -> ImageSet:
+    return load_images(config, seed, progress=False)
+
+
+def indices(images: np.ndarray) -> list[int]:
+    """Which of `write_images`' (up to 256) images these are."""
+    return images[:, 0, 0, 0].tolist()
+
+
+def keys(images: np.ndarray) -> set[bytes]:
+    return {image.tobytes() for image in images}
+
+
+def message_of(config: DataConfig, error: type[Exception] = DataError) -> str:
+    with pytest.raises(error) as caught:
+        load(config)
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
