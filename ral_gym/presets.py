@@ -94,27 +94,30 @@ DEMO = Config(
         augmented_passes=32,
         evaluate_every=50,
     ),
+    # Tuned on seed 100 only. WGAN-GP at this size hardly learns (held-out AUC 0.6 after 600 steps); hinge does (0.9).
     critic=CriticConfig(
         hidden_units=16,
         layers=4,
+        loss="hinge",
         learning_rate=1e-3,
         batch_size=32,
-        warmup_steps=150,
-        n_critic=5,
+        warmup_steps=400,
+        n_critic=20,
     ),
     ral=RALConfig(
+        reward="intermediate",
         reset_mode="full",
         n_envs=256,
-        n_updates=40,
-        learning_rate=1e-4,
-        gamma=1.0,
+        n_updates=50,
+        learning_rate=2e-4,
+        gamma=0.9,
         baseline="leave_one_out",
         normalize_advantage=True,
         mle_coef=0.1,
         ema_decay=0.95,
         checkpoint_every=10,
     ),
-    evaluation=EvaluationConfig(n_samples=2000),
+    evaluation=EvaluationConfig(n_samples=2000, temperatures=(0.75, 0.85)),
 )
 
 SMOKE = Config(

@@ -45,6 +45,7 @@ class PackedWeights:
         prior: the network; `refresh` copies its weights again, to the same addresses.
     """
 
+    @torch.inference_mode(False)  # buffers made inside inference mode could not be written outside of it
     def __init__(self, prior: PixelCNN):
         blocks, stack = prior.blocks, prior.output
         like = prior.input.embedding.weight.detach()
@@ -131,6 +132,7 @@ class SamplingCache:
         logits: (B, K), written by `step`.
     """
 
+    @torch.inference_mode(False)
     def __init__(self, weights: PackedWeights, batch: int):
         prior, like = weights.prior, weights.to_logits
         reach, width, layers = prior.conv_filter_size // 2, prior.width, prior.layers

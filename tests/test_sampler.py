@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ral_gym import sampling_cache
 from ral_gym.errors import ConfigError
 from ral_gym.pixelcnn import PixelCNN
 from ral_gym.sampler import CachedSampler, draw, sample_naive
@@ -272,6 +273,23 @@ def test_refresh_follows_the_dtype(prior: PixelCNN) -> None:
     prior.float()
     sampler.refresh()
     assert sampler.sample(B)[1].dtype == torch.float32
+
+
+def test_a_sampler_made_in_inference_mode_works_outside(prior: PixelCNN, uniforms: Tensor) -> None:
+    with torch.inference_mode():
+        sampler = CachedSampler(prior)
+        sampler.sample(B)
+    sampler.refresh()
+    assert torch.equal(sampler.sample(B, uniforms=uniforms)[0], sample_naive(prior, B, uniforms=uniforms)[0])
+
+
+def test_blocked_kernels_change_nothing(uniforms: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    prior = small().float()
+    codes, log_probs = CachedSampler(prior).sample(B, uniforms=uniforms)
+    monkeypatch.setattr(sampling_cache, "_can_block", lambda like: False)
+    plain, plain_log_probs = CachedSampler(prior).sample(B, uniforms=uniforms)
+    assert torch.equal(codes, plain)
+    torch.testing.assert_close(log_probs, plain_log_probs)
 
 
 def test_batch_size_may_change(prior: PixelCNN, uniforms: Tensor) -> None:
