@@ -2,21 +2,38 @@
 
 from ral_gym.agents.co_trained_critic import CoTrainedCritic
 from ral_gym.agents.critic_callback import CriticCallback
-from ral_gym.agents.defaults import algorithm_defaults
+from ral_gym.agents.defaults import ALGORITHMS, algorithm_defaults, policy_for
+from ral_gym.agents.deliveries import CriticRewardWrapper, StepCriticCallback
 from ral_gym.agents.episodes import EpisodeRolloutBuffer, Episodes
+from ral_gym.agents.features import CodeFeatures
+from ral_gym.agents.grpo import GRPO
+from ral_gym.agents.maskable import MaskableEpisodeRolloutBuffer, MaskablePixelCNNPolicy
 from ral_gym.agents.policy import PixelCNNPolicy, PriorWeights
+from ral_gym.agents.regularizers import AdaptiveEntropy, EntropyTarget, MLEShare, PriorKLReward
 from ral_gym.agents.reinforce import Reinforce
 from ral_gym.agents.vec_env import CodeVecEnv, make_sb3_env
 
 __all__ = [
+    "ALGORITHMS",
+    "GRPO",
+    "AdaptiveEntropy",
     "CoTrainedCritic",
+    "CodeFeatures",
     "CodeVecEnv",
     "CriticCallback",
+    "CriticRewardWrapper",
+    "EntropyTarget",
     "EpisodeRolloutBuffer",
     "Episodes",
+    "MLEShare",
+    "MaskableEpisodeRolloutBuffer",
+    "MaskablePixelCNNPolicy",
     "PixelCNNPolicy",
+    "PriorKLReward",
     "PriorWeights",
     "Reinforce",
+    "StepCriticCallback",
     "algorithm_defaults",
     "make_sb3_env",
+    "policy_for",
 ]

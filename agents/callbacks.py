@@ -105,7 +105,9 @@ class RunCallback(BaseCallback):
         check_weights(self.model.policy, STAGE, self.updates, "lower ral.learning_rate")
         assert self.average is not None
         self.average.update(self.model.policy)
-        reward, area = (self._latest.get(name, float("nan")) for name in ("rollout/critic_reward_mean", "critic/heldout_auc"))
+        reward, area = (
+            self._latest.get(name, float("nan")) for name in ("rollout/critic_reward_mean", "critic/heldout_auc")
+        )
         self._bar.set_postfix(reward=f"{reward:.2f}", auc=f"{area:.2f}", refresh=False)
         self._bar.update(1)
         if self.updates % self.checkpoint_every == 0 and self.updates < self.total_updates:

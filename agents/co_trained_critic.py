@@ -148,8 +148,8 @@ class CoTrainedCritic:
             pool: n grids.
 
         Returns:
-            (n, T) float32, 0 where nothing was drawn; figures `heldout_gap` (mean real - mean fake score), `heldout_auc`
-            (chance that a real image scores above a fake one) and `score_mean`.
+            (n, T) float32, 0 where nothing was drawn; figures `heldout_gap` (mean real - mean fake score),
+            `heldout_auc` (chance that a real image scores above a fake one) and `score_mean`.
 
         Raises:
             DivergedError: a score is NaN or infinite.

@@ -1,54 +1,144 @@
-"""Keyword sets that suit T-step episodes with a terminal reward, for algorithms whose defaults do not.
+"""The algorithms that run here, and keyword sets that suit T-step episodes with a terminal reward.
 
-SB3's own defaults (gamma 0.99, gae_lambda 0.95, n_steps 2048, batch_size 64) come from control tasks: here they would
-hide the reward from the early codes and cut images apart.
+SB3's own defaults (gamma 0.99, gae_lambda 0.95, n_steps 2048 or 5, batch_size 64) come from control tasks: here they
+would hide the reward from the early codes and cut images apart.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from stable_baselines3 import PPO
-from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from sb3_contrib import QRDQN, TRPO, MaskablePPO
+from stable_baselines3 import A2C, DQN, PPO
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.vec_env import VecEnv
 
 from ral_gym.agents.episodes import EpisodeRolloutBuffer
+from ral_gym.agents.features import CodeFeatures
+from ral_gym.agents.grpo import GRPO
+from ral_gym.agents.maskable import MaskableEpisodeRolloutBuffer, MaskablePixelCNNPolicy
+from ral_gym.agents.policy import PixelCNNPolicy
 from ral_gym.agents.reinforce import Reinforce
 from ral_gym.errors import ConfigError
 
-ALGORITHMS: dict[str, type[OnPolicyAlgorithm]] = {"reinforce": Reinforce, "ppo": PPO}
+PIXELCNN_ALGORITHMS: dict[str, Any] = {
+    "reinforce": Reinforce,
+    "ppo": PPO,
+    "a2c": A2C,
+    "trpo": TRPO,
+    "grpo": GRPO,
+    "maskable_ppo": MaskablePPO,
+}
+"""On-policy: they train a PixelCNN, one pass per image. Stage 3 runs any of them."""
+ALGORITHMS: dict[str, type[BaseAlgorithm]] = PIXELCNN_ALGORITHMS | {"dqn": DQN, "qrdqn": QRDQN}
+CONTINUOUS_ONLY = ("sac", "td3", "ddpg", "tqc", "crossq")
 
 
 def algorithm_defaults(algo: str, env: VecEnv) -> dict[str, Any]:
-    """Keyword arguments for an algorithm on `env`.
+    """Keyword arguments for an algorithm on `env`; `policy_for` gives the policy to go with them.
 
     Args:
-        algo: `reinforce` or `ppo`.
+        algo: a name in `ALGORITHMS`.
         env: from `make_sb3_env`.
 
     Raises:
-        ConfigError: an unknown algorithm.
+        ConfigError: an algorithm that is unknown, or that cannot draw codes.
     """
-    check_algorithm(algo)
+    check_algorithm(algo, pixelcnn=False)
     n_codes = int(env.observation_space.shape[0])  # type: ignore[index]
+    if algo in ("dqn", "qrdqn"):
+        return _value_based(algo, n_codes, env.num_envs)
     common: dict[str, Any] = {
         "n_steps": n_codes,  # one whole episode per environment and rollout
         "gamma": 1.0,  # the first code sees the terminal reward as well as the last
         "rollout_buffer_class": EpisodeRolloutBuffer,  # one pass per image instead of one per code
-        "ent_coef": 0.0,  # the prior starts with the entropy of the data; a bonus would only blur it
     }
-    if algo == "reinforce":
-        return common
-    return common | {
-        "gae_lambda": 1.0,  # the value head starts from nothing: bootstrapping on it would be bias only
-        "batch_size": n_codes * max(1, env.num_envs // 4),  # four minibatches of whole images
+    # The prior starts with the entropy of the data; a bonus would only blur it. TRPO has none.
+    entropy: dict[str, Any] = {"ent_coef": 0.0}
+    if algo in ("reinforce", "grpo"):
+        return common | entropy
+    common["gae_lambda"] = 1.0  # the value head starts from nothing: bootstrapping on it would be bias only
+    # At least four minibatches, each the whole images of equally many environments.
+    minibatch = n_codes * max(n for n in range(1, max(1, env.num_envs // 4) + 1) if env.num_envs % n == 0)
+    if algo == "a2c":
+        return (
+            common
+            | entropy
+            | {
+                "use_rms_prop": False,  # Adam, as the prior was trained with; RMSProp has no bias correction
+                "normalize_advantage": True,  # the critic's scores have no fixed scale; needs more than one environment
+            }
+        )
+    if algo == "trpo":
+        return common | {
+            "batch_size": minibatch,  # of the value head's updates; the policy step takes the whole rollout
+            "n_critic_updates": 4,  # the value head alone: the trunk's features are detached
+            "target_kl": 0.01,  # mean KL per code and update; T codes add up
+            "cg_max_steps": 10,  # each costs a pass forward and two back; more did not matter on Toy-v0
+        }
+    common |= entropy | {
+        "batch_size": minibatch,
         "n_epochs": 2,  # few: the policy must stay near its pretrained start
         "clip_range": 0.1,  # and small steps, for the same reason
         "target_kl": 0.03,
     }
+    if algo == "maskable_ppo":
+        common["rollout_buffer_class"] = MaskableEpisodeRolloutBuffer  # masks too, in next to no memory
+    return common
 
 
-def check_algorithm(algo: str) -> None:
-    """Raise `ConfigError` for an algorithm that stage 3 does not know."""
-    if algo not in ALGORITHMS:
-        raise ConfigError(f"algorithm '{algo}' is unknown: choose one of {', '.join(ALGORITHMS)}")
+def _value_based(algo: str, n_codes: int, n_envs: int) -> dict[str, Any]:
+    """DQN and QR-DQN: one network pass per transition, rewards of each step or terminal ones."""
+    features: dict[str, Any] = {
+        "features_extractor_class": CodeFeatures,  # embeds codes; raw indices would be read as magnitudes
+        "net_arch": [128],
+    }
+    if algo == "qrdqn":
+        features["n_quantiles"] = 25  # 200, the default, means K x 200 outputs
+    return {
+        "gamma": 1.0,  # episodes are finite, and the reward comes at their end
+        "buffer_size": 100_000,  # transitions of 4 T bytes; the default million takes 1 GB at T = 256
+        "learning_starts": 10 * n_codes * n_envs,  # ten images of every environment before the first update
+        "batch_size": 128,
+        "train_freq": 1,
+        "gradient_steps": max(1, n_envs // 4),  # a step of the environments brings E transitions
+        "target_update_interval": max(n_envs, 500),
+        "n_steps": min(4, n_codes),  # a terminal reward reaches the early codes in T / 4 target updates
+        "exploration_fraction": 0.5,
+        "exploration_final_eps": 1 / (4 * n_codes),  # 0.05 would spoil T / 20 codes of every image
+        "policy_kwargs": features,
+    }
+
+
+def policy_for(algo: str) -> str | type[BasePolicy]:
+    """The policy that goes with `algorithm_defaults`.
+
+    Raises:
+        ConfigError: an algorithm that is unknown, or that cannot draw codes.
+    """
+    check_algorithm(algo, pixelcnn=False)
+    if algo == "maskable_ppo":
+        return MaskablePixelCNNPolicy
+    return PixelCNNPolicy if algo in PIXELCNN_ALGORITHMS else "MlpPolicy"
+
+
+def check_algorithm(algo: str, pixelcnn: bool = True) -> None:
+    """Raise `ConfigError` for an algorithm that does not run here.
+
+    Args:
+        algo: its name.
+        pixelcnn: it must also train a PixelCNN, as stage 3 does.
+    """
+    known = PIXELCNN_ALGORITHMS if pixelcnn else ALGORITHMS
+    if algo in known:
+        return
+    choice = f"choose one of {', '.join(known)}"
+    if algo in ALGORITHMS:
+        raise ConfigError(f"algorithm '{algo}' learns a value per code and has no PixelCNN policy to train: {choice}")
+    if algo.replace("_", "") in CONTINUOUS_ONLY:
+        raise ConfigError(
+            f"algorithm '{algo}' acts in continuous spaces only (its actor outputs real vectors), but an action "
+            f"here is one of K discrete codes: {choice}"
+        )
+    raise ConfigError(f"algorithm '{algo}' is unknown: {choice}")

@@ -65,6 +65,8 @@ class EpisodeRolloutBuffer(RolloutBuffer):
         ConfigError: `buffer_size` < T, or spaces of another kind.
     """
 
+    _columns: tuple[str, ...] = ("_actions", "_rewards", "_values", "_log_probs")  # what an unfinished episode keeps
+
     def __init__(
         self,
         buffer_size: int,
@@ -100,16 +102,12 @@ class EpisodeRolloutBuffer(RolloutBuffer):
         envs, slots, grids = kept
         BaseBuffer.reset(self)
         held = self._fill[envs] - slots  # (n,)
-        names = ("_actions", "_rewards", "_values", "_log_probs")
         longest = int(held.max(initial=0))
         index = slots[:, None] + np.arange(longest)  # (n, longest)
         columns = np.broadcast_to(envs[:, None], index.shape)
         valid = np.arange(longest) < held[:, None]
-        old = {name: getattr(self, name)[index[valid], columns[valid]] for name in names} if len(envs) else {}
-        shape = (self._capacity, self.n_envs)
-        self._actions = np.zeros(shape, np.int32)
-        self._rewards, self._values, self._log_probs = (np.zeros(shape, np.float32) for _ in range(3))
-        self._returns, self._advantages = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+        old = {name: getattr(self, name)[index[valid], columns[valid]] for name in self._columns} if len(envs) else {}
+        self._allocate()
         places = np.broadcast_to(np.arange(longest), index.shape)[valid]
         for name, values in old.items():
             getattr(self, name)[places, columns[valid]] = values
@@ -117,6 +115,13 @@ class EpisodeRolloutBuffer(RolloutBuffer):
         self._fill[envs] = held
         self._start_envs, self._start_slots, self._start_grids = [envs], [np.zeros_like(slots)], [grids]
         self._table: tuple[np.ndarray, ...] | None = None
+
+    def _allocate(self) -> None:
+        """Empty storage."""
+        shape = (self._capacity, self.n_envs)
+        self._actions = np.zeros(shape, np.int32)
+        self._rewards, self._values, self._log_probs = (np.zeros(shape, np.float32) for _ in range(3))
+        self._returns, self._advantages = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
 
     def add(
         self,
@@ -268,9 +273,7 @@ class EpisodeRolloutBuffer(RolloutBuffer):
         """
         self._rewards[self._slots()] = rewards[self.mask]
 
-    def compute_returns_and_advantage(
-        self, last_values: Tensor | None = None, dones: np.ndarray | None = None
-    ) -> None:
+    def compute_returns_and_advantage(self, last_values: Tensor | None = None, dones: np.ndarray | None = None) -> None:
         """Generalised advantage estimation inside every finished episode.
 
         Both arguments are SB3's and unused: a finished episode needs no bootstrap.
@@ -300,8 +303,8 @@ class EpisodeRolloutBuffer(RolloutBuffer):
             int(self.stop[rows].max(initial=0)),
         )
 
-    def get(self, batch_size: int | None = None) -> Generator[RolloutBufferSamples, None, None]:  # type: ignore[override]
-        """Minibatches of whole episodes in random order, each of at least `batch_size` transitions (the last: what is left).
+    def get(self, batch_size: int | None = None) -> Generator[RolloutBufferSamples, None, None]:
+        """Minibatches of whole episodes in random order, each of at least `batch_size` transitions; the last: the rest.
 
         Args:
             batch_size: transitions; None: everything at once.
@@ -320,7 +323,7 @@ class EpisodeRolloutBuffer(RolloutBuffer):
             yield self._samples(rows, flat)
             first = last
 
-    def _samples(self, rows: np.ndarray, flat: np.ndarray) -> RolloutBufferSamples:  # type: ignore[override]
+    def _samples(self, rows: np.ndarray, flat: np.ndarray) -> RolloutBufferSamples:
         slots, envs = self._slots()
         at = (slots[flat], envs[flat])
         return RolloutBufferSamples(
@@ -335,7 +338,7 @@ class EpisodeRolloutBuffer(RolloutBuffer):
     def state_dict(self) -> dict[str, Any]:
         """The unfinished episodes at the beginning of a rollout, for a checkpoint."""
         longest = int(self._fill.max(initial=0))
-        arrays = {name: getattr(self, name)[:longest] for name in ("_actions", "_rewards", "_values", "_log_probs")}
+        arrays = {name: getattr(self, name)[:longest] for name in self._columns}
         envs, slots, grids = self._open_episodes()
         return {"fill": self._fill, "arrays": arrays, "envs": envs, "slots": slots, "grids": grids}
 

@@ -198,7 +198,7 @@ class PixelCNNPolicy(ActorCriticPolicy):
         return (codes <= self.prior.codebook_size).sum(1)
 
     def _values(self, features: Tensor, position: Tensor, stop: Tensor) -> Tensor:
-        return self.value_net(features, position, stop, self.n_codes)  # type: ignore[call-arg]
+        return self.value_net(features, position, stop, self.n_codes)
 
     def _distribution(self, logits: Tensor) -> CategoricalDistribution:
         distribution = CategoricalDistribution(self.prior.codebook_size)

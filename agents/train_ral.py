@@ -13,7 +13,7 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from ral_gym.agents.callbacks import STAGE, RunCallback, RunWriter, restore_model
 from ral_gym.agents.co_trained_critic import CoTrainedCritic
 from ral_gym.agents.critic_callback import CriticCallback
-from ral_gym.agents.defaults import ALGORITHMS, algorithm_defaults
+from ral_gym.agents.defaults import ALGORITHMS, algorithm_defaults, check_algorithm, policy_for
 from ral_gym.agents.policy import PixelCNNPolicy, PriorWeights
 from ral_gym.agents.vec_env import CodeVecEnv, make_sb3_env
 from ral_gym.codes import CodeSet, decode_codes
@@ -36,6 +36,7 @@ def make_agent(run: Run, env: CodeVecEnv, prior: PixelCNN, device: torch.device)
         ConfigError: an unknown algorithm.
     """
     config = run.config.ral
+    check_algorithm(config.algo)
     arguments = algorithm_defaults(config.algo, env)
     arguments |= {
         "learning_rate": config.learning_rate,
@@ -55,7 +56,11 @@ def make_agent(run: Run, env: CodeVecEnv, prior: PixelCNN, device: torch.device)
             "mle_coef": config.mle_coef,
             "kl_coef": config.kl_coef,
         }
-    return ALGORITHMS[config.algo](PixelCNNPolicy, env, **arguments)
+    elif config.algo == "grpo":
+        arguments |= {"mle_coef": config.mle_coef, "kl_coef": config.kl_coef}
+    elif config.algo == "trpo":
+        del arguments["max_grad_norm"]  # its trust region does that
+    return ALGORITHMS[config.algo](policy_for(config.algo), env, **arguments)  # type: ignore[return-value]
 
 
 def make_critic(run: Run, vqvae: VQVAE, codes: CodeSet, device: torch.device) -> CoTrainedCritic:

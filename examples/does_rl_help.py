@@ -1,6 +1,6 @@
 """Does RL help? The demo with several seeds, every control beside RAL, means over the seeds.
 
-    python examples/does_rl_help.py --seeds 1 2 3        # three demo runs, then one table and one figure
+    python examples/does_rl_help.py --seeds 0 1 2        # three demo runs, then one table and one figure
 
 Each seed trains everything anew (VQ-VAE, prior, RAL, controls). Distances of different seeds have different references,
 so every row is also given relative to its own seed's `mle`. Run it again to continue, or to see the table.
@@ -38,7 +38,7 @@ FIGURES = ("fd", "kid", "nll_test", "nll_new_people", "entropy", "temperature")
 class Arguments:
     """Seeds and settings."""
 
-    seeds: tuple[int, ...] = (1, 2, 3)
+    seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds to average over; those the settings were tuned on are not among them."""
     preset: str = "demo"
     """Preset of every run."""
@@ -69,13 +69,13 @@ def main(argv: Sequence[str], console: Console) -> None:
     folder = Path(arguments.runs)
     save_json(folder / "does_rl_help.json", {"seeds": list(arguments.seeds), "rows": summary})
     for seed, result in zip(arguments.seeds, results, strict=True):
-        curve = [(row["temperature"], row["entropy"], row["fd"]) for row in result["sweeps"]["mle"]]
-        points = {
-            "ral by temperature": [(row["entropy"], row["fd"]) for row in result["sweeps"]["ral"]],
-            "mle_continued by temperature": [(row["entropy"], row["fd"]) for row in result["sweeps"]["mle_continued"]],
+        sweeps = {
+            name: [(row["temperature"], row["entropy"], row["fd"]) for row in rows]
+            for name, rows in result["sweeps"].items()
         }
         path = folder / f"does_rl_help_seed{seed}.png"
-        save_frontier(path, curve, points, title=f"FD against entropy, seed {seed}, n = {result['n_samples']}")
+        title = f"FD against entropy, seed {seed}, n = {result['n_samples']}"
+        save_frontier(path, sweeps.pop("mle"), {}, title=title, sweeps=sweeps)
         console.print(f"  {path}", highlight=False)
 
 
@@ -93,7 +93,7 @@ def _table(summary: dict[str, dict[str, list[float]]], arguments: Arguments, res
     return table
 
 
-def _cell(values: list[float | None], digits: int) -> str:
+def _cell(values: Sequence[float | None], digits: int) -> str:
     if any(value is None for value in values):
         return "-"
     numbers = np.array(values, float)

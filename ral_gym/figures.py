@@ -202,37 +202,25 @@ def save_frontier(
     points: Mapping[str, Sequence[tuple[float, float]]],
     *,
     title: str,
+    sweeps: Mapping[str, Sequence[tuple[float, float, float]]] | None = None,
 ) -> None:
-    """FD against entropy: MLE's temperature sweep as a curve, other generators and checkpoints as points.
+    """FD against entropy: temperature sweeps as curves, other generators and checkpoints as points.
 
-    Lower is better at the same entropy. A generator that only sharpens lies on the curve.
+    Lower is better at the same entropy. A generator that only sharpens lies on MLE's curve.
 
     Args:
         path: PNG file to write.
-        curve: (temperature, entropy in nats per code, FD) of the sweep.
+        curve: (temperature, entropy in nats per code, FD) of MLE's sweep.
         points: label -> (entropy, FD) of each checkpoint, in order; NaN are left out.
         title: above the plot.
+        sweeps: label -> sweep of another generator, as `curve`.
 
     Raises:
         RunError: the file cannot be written.
     """
     figure, axes = _axes("entropy (nats per code)", "FD (lower is better)", title)
-    sweep = sorted((entropy, fd, temperature) for temperature, entropy, fd in curve)
-    axes.plot(
-        [e for e, _, _ in sweep], [f for _, f, _ in sweep], color=COLOURS["mle"], marker="o", label="MLE by temperature"
-    )
-    for number, (entropy, fd, temperature) in enumerate(sweep):
-        # Below the curve, on the side that it leaves free.
-        falling = number + 1 < len(sweep) and sweep[number + 1][1] < fd
-        axes.annotate(
-            f"T={temperature:g}",
-            (entropy, fd),
-            xytext=(-6 if falling else 6, -12),
-            ha="right" if falling else "left",
-            textcoords="offset points",
-            fontsize=9,
-            color=COLOURS["mle"],
-        )
+    for label, sweep in {"mle": curve, **(sweeps or {})}.items():
+        _draw_sweep(axes, sweep, "MLE by temperature" if label == "mle" else f"{label} by temperature", colour(label))
     for number, (label, measured) in enumerate(points.items()):
         known = [(entropy, fd) for entropy, fd in measured if math.isfinite(entropy) and math.isfinite(fd)]
         axes.plot(
@@ -252,6 +240,24 @@ def save_frontier(
     axes.margins(0.08, 0.12)
     axes.legend(frameon=False, fontsize=10)
     _write(figure, path)
+
+
+def _draw_sweep(axes: Axes, curve: Sequence[tuple[float, float, float]], label: str, line_colour: str) -> None:
+    """One generator's (temperature, entropy, FD), joined by entropy, each point with its temperature."""
+    sweep = sorted((entropy, fd, temperature) for temperature, entropy, fd in curve)
+    axes.plot([e for e, _, _ in sweep], [f for _, f, _ in sweep], color=line_colour, marker="o", label=label)
+    for number, (entropy, fd, temperature) in enumerate(sweep):
+        # Below the curve, on the side that it leaves free.
+        falling = number + 1 < len(sweep) and sweep[number + 1][1] < fd
+        axes.annotate(
+            f"T={temperature:g}",
+            (entropy, fd),
+            xytext=(-6 if falling else 6, -12),
+            ha="right" if falling else "left",
+            textcoords="offset points",
+            fontsize=9,
+            color=line_colour,
+        )
 
 
 def _name(label: str) -> str:

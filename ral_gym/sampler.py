@@ -36,11 +36,11 @@ def draw(logits: Tensor, uniforms: Tensor, temperature: float = 1.0) -> tuple[Te
         logits = logits.float()
     if temperature != 1.0:
         logits = logits / temperature
-    probs = F.softmax(logits, dim=-1)  # (B, K)
-    cumulative = probs.cumsum(dim=-1)  # (B, K)
+    probs = torch.softmax(logits, dim=1)  # (B, K)
+    cumulative = probs.cumsum(dim=1)  # (B, K)
     # Rounding leaves the total near 1; the last code of positive probability is just below, whatever the uniform.
-    total = cumulative[:, -1:] * (1 - torch.finfo(logits.dtype).eps)
-    codes = torch.searchsorted(cumulative, uniforms.to(logits.dtype)[:, None] * total, right=True)  # (B, 1)
+    uniforms = uniforms.to(logits.dtype) * (1 - torch.finfo(logits.dtype).eps)
+    codes = torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True)  # (B, 1)
     codes.clamp_(max=logits.shape[1] - 1)  # only NaN logits need it: they give NaN log-probabilities and no crash
     return codes[:, 0], probs.gather(1, codes)[:, 0].log()
 
@@ -83,11 +83,12 @@ class _Request:
         # Batch rows that start later are drawn in step with the others, and keep what they were given until then.
         self.starts = None if (starts == starts[0]).all() else torch.as_tensor(starts, device=like.device)
         self.codes = codes[:, :stop].clamp(max=prior.codebook_size - 1)  # (B, stop)
-        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-        self.log_probs = torch.zeros(batch, stop, dtype=dtype, device=like.device)
+        self.drawn: list[Tensor] = []  # (B,) per position
+        self.log_probs: list[Tensor] = []
+        self.dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
 
     def draw(self, logits: Tensor, position: int) -> Tensor:
-        """Draw every batch row's code at a position from logits (B, K), and keep it; returns (B,) int64."""
+        """Draw every batch row's code at the next position from logits (B, K); returns (B,) int64."""
         if self.uniforms is not None:
             uniforms = self.uniforms[:, position]
         else:
@@ -99,9 +100,17 @@ class _Request:
             given = self.starts > position  # (B,)
             codes = torch.where(given, self.codes[:, position], codes)
             log_probs = log_probs.masked_fill(given, 0.0)
-        self.codes[:, position] = codes
-        self.log_probs[:, position] = log_probs
+        self.drawn.append(codes)
+        self.log_probs.append(log_probs)
         return codes
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """The grids (B, stop) and the log-probabilities (B, stop) of what was drawn."""
+        log_probs = self.codes.new_zeros(self.codes.shape, dtype=self.dtype)
+        if self.drawn:
+            self.codes[:, self.begin :] = torch.stack(self.drawn, dim=1)
+            log_probs[:, self.begin :] = torch.stack(self.log_probs, dim=1)
+        return self.codes, log_probs
 
 
 def _check_length(prior: PixelCNN, length: int) -> None:
@@ -199,7 +208,7 @@ class CachedSampler:
                 cache.next_row(row)
             cache.step(column)
             cache.put(request.draw(cache.logits, position), row, column)
-        return request.codes, request.log_probs
+        return request.result()
 
     @torch.no_grad()
     def begin(self, codes: Tensor, position: int | Tensor) -> None:
@@ -320,6 +329,6 @@ def sample_naive(
     training = prior.training
     prior.eval()
     for position in range(request.begin, request.stop):
-        request.draw(prior(request.codes)[:, position], position)
+        request.codes[:, position] = request.draw(prior(request.codes)[:, position], position)
     prior.train(training)
-    return request.codes, request.log_probs
+    return request.result()

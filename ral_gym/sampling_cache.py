@@ -169,6 +169,7 @@ class SamplingCache:
         self._column_views = [
             self._views(self._line[:, :, column : column + reach + 1], self._terms[:, :, column]) for column in columns
         ]
+        self._right = [self._line[0, :, column + reach + 1 : column + 2 * reach + 1] for column in columns]  # (B, p, C)
         self._mixed_views = self._views(self._mixed_line, self._mixed_terms)
 
     def _views(self, line: Tensor, terms: Tensor) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
@@ -313,10 +314,8 @@ class SamplingCache:
 
     def put(self, codes: Tensor, row: int, column: int) -> None:
         """Enter the codes (B,) of all batch rows at one position."""
-        reach = self.reach
-        self._tokens[:, row + reach, column + reach] = codes
-        right = self._line[0, :, column + reach + 1 : column + 2 * reach + 1]  # (B, p, C)
-        right += self.weights.horizontal_table.index_select(0, codes)
+        self._tokens[:, row + self.reach, column + self.reach] = codes
+        self._right[column] += self.weights.horizontal_table.index_select(0, codes)
 
     def put_at(self, rows: np.ndarray, codes: Tensor, grid_rows: np.ndarray, columns: np.ndarray) -> None:
         """Enter the codes (n,) of some batch rows (n,), each at a position of its own."""

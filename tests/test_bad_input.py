@@ -48,7 +48,7 @@ def finishes(
     """Train into `tmp_path`/smoke, which must end as a run that was left alone does, to the last bit."""
 
     def train() -> None:
-        monkeypatch.setattr("ral_gym.stages.evaluate._draw_pictures", lambda *args: None)
+        monkeypatch.setattr("ral_gym.stages.evaluate.draw_pictures", lambda *args: None)
         assert train_main([*smoke_options, "--runs", str(tmp_path)]) == 0
         assert load_json(tmp_path / "smoke" / "results.json")["rows"] == load_json(smoke_run / "results.json")["rows"]
         for name in FINISHED[1:]:
@@ -228,7 +228,7 @@ def test_a_log_cut_short_is_mended(finishes, run) -> None:
 
 
 def test_a_full_disk_loses_nothing(refused, finishes, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("ral_gym.stages.evaluate._draw_pictures", lambda *args: None)
+    monkeypatch.setattr("ral_gym.stages.evaluate.draw_pictures", lambda *args: None)
     monkeypatch.setattr("ral_gym.stages.common.CHECKPOINT_SECONDS", 0.0)
     replace, run = os.replace, tmp_path / "smoke"
     names = ["checkpoints/vqvae", "vqvae", "codes", "prior", "checkpoints/ral", "policy_ema", "prior_continued"]

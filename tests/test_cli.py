@@ -137,7 +137,7 @@ def test_the_same_command_again_prints_the_table_without_training(train, smoke_r
 @pytest.mark.parametrize("name", ["critic", "policy_ema", "prior_ema"])
 def test_a_removed_file_of_a_finished_run_is_made_again(train, smoke_run, tmp_path, monkeypatch, name) -> None:
     # What error messages advise: "remove it to make it again".
-    monkeypatch.setattr("ral_gym.stages.evaluate._draw_pictures", lambda *args: None)
+    monkeypatch.setattr("ral_gym.stages.evaluate.draw_pictures", lambda *args: None)
     run = shutil.copytree(smoke_run, tmp_path / "smoke")
     (run / f"{name}.safetensors").unlink()
     assert train(tmp_path) == 0
@@ -163,7 +163,7 @@ def interrupt_when(monkeypatch: pytest.MonkeyPatch, target: str, wanted: Callabl
 
 def test_ctrl_c_in_every_stage_loses_nothing(train, smoke_run, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setattr("ral_gym.stages.common.CHECKPOINT_SECONDS", 0.0)
-    monkeypatch.setattr("ral_gym.stages.evaluate._draw_pictures", lambda *args: None)
+    monkeypatch.setattr("ral_gym.stages.evaluate.draw_pictures", lambda *args: None)
     run, handler = tmp_path / "smoke", signal.signal(signal.SIGINT, signal.default_int_handler)
     stops: dict[str, tuple[str, Callable[..., bool]]] = {
         "vqvae": ("Run.log", lambda run, stage, step, figures: stage == "vqvae" and step == 10),

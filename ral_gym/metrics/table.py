@@ -14,6 +14,7 @@ ROWS = (
     "mle_continued",
     "mle_temperature",
     "mle_best_temperature",
+    "mle_continued_best_temperature",
     "ral",
     "ral_live",
     "ral_best_temperature",
@@ -21,7 +22,7 @@ ROWS = (
     "floor",
 )
 COLUMNS = {
-    "fd": ("FD", ".2f"),
+    "fd": ("FD", ".1f"),
     "kid": ("KID", ""),
     "nll_test": ("NLL\ntest", ".3f"),
     "nll_new_people": ("NLL new\npeople", ".3f"),
@@ -38,12 +39,14 @@ def results_table(results: Mapping[str, Any]) -> Table:
         results: what `results.json` holds: `rows` (name -> figures), `extractor`, `n_samples`, `seed`, `seconds`.
             Figures that are missing or None are shown as "-".
     """
-    table = Table(title="Results", caption=results_caption(results), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    style: dict[str, Any] = {"box": box.SIMPLE_HEAD, "padding": (0, 1, 0, 0), "show_edge": False, "pad_edge": False}
+    table = Table(title="Results", caption=results_caption(results), **style)
     table.add_column("row", justify="left", no_wrap=True)
-    for heading, _ in COLUMNS.values():
-        table.add_column(heading, justify="right", no_wrap=True)
+    for name, (heading, _) in COLUMNS.items():
+        if name != "n":  # 80 columns hold no more; the caption says it
+            table.add_column(heading, justify="right", no_wrap=True)
     for name in _row_names(results):
-        table.add_row(name, *_cells(results["rows"][name]))
+        table.add_row(name, *_cells(results["rows"][name], skip="n"))
     return table
 
 
@@ -59,9 +62,13 @@ def results_markdown(results: Mapping[str, Any]) -> str:
 
 def results_caption(results: Mapping[str, Any]) -> str:
     """What the figures were measured with: extractor, sample count, seed, time."""
+    others = {
+        name: row["n"] for name, row in results["rows"].items() if row.get("n") not in (None, results.get("n_samples"))
+    }
+    fewer = ", ".join(f"{name} {_number(n, ',d')}" for name, n in others.items())
     parts = [
         f"FD and KID on {results.get('extractor', '-')} features",
-        f"{_number(results.get('n_samples'), ',d')} samples per generator",
+        f"{_number(results.get('n_samples'), ',d')} samples per generator{f' ({fewer})' if fewer else ''}",
         "NLL and entropy in nats per code",
         f"seed {_number(results.get('seed'), 'd')}",
     ]
@@ -76,8 +83,8 @@ def _row_names(results: Mapping[str, Any]) -> list[str]:
     return [name for name in ROWS if name in rows] + [name for name in rows if name not in ROWS]
 
 
-def _cells(row: Mapping[str, Any]) -> list[str]:
-    return [_number(row.get(key), spec) for key, (_, spec) in COLUMNS.items()]
+def _cells(row: Mapping[str, Any], skip: str = "") -> list[str]:
+    return [_number(row.get(key), spec) for key, (_, spec) in COLUMNS.items() if key != skip]
 
 
 def _number(value: float | None, spec: str) -> str:

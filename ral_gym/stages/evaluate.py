@@ -11,13 +11,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from ral_gym.codes import CodeSet, decode_codes
 from ral_gym.data import ImageSet
 from ral_gym.errors import DataError, RunError
-from ral_gym.figures import save_comparison, save_curves, save_frontier, save_neighbours
 from ral_gym.metrics import (
     EncoderFeatures,
     FeatureDistance,
@@ -26,14 +24,13 @@ from ral_gym.metrics import (
     extract,
     make_extractor,
     match_temperature,
-    nearest,
     nll,
 )
 from ral_gym.metrics.distances import MINIMUM_IMAGES
 from ral_gym.pixelcnn import PixelCNN
 from ral_gym.run import Run
-from ral_gym.sampler import CachedSampler
 from ral_gym.stages.common import Clock
+from ral_gym.stages.pictures import draw_pictures, sample_codes
 from ral_gym.storage import load_json, load_module, save_json
 from ral_gym.vqvae import VQVAE
 
@@ -46,24 +43,12 @@ GENERATORS = {
     "ral_live": "policy",
 }
 """Row of the table -> file of its weights."""
-SAMPLE_BATCH = 500
 SWEPT = ("mle", "mle_continued", "ral")
 """Rows that are also sampled at other temperatures; each gets a row `..._best_temperature`."""
 LOWEST_TEMPERATURE = 0.3
 TEMPERATURE_STEP = 0.1
 TEMPERATURE_BATCH = 500
 """Samples per step of the search for the temperature that gives RAL's entropy."""
-
-
-def sample_codes(prior: PixelCNN, n: int, seed: int, temperature: float = 1.0) -> Tensor:
-    """Draw n code grids (n, T) int64 on the CPU; the same seed draws from the same uniforms for every generator."""
-    generator = torch.Generator().manual_seed(seed)
-    sampler = CachedSampler(prior)
-    batches = [
-        sampler.sample(min(SAMPLE_BATCH, n - i), temperature=temperature, generator=generator)[0].cpu()
-        for i in range(0, n, SAMPLE_BATCH)
-    ]
-    return torch.cat(batches)
 
 
 class Evaluation:
@@ -170,7 +155,7 @@ def evaluate(
     results = _results(run, evaluation, rows)
     clock.book()
     results["seconds"] = run.seconds()
-    _draw_pictures(run, evaluation, priors, images, results)
+    draw_pictures(run, vqvae, codes, images, priors, results)
     save_json(run.file("results.json"), results)
     return results
 
@@ -197,7 +182,7 @@ def _measure_real(evaluation: Evaluation, images: ImageSet, rows: dict[str, dict
     reconstruction = evaluation.real_distance.measure(rebuilt)
     floor = evaluation.distance.floor()
     for name, measured in (("reconstruction", reconstruction), ("floor", floor)):
-        rows[name] = {key: measured[key] for key in ("fd", "kid", "n", "n_reference", "kid_subset_size")}  # type: ignore[literal-required]
+        rows[name] = {key: measured[key] for key in ("fd", "kid", "n", "n_reference", "kid_subset_size")}
 
 
 def _results(run: Run, evaluation: Evaluation, rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -221,67 +206,6 @@ def _results(run: Run, evaluation: Evaluation, rows: dict[str, dict[str, Any]]) 
         "seed": run.config.seed,
         "preset": run.config.preset,
     }
-
-
-def _draw_pictures(
-    run: Run, evaluation: Evaluation, priors: dict[str, PixelCNN], images: ImageSet, results: dict[str, Any]
-) -> None:
-    """Generators side by side, nearest training faces, the frontier and the learning curves."""
-    n, seed = 16, evaluation.seed + 1
-    vqvae = evaluation.vqvae
-    samples = {name: decode_codes(vqvae, sample_codes(prior, n, seed)) for name, prior in priors.items()}
-    same = results["rows"]["mle_temperature"]["temperature"]
-    samples["mle_temperature"] = decode_codes(vqvae, sample_codes(priors["mle"], n, seed, same))
-    picked = torch.randperm(len(images.train), generator=torch.Generator().manual_seed(seed))[:n].numpy()
-    real = torch.from_numpy(images.train[picked].copy())
-    caption = f"16 samples each, not selected, from the same uniforms; run {run.path.name}, seed {run.config.seed}"
-    columns = {
-        "real": real,
-        "reconstruction": decode_codes(vqvae, evaluation.codes.train[picked]),
-        "mle": samples["mle"],
-        "mle_continued": samples["mle_continued"],
-        f"mle_temperature ({same:.2f})": samples["mle_temperature"],
-        "ral": samples["ral"],
-    }
-    save_comparison(run.file("samples/comparison.png"), columns, title="Real and drawn images", caption=caption)
-    three = {name: columns[name] for name in ("real", "mle", "ral")}
-    save_comparison(run.file("samples/real_mle_ral.png"), three, title="Real | MLE | RAL", caption=caption)
-    train = torch.from_numpy(images.train[:20_000].copy())
-    index, _ = nearest(samples["ral"][:12], train)
-    save_neighbours(
-        run.file("samples/nearest.png"),
-        samples["ral"][:12],
-        train[index],
-        title="RAL's samples above their nearest training images (pixel distance)",
-    )
-    curve = [(row["temperature"], row["entropy"], row["fd"]) for row in results["sweeps"]["mle"]]
-    points = {
-        name: [(results["rows"][name]["entropy"], results["rows"][name]["fd"])]
-        for name in ("mle_ema", "mle_continued", "ral", "ral_live")
-    }
-    points["RAL by temperature"] = [(row["entropy"], row["fd"]) for row in results["sweeps"]["ral"]]
-    title = f"FD ({results['extractor']}, n = {results['n_samples']}) against entropy, run {run.path.name}"
-    save_frontier(run.file("samples/frontier.png"), curve, points, title=title)
-    _draw_curves(run)
-
-
-def _draw_curves(run: Run) -> None:
-    """The learning curves of the three stages, from ``metrics.jsonl``."""
-    plots = (
-        ("vqvae", ("reconstruction_error",), "mean squared error", "Stage 1: VQ-VAE"),
-        ("prior", ("nll_train", "nll_test", "nll_test_ema", "nll_new_people"), "nats per code", "Stage 2: PixelCNN"),
-        ("ral", ("critic/heldout_auc",), "AUC, held-out real against drawn images", "Stage 3: the critic"),
-    )
-    for stage, names, ylabel, title in plots:
-        records = run.metrics(stage)
-        curves = {
-            name: ([r["step"] for r in records if name in r], [r[name] for r in records if name in r])
-            for name in names
-            if any(name in r for r in records)
-        }
-        if curves:
-            xlabel = "policy update" if stage == "ral" else "step"
-            save_curves(run.file(f"samples/curve_{stage}.png"), curves, xlabel=xlabel, ylabel=ylabel, title=title)
 
 
 def check_images(images: ImageSet) -> None:

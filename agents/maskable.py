@@ -1,0 +1,186 @@
+"""Forbidden codes: the pair that lets an unmodified MaskablePPO (sb3-contrib) train a PixelCNN on whole images.
+
+The environment says which codes are legal (`action_masks`; all of them by default). The policy gives the others
+probability zero and renormalises, when drawing and when learning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import Any
+
+import numpy as np
+import torch
+from sb3_contrib.common.maskable.buffers import MaskableRolloutBuffer, MaskableRolloutBufferSamples
+from sb3_contrib.common.maskable.distributions import MaskableCategoricalDistribution
+from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
+from stable_baselines3.common.policies import ActorCriticPolicy
+from torch import Tensor
+
+from ral_gym.agents.episodes import EpisodeRolloutBuffer, Episodes
+from ral_gym.agents.policy import PixelCNNPolicy
+from ral_gym.sampler import draw
+
+Masks = np.ndarray | Tensor | None
+
+
+class MaskablePixelCNNPolicy(PixelCNNPolicy):
+    """A `PixelCNNPolicy` whose methods take `action_masks`, (N, K) or (K,) bool, True: legal; None: all are.
+
+    `MaskablePPO` asks for a `MaskableActorCriticPolicy`; this class is registered as one, for that is what it does,
+    but it inherits nothing of its networks.
+    """
+
+    def _masked(self, logits: Tensor, action_masks: Masks) -> MaskableCategoricalDistribution:
+        distribution = MaskableCategoricalDistribution(self.prior.codebook_size).proba_distribution(logits)
+        if action_masks is not None:
+            masks = torch.as_tensor(action_masks, dtype=torch.bool, device=logits.device)
+            masks = masks.reshape(-1, logits.shape[1])
+            if not bool(masks.any(1).all()):
+                raise ValueError("action_masks forbid every code: leave at least one legal")
+            distribution.apply_masking(masks.expand(logits.shape))
+        return distribution
+
+    def forward(
+        self, obs: Tensor, deterministic: bool = False, action_masks: Masks = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Act in a rollout; as `PixelCNNPolicy.forward`, legal codes only."""
+        features, logits, position, stop = self._look(obs, "rollout")
+        distribution = self._masked(logits, action_masks)
+        actions = self._choose(distribution, deterministic)
+        if self.use_cache and not torch.is_grad_enabled():
+            self.cache.draw(actions)
+        return actions, self._values(features, position, stop), distribution.log_prob(actions)
+
+    def _choose(self, distribution: MaskableCategoricalDistribution, deterministic: bool) -> Tensor:
+        logits = distribution.distribution.logits
+        if deterministic:
+            return logits.argmax(1)
+        return draw(logits, torch.rand(len(logits), device=logits.device, dtype=torch.float32))[0]
+
+    def evaluate_actions(  # type: ignore[override]
+        self, obs: Tensor | Episodes, actions: Tensor, action_masks: Masks = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Values (N, 1), log-probabilities (N,) and entropies (N,) among the legal codes."""
+        features, position, stop = self._features(obs)
+        distribution = self._masked(self.prior.logits(features), action_masks)
+        values = self._values(features, position, stop)
+        return values, distribution.log_prob(actions.long().flatten()), distribution.entropy()
+
+    def get_distribution(  # type: ignore[override]
+        self, obs: Tensor | Episodes, action_masks: Masks = None
+    ) -> MaskableCategoricalDistribution:
+        """The distribution over legal codes, of observations (B, T) or of episodes' transitions."""
+        if isinstance(obs, Episodes):
+            return self._masked(self.prior.logits(self._features(obs)[0]), action_masks)
+        return self._masked(self._look(obs, "predict")[1], action_masks)
+
+    def predict(
+        self,
+        observation: np.ndarray | dict[str, np.ndarray],
+        state: tuple[np.ndarray, ...] | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+        action_masks: Masks = None,
+    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
+        """Actions for observations, legal ones only; SB3's arguments."""
+        self._predict_masks = action_masks
+        try:
+            return super().predict(observation, state, episode_start, deterministic)
+        finally:
+            self._predict_masks = None
+
+    _predict_masks: Masks = None
+
+    def _predict(self, observation: Tensor, deterministic: bool = False) -> Tensor:  # type: ignore[override]
+        actions = self._choose(self.get_distribution(observation, self._predict_masks), deterministic)
+        if self.use_cache and not torch.is_grad_enabled():
+            self._caches["predict"].draw(actions)
+        return actions
+
+
+# MaskableActorCriticPolicy and ActorCriticPolicy are siblings whose constructors cannot follow one another.
+MaskableActorCriticPolicy.register(MaskablePixelCNNPolicy)
+assert issubclass(MaskablePixelCNNPolicy, (MaskableActorCriticPolicy, ActorCriticPolicy))
+
+
+class MaskableEpisodeRolloutBuffer(EpisodeRolloutBuffer, MaskableRolloutBuffer):
+    """`EpisodeRolloutBuffer` with action masks: one number per transition and each distinct mask once.
+
+    sb3-contrib's buffer keeps (n_steps, E, K) floats. Here K bits per *distinct* mask are kept, and samples carry no
+    masks at all while every code has been legal.
+    """
+
+    _columns = (*EpisodeRolloutBuffer._columns, "_mask_ids")
+    _mask_ids: np.ndarray
+    _mask_rows: list[np.ndarray]
+
+    def reset(self) -> None:
+        """Begin a rollout; of the masks only those of the unfinished episodes stay."""
+        n_actions = int(self.action_space.n)  # type: ignore[attr-defined]
+        every_code = np.packbits(np.ones(n_actions, bool))  # number 0
+        old = getattr(self, "_mask_rows", [every_code])
+        self._mask_rows, self._mask_numbers = [every_code], {every_code.tobytes(): 0}
+        EpisodeRolloutBuffer.reset(self)
+        used, inverse = np.unique(self._mask_ids, return_inverse=True)
+        numbers = np.array([self._number_of(old[number]) for number in used], np.int32)
+        self._mask_ids = numbers[inverse].reshape(self._mask_ids.shape)
+
+    def _allocate(self) -> None:
+        super()._allocate()
+        self._mask_ids = np.zeros((self._capacity, self.n_envs), np.int32)
+
+    def add(self, *args: Any, action_masks: np.ndarray | None = None, **kwargs: Any) -> None:
+        """One step of all environments.
+
+        Args:
+            *args: SB3's.
+            action_masks: (E, K) or (K,) bool; None: all legal.
+            **kwargs: SB3's.
+        """
+        numbers: int | np.ndarray = 0
+        if action_masks is not None:
+            masks = np.asarray(action_masks, bool).reshape(-1, int(self.action_space.n))  # type: ignore[attr-defined]
+            numbers = self._number(np.packbits(masks, axis=1))
+        at = (self._fill.copy(), np.arange(self.n_envs))
+        EpisodeRolloutBuffer.add(self, *args, **kwargs)
+        self._mask_ids[at] = numbers
+
+    def _number(self, masks: np.ndarray) -> int | np.ndarray:
+        """The numbers of packed masks (E, K / 8) uint8: known ones are found again, new ones kept."""
+        if (masks == masks[0]).all():
+            return self._number_of(masks[0])
+        return np.array([self._number_of(mask) for mask in masks], np.int32)
+
+    def _number_of(self, mask: np.ndarray) -> int:
+        key = mask.tobytes()
+        if key not in self._mask_numbers:
+            self._mask_numbers[key] = len(self._mask_rows)
+            self._mask_rows.append(mask.copy())
+        return self._mask_numbers[key]
+
+    def get(  # type: ignore[override]
+        self, batch_size: int | None = None
+    ) -> Generator[MaskableRolloutBufferSamples, None, None]:
+        """As `EpisodeRolloutBuffer.get`; `action_masks` is (N, K) bool, or None where everything is legal."""
+        yield from EpisodeRolloutBuffer.get(self, batch_size)  # type: ignore[misc]
+
+    def _samples(self, rows: np.ndarray, flat: np.ndarray) -> MaskableRolloutBufferSamples:  # type: ignore[override]
+        slots, envs = self._slots()
+        numbers = self._mask_ids[slots[flat], envs[flat]]  # (N,)
+        masks: Tensor | None = None
+        if numbers.any():
+            packed, n_actions = np.stack(self._mask_rows)[numbers], int(self.action_space.n)  # type: ignore[attr-defined]
+            masks = self.to_torch(np.unpackbits(packed, axis=1, count=n_actions).astype(bool))
+        samples = EpisodeRolloutBuffer._samples(self, rows, flat)
+        return MaskableRolloutBufferSamples(*samples[:6], action_masks=masks)  # type: ignore[arg-type]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The unfinished episodes at the beginning of a rollout, for a checkpoint, with their masks."""
+        return {**EpisodeRolloutBuffer.state_dict(self), "masks": np.stack(self._mask_rows)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave; the next `reset` keeps it."""
+        EpisodeRolloutBuffer.load_state_dict(self, state)
+        self._mask_rows = [np.array(mask) for mask in state["masks"]]
+        self._mask_numbers = {mask.tobytes(): number for number, mask in enumerate(self._mask_rows)}

@@ -1,0 +1,244 @@
+"""Ties to the data for algorithms whose loss cannot be changed: callbacks around an unmodified PPO, A2C or TRPO.
+
+* `PriorKLReward`: KL to the prior, as a reward of every code (Ziegler et al., 2019).
+* `EntropyTarget`: the entropy bonus, steered towards a target.
+* `MLEShare`: steps of maximum likelihood on real codes, between the algorithm's own.
+
+`Reinforce` and `GRPO` have these in their loss: `kl_coef`, `ent_coef`, `mle_coef`.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from sb3_contrib import TRPO
+from stable_baselines3.common.callbacks import BaseCallback
+from torch.nn import functional as F
+
+from ral_gym.agents.episodes import EpisodeRolloutBuffer
+from ral_gym.agents.policy import PixelCNNPolicy, PriorWeights
+from ral_gym.agents.vec_env import real_codes
+from ral_gym.errors import ConfigError
+from ral_gym.pixelcnn import PixelCNN
+
+
+class AdaptiveEntropy:
+    """An entropy coefficient that rises exponentially while the entropy is below its target, and falls above it.
+
+    The rule of "Policy-based Tuning of Autoregressive Image Models with Instance- and Distribution-Level Rewards"
+    (Baran et al., 2026): coef * exp(gain * error) outside a dead band, inside fixed bounds. Entropies are divided by
+    ln K.
+
+    Args:
+        codebook_size: K.
+        coef: the coefficient on target.
+        target: share of ln K in 0..1, or `start`: the entropy that is measured first, that of the pretrained prior.
+        schedule: also scale by the training's progress: a linear rise over the first 5 %, a cosine fall to 0 over the
+            last 15 %. Only where `learn` is told the true number of steps.
+        dead_band: errors up to this leave the coefficient alone.
+        gain: how steeply it reacts.
+        bounds: lowest and highest coefficient.
+
+    Raises:
+        ConfigError: a target outside 0..1.
+    """
+
+    def __init__(
+        self,
+        codebook_size: int,
+        coef: float = 2.2e-3,
+        target: float | Literal["start"] = "start",
+        *,
+        schedule: bool = False,
+        dead_band: float = 0.015,
+        gain: float = 3.0,
+        bounds: tuple[float, float] = (7e-5, 4e-3),
+    ) -> None:
+        if target != "start" and not 0 <= target <= 1:
+            raise ConfigError(f"entropy target {target!r} is no share of ln K: choose 0..1, or 'start'")
+        self.codebook_size, self.coef, self.schedule = codebook_size, coef, schedule
+        self.target: float | None = None if target == "start" else float(target)
+        self.dead_band, self.gain, self.bounds = dead_band, gain, bounds
+
+    def __call__(self, entropy: float, progress: float = 0.5) -> float:
+        """The coefficient for a measured entropy.
+
+        Args:
+            entropy: mean entropy of a code, in nats.
+            progress: share of the training that is done, 0..1.
+        """
+        share = entropy / math.log(self.codebook_size)
+        if self.target is None:
+            self.target = share
+        coef = self.coef * (self._shape(progress) if self.schedule else 1.0)
+        error = self.target - share
+        if abs(error) > self.dead_band:
+            coef *= math.exp(self.gain * error)
+        return min(max(coef, self.bounds[0]), self.bounds[1])
+
+    @staticmethod
+    def _shape(progress: float) -> float:
+        if progress < 0.05:
+            return progress / 0.05
+        return 1.0 if progress < 0.85 else 0.5 * (1 + math.cos(math.pi * (progress - 0.85) / 0.15))
+
+
+def _checked_parts(callback: BaseCallback, buffer: bool = True) -> None:
+    """Raise `ConfigError` unless the model has a PixelCNN (and an episode buffer)."""
+    name, model = type(callback).__name__, callback.model
+    if not isinstance(model.policy, PixelCNNPolicy):
+        raise ConfigError(f"{name} needs log-probabilities of a PixelCNNPolicy, not {type(model.policy).__name__}")
+    found = getattr(model, "rollout_buffer", None)
+    if buffer and not isinstance(found, EpisodeRolloutBuffer):
+        raise ConfigError(
+            f"{name} reads an EpisodeRolloutBuffer, not {type(found).__name__}: pass "
+            "rollout_buffer_class=EpisodeRolloutBuffer to the algorithm"
+        )
+
+
+class PriorKLReward(BaseCallback):
+    """Subtracts ``coef * (log pi(code) - log prior(code))`` from the reward of every code.
+
+    Its expectation is KL(policy || prior), and unlike a loss it also makes early codes answer for the divergence they
+    lead to. In a list it comes after the critic's callback, which writes the rewards it adds to. `rollout/ep_rew_mean`
+    keeps showing the reward without it. Logs `rollout/kl_to_prior`, per code.
+
+    Args:
+        coef: weight, per nat.
+        prior: the frozen prior; None: the policy as it is when training starts.
+
+    Raises:
+        ConfigError: at the start of training, with another kind of policy or buffer.
+    """
+
+    def __init__(self, coef: float, prior: PriorWeights | PixelCNN | Path | str | None = None) -> None:
+        super().__init__()
+        self.coef = coef
+        self._prior = None if prior is None else PriorWeights.of(prior)
+        self.reference: PixelCNN | None = None
+
+    def _init_callback(self) -> None:
+        _checked_parts(self)
+        if self.reference is None:
+            policy: PixelCNNPolicy = self.model.policy  # type: ignore[assignment]
+            self.reference = (self._prior or PriorWeights.of(policy.prior)).build()
+            self.reference.to(self.model.device).eval().requires_grad_(False)
+
+    def _on_step(self) -> bool:
+        return True
+
+    @torch.no_grad()
+    def _on_rollout_end(self) -> None:
+        buffer: EpisodeRolloutBuffer = self.model.rollout_buffer  # type: ignore[attr-defined]
+        assert self.reference is not None
+        episodes = buffer.episodes()
+        length = -(-episodes.length // self.reference.width) * self.reference.width
+        log_probs = self.reference(episodes.codes[:, :length])[episodes.row, episodes.pos].log_softmax(1)  # (N, K)
+        actions = episodes.codes[episodes.row, episodes.pos]
+        reference = log_probs.gather(1, actions[:, None]).squeeze(1).cpu().numpy()  # (N,)
+        divergence = buffer.log_probs - reference
+        rewards = np.zeros(buffer.mask.shape, np.float32)  # (n, T)
+        rewards[buffer.mask] = buffer.rewards - self.coef * divergence
+        buffer.write_rewards(rewards)
+        buffer.compute_returns_and_advantage()
+        self.logger.record("rollout/kl_to_prior", float(divergence.mean()))
+
+
+class EntropyTarget(BaseCallback):
+    """Steers ``model.ent_coef`` by `AdaptiveEntropy` after every rollout.
+
+    The entropy is the mean of -log pi over the rollout's codes: an unbiased estimate for free. Logs `train/ent_coef`
+    and `rollout/entropy`.
+
+    Args:
+        coef: see `AdaptiveEntropy`.
+        target: see `AdaptiveEntropy`.
+        **kwargs: the others of `AdaptiveEntropy`.
+
+    Raises:
+        ConfigError: at the start of training, with an algorithm that has no entropy bonus, such as TRPO.
+    """
+
+    def __init__(self, coef: float = 2.2e-3, target: float | Literal["start"] = "start", **kwargs: Any) -> None:
+        super().__init__()
+        AdaptiveEntropy(2, coef, target, **kwargs)  # a wrong argument is told here
+        self._arguments = {"coef": coef, "target": target, **kwargs}
+        self.rule: AdaptiveEntropy | None = None
+
+    def _init_callback(self) -> None:
+        if isinstance(self.model, TRPO) or not hasattr(self.model, "ent_coef"):
+            raise ConfigError(
+                f"EntropyTarget sets ent_coef, but {type(self.model).__name__} has no entropy bonus in its loss: use "
+                "PriorKLReward, or another algorithm"
+            )
+        _checked_parts(self)
+        if self.rule is None:
+            self.rule = AdaptiveEntropy(int(self.model.action_space.n), **self._arguments)  # type: ignore[attr-defined]
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_end(self) -> None:
+        assert self.rule is not None
+        entropy = -float(self.model.rollout_buffer.log_probs.mean())  # type: ignore[attr-defined]
+        coef = self.rule(entropy, 1 - self.model._current_progress_remaining)
+        self.model.ent_coef = coef  # type: ignore[attr-defined]
+        self.logger.record("train/ent_coef", coef)
+        self.logger.record("rollout/entropy", entropy)
+
+
+class MLEShare(BaseCallback):
+    """One optimizer step of maximum likelihood on real codes before every rollout but the first.
+
+    Adam's steps do not depend on the scale of a loss, so the share is in the step: the learning rate is `coef` times
+    the algorithm's. The optimizer is this callback's own; its steps are outside TRPO's trust region. Logs
+    `train/mle_loss`, nats per code.
+
+    Args:
+        coef: share of the algorithm's learning rate.
+        n_images: real images per step; None: as many as environments.
+
+    Raises:
+        ConfigError: at the start of training, without real codes or a PixelCNN.
+    """
+
+    def __init__(self, coef: float = 0.1, n_images: int | None = None) -> None:
+        super().__init__()
+        self.coef, self.n_images = coef, n_images
+        self.optimizer: torch.optim.Optimizer | None = None
+        self._started = False
+
+    def _init_callback(self) -> None:
+        _checked_parts(self, buffer=False)
+        codes = real_codes(self.training_env)
+        if codes is None:
+            raise ConfigError("MLEShare needs real codes, but the environment has none: use a run's environment")
+        self._codes = codes
+        if self.optimizer is None:
+            policy: PixelCNNPolicy = self.model.policy  # type: ignore[assignment]
+            betas = policy.optimizer.defaults.get("betas", (0.9, 0.999))
+            self.optimizer = torch.optim.Adam(policy.prior.parameters(), betas=betas)
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_start(self) -> None:
+        if not self._started:
+            self._started = True
+            return
+        assert self.optimizer is not None
+        policy: PixelCNNPolicy = self.model.policy  # type: ignore[assignment]
+        rate = self.coef * self.model.lr_schedule(self.model._current_progress_remaining)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        rows = np.random.randint(len(self._codes), size=self.n_images or self.training_env.num_envs)
+        codes = torch.as_tensor(self._codes[rows].astype(np.int64), device=policy.device)  # (B, T)
+        loss = F.cross_entropy(policy.prior(codes).flatten(0, 1), codes.flatten())
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.logger.record("train/mle_loss", loss.item())

@@ -1,0 +1,122 @@
+"""The pictures of a run: generators side by side, nearest training images, the frontier, learning curves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ral_gym.codes import CodeSet, decode_codes
+from ral_gym.data import ImageSet
+from ral_gym.figures import save_comparison, save_curves, save_frontier, save_neighbours
+from ral_gym.metrics import nearest
+from ral_gym.pixelcnn import PixelCNN
+from ral_gym.run import Run
+from ral_gym.sampler import CachedSampler
+from ral_gym.vqvae import VQVAE
+
+SAMPLE_BATCH = 500
+N_SHOWN = 16
+COMPARED = ("mle", "mle_continued", "ral")
+
+
+def sample_codes(prior: PixelCNN, n: int, seed: int, temperature: float = 1.0) -> Tensor:
+    """Draw n code grids (n, T) int64 on the CPU; the same seed draws from the same uniforms for every generator."""
+    generator = torch.Generator().manual_seed(seed)
+    sampler = CachedSampler(prior)
+    batches = [
+        sampler.sample(min(SAMPLE_BATCH, n - i), temperature=temperature, generator=generator)[0].cpu()
+        for i in range(0, n, SAMPLE_BATCH)
+    ]
+    return torch.cat(batches)
+
+
+def draw_pictures(
+    run: Run,
+    vqvae: VQVAE,
+    codes: CodeSet,
+    images: ImageSet,
+    priors: dict[str, PixelCNN],
+    results: dict[str, Any],
+) -> None:
+    """All pictures of a finished run, into ``samples/``.
+
+    Args:
+        run: the run folder.
+        vqvae: its VQ-VAE.
+        codes: its codes.
+        images: its images.
+        priors: row of the table -> its PixelCNN.
+        results: the results table.
+    """
+    seed = run.config.seed * 1000 + 8
+    picked = torch.randperm(len(images.train), generator=torch.Generator().manual_seed(seed))[:N_SHOWN].numpy()
+    real = {
+        "real": torch.from_numpy(images.train[picked].copy()),
+        "reconstruction": decode_codes(vqvae, codes.train[picked]),
+    }
+    caption = (
+        f"{N_SHOWN} samples each, not selected, from the same uniforms; run {run.path.name}, seed {run.config.seed}"
+    )
+
+    def drawn(name: str, temperature: float = 1.0) -> Tensor:
+        return decode_codes(vqvae, sample_codes(priors[name], N_SHOWN, seed, temperature))
+
+    plain = real | {name: drawn(name) for name in COMPARED}
+    save_comparison(run.file("samples/comparison.png"), plain, title="Drawn at temperature 1", caption=caption)
+    best = {name: results["rows"][f"{name}_best_temperature"]["temperature"] for name in COMPARED}
+    sharp = real | {name: drawn(name, best[name]) for name in COMPARED}
+    at_best = ", ".join(f"{name} T={temperature:g}" for name, temperature in best.items())
+    title = "Drawn at each generator's best temperature"
+    path = run.file("samples/comparison_best_temperature.png")
+    save_comparison(path, sharp, title=title, caption=f"{caption}; {at_best}")
+    three = {name: sharp[name] for name in ("real", "mle", "ral")}
+    lines = (
+        f"each at its best temperature: MLE {best['mle']:g}, RAL {best['ral']:g}; not selected; seed {run.config.seed}"
+    )
+    save_comparison(run.file("samples/real_mle_ral.png"), three, title="Real | MLE | RAL", caption=lines)
+    _draw_neighbours(run, sharp["ral"][:12], images)
+    _draw_frontier(run, results)
+    _draw_curves(run)
+
+
+def _draw_neighbours(run: Run, samples: Tensor, images: ImageSet) -> None:
+    """RAL's samples above the training images that they are nearest to: equal pairs would be memorised ones."""
+    train = torch.from_numpy(images.train[:20_000].copy())
+    index, _ = nearest(samples, train)
+    title = "RAL's samples above their nearest training images (pixel distance)"
+    save_neighbours(run.file("samples/nearest.png"), samples, train[index], title=title)
+
+
+def _draw_frontier(run: Run, results: dict[str, Any]) -> None:
+    """FD against entropy: what a lower temperature alone gives is MLE's curve."""
+    sweeps = {
+        name: [(row["temperature"], row["entropy"], row["fd"]) for row in rows]
+        for name, rows in results["sweeps"].items()
+    }
+    points = {
+        name: [(results["rows"][name]["entropy"], results["rows"][name]["fd"])] for name in ("mle_ema", "ral_live")
+    }
+    title = f"FD ({results['extractor']}, n = {results['n_samples']}) against entropy, run {run.path.name}"
+    curve = sweeps.pop("mle")
+    save_frontier(run.file("samples/frontier.png"), curve, points, title=title, sweeps=sweeps)
+
+
+def _draw_curves(run: Run) -> None:
+    """The learning curves of the three stages, from ``metrics.jsonl``."""
+    plots = (
+        ("vqvae", ("reconstruction_error",), "mean squared error", "Stage 1: VQ-VAE"),
+        ("prior", ("nll_train", "nll_test", "nll_test_ema", "nll_new_people"), "nats per code", "Stage 2: PixelCNN"),
+        ("ral", ("critic/heldout_auc",), "AUC, held-out real against drawn images", "Stage 3: the critic"),
+    )
+    for stage, names, ylabel, title in plots:
+        records = run.metrics(stage)
+        curves = {
+            name: ([r["step"] for r in records if name in r], [r[name] for r in records if name in r])
+            for name in names
+            if any(name in r for r in records)
+        }
+        if curves:
+            xlabel = "policy update" if stage == "ral" else "step"
+            save_curves(run.file(f"samples/curve_{stage}.png"), curves, xlabel=xlabel, ylabel=ylabel, title=title)
