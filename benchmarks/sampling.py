@@ -20,13 +20,14 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from ral_gym.pixelcnn import PixelCNN
 from ral_gym.sampler import CachedSampler, draw, sample_naive
 
-SETTINGS = {
+SETTINGS: dict[str, dict[str, Any]] = {
     "8x8, K=128, 128 units x 5 layers": {"codebook_size": 128, "height": 8, "width": 8, "layers": 5},
     "16x16, K=512, 128 units x 8 layers": {"codebook_size": 512, "height": 16, "width": 16, "layers": 8},
 }

@@ -49,7 +49,7 @@ class TrainArguments:
     data: str | None = None
     """Images: `faces`, `celeba:PATH` or `folder:PATH`. Short for --data.source."""
     algo: str | None = None
-    """Algorithm of stage 3: `reinforce` or `ppo`. Short for --ral.algo."""
+    """Algorithm of stage 3: reinforce, ppo, a2c, trpo, grpo or maskable_ppo. Short for --ral.algo."""
     name: str | None = None
     """Name of the run folder. None: the preset's, with the algorithm and the seed where they are not the default."""
     runs: str = "runs"

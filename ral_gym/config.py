@@ -139,7 +139,7 @@ class RALConfig:
     """Stage 3, reinforced adversarial learning (Section 4)."""
 
     algo: str = "reinforce"
-    """`reinforce` or `ppo` (Stable-Baselines3's, unmodified)."""
+    """`reinforce`, `grpo`, or unmodified `ppo`, `a2c` (Stable-Baselines3), `trpo`, `maskable_ppo` (sb3-contrib)."""
     reward: Literal["single", "intermediate"] = "single"
     """Eq. 6 (mean score at the end) or the score map upsampled to the code grid (Section 4.2)."""
     reward_normalization: Literal["max_abs", "standard", "none"] = "max_abs"
@@ -159,13 +159,13 @@ class RALConfig:
     gamma: float = 0.99
     """Discount. With 1 the first code sees a terminal reward as well as the last one."""
     baseline: Literal["none", "mean", "leave_one_out", "value"] = "none"
-    """REINFORCE's baseline; the paper mentions none."""
+    """REINFORCE's baseline; the paper mentions none. Other algorithms have their own."""
     normalize_advantage: bool = False
     """Divide REINFORCE's advantages by their standard deviation over the batch."""
     mle_coef: float = 0.0
-    """Share of maximum-likelihood loss on real codes mixed into each policy update."""
+    """Share of maximum-likelihood loss on real codes mixed into each policy update (reinforce and grpo)."""
     kl_coef: float = 0.0
-    """Weight of KL(policy || MLE prior) in REINFORCE's loss."""
+    """Weight of KL(policy || MLE prior) in the loss (reinforce and grpo)."""
     max_grad_norm: float = 1.0
     """Gradient clipping."""
     ema_decay: float = 0.95

@@ -14,7 +14,6 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ral_gym.errors import ConfigError
 from ral_gym.pixelcnn import PixelCNN
