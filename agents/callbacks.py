@@ -51,6 +51,7 @@ class RunCallback(BaseCallback):
         critic: the critic's callback, which must come before this one.
         n_updates: policy updates in all.
         draw_samples: called with the number of updates now and then, for a sample grid.
+        keep_average: called with the number of updates four times on the way, at equal distances, to save the average.
         progress: show a progress bar.
         checkpoint_every: updates between checkpoints.
     """
@@ -62,17 +63,23 @@ class RunCallback(BaseCallback):
         n_updates: int,
         *,
         draw_samples: Callable[[int], None] | None = None,
+        keep_average: Callable[[int], None] | None = None,
         progress: bool = True,
         checkpoint_every: int = 10,
     ) -> None:
         super().__init__()
         self.run, self.critic, self.total_updates = run, critic, n_updates
-        self.draw_samples, self.progress = draw_samples, progress
+        self.draw_samples, self.keep_average, self.progress = draw_samples, keep_average, progress
         self.checkpoint_every = checkpoint_every
         self.updates = 0
         self.average: WeightAverage | None = None
         self._first = True
         self._latest: dict[str, Any] = {}
+
+    @property
+    def _stations(self) -> list[int]:
+        """The numbers of updates after which the average is kept."""
+        return [self.total_updates * fifth // 5 for fifth in range(1, 5)]
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint: everything but the policy's own weights and the environment."""
@@ -110,6 +117,8 @@ class RunCallback(BaseCallback):
         )
         self._bar.set_postfix(reward=f"{reward:.2f}", auc=f"{area:.2f}", refresh=False)
         self._bar.update(1)
+        if self.keep_average is not None and self.updates in self._stations:
+            self.keep_average(self.updates)
         if self.updates % self.checkpoint_every == 0 and self.updates < self.total_updates:
             self.save()
             if self.draw_samples is not None:

@@ -113,6 +113,9 @@ def train_ral(
         critic_callback,
         config.n_updates,
         draw_samples=lambda updates: _draw_samples(run, model, vqvae, updates),
+        keep_average=lambda updates: _save_average(
+            run, model, run_callback, f"checkpoints/policy_ema_{updates:05d}.safetensors"
+        ),
         progress=progress,
         checkpoint_every=config.checkpoint_every,
     )
@@ -148,13 +151,19 @@ def _save(run: Run, model: OnPolicyAlgorithm, run_callback: RunCallback, critic:
         "scale": critic.normalizer.scale,
     }
     save_module(run.file("critic.safetensors"), critic.critic, **facts)
+    _save_average(run, model, run_callback, "policy_ema.safetensors")
+    policy: PixelCNNPolicy = model.policy  # type: ignore[assignment]
+    save_module(run.file("policy.safetensors"), policy.prior, updates=run_callback.updates)
+
+
+def _save_average(run: Run, model: OnPolicyAlgorithm, run_callback: RunCallback, name: str) -> None:
+    """Write the PixelCNN of the policy's exponential average."""
     policy: PixelCNNPolicy = model.policy  # type: ignore[assignment]
     average = run_callback.average
     assert average is not None
     start = "prior."
     weights = {name.removeprefix(start): w for name, w in average.weights.items() if name.startswith(start)}
-    save_module(run.file("policy_ema.safetensors"), policy.prior, weights, updates=run_callback.updates)
-    save_module(run.file("policy.safetensors"), policy.prior, updates=run_callback.updates)
+    save_module(run.file(name), policy.prior, weights, updates=run_callback.updates)
 
 
 def _draw_samples(run: Run, model: OnPolicyAlgorithm, vqvae: VQVAE, updates: int) -> None:

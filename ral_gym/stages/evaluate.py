@@ -130,7 +130,7 @@ def evaluate(
     priors = {
         row: load_module(run.file(f"{name}.safetensors"), PixelCNN, device, config) for row, name in GENERATORS.items()
     }
-    planned = len(priors) + len(SWEPT) * len(run.config.evaluation.temperatures) + 3
+    planned = len(priors) + len(SWEPT) * len(run.config.evaluation.temperatures) + 3 + 4
     bar = tqdm(total=planned, desc="4 evaluation", unit="row", disable=not progress)
 
     def measure(name: str, prior: PixelCNN, temperature: float = 1.0) -> dict[str, Any]:
@@ -149,6 +149,8 @@ def evaluate(
     if same_entropy is None:
         same_entropy = evaluation.temperature_of(priors["mle"], rows["ral"]["entropy"])
     measure("mle_temperature", priors["mle"], same_entropy)
+    for file in sorted(run.file("checkpoints").glob("policy_ema_*.safetensors")):
+        measure(f"ral_after_{int(file.stem.rpartition('_')[2])}", load_module(file, PixelCNN, device, config))
     for name in SWEPT:
         _sweep(measure, name, priors[name], run.config.evaluation.temperatures)
     bar.close()
@@ -194,12 +196,14 @@ def _results(run: Run, evaluation: Evaluation, rows: dict[str, dict[str, Any]]) 
         )
         for start in SWEPT
     }
-    named = {name: row for name, row in rows.items() if "_at_" not in name}
+    named = {name: row for name, row in rows.items() if "_at_" not in name and "_after_" not in name}
+    after = {int(name.rpartition("_")[2]): row for name, row in rows.items() if "_after_" in name}
     for start, sweep in sweeps.items():
         named[f"{start}_best_temperature"] = min(sweep, key=lambda row: row["fd"])
     return {
         "rows": named,
         "sweeps": sweeps,
+        "checkpoints": [{"updates": updates, **after[updates]} for updates in sorted(after)],
         "extractor": evaluation.extractor.name,
         "reference": "decoded training codes",
         "n_samples": evaluation.n_samples,

@@ -98,6 +98,9 @@ def _draw_frontier(run: Run, results: dict[str, Any]) -> None:
     points = {
         name: [(results["rows"][name]["entropy"], results["rows"][name]["fd"])] for name in ("mle_ema", "ral_live")
     }
+    stations = [(row["entropy"], row["fd"]) for row in results["checkpoints"]]
+    if stations:
+        points["RAL on the way"] = stations
     title = f"FD ({results['extractor']}, n = {results['n_samples']}) against entropy, run {run.path.name}"
     curve = sweeps.pop("mle")
     save_frontier(run.file("samples/frontier.png"), curve, points, title=title, sweeps=sweeps)
