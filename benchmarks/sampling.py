@@ -1,6 +1,6 @@
 """How long does it take to draw code grids: cached sampling against one teacher-forced pass and naive sampling.
 
-    python benchmarks/sampling.py            # 4 minutes on 2 cores
+    python benchmarks/sampling.py            # 4 minutes on 2 idle cores
     python benchmarks/sampling.py --quick    # half a minute, rougher
 
 `pass` is one pass over a batch of complete grids in evaluation mode. It does the multiply-adds of drawing them once,
@@ -111,7 +111,7 @@ def main() -> None:
     print(f"torch {torch.__version__}, {place}, float32; seconds and GFLOP/s per batch of whole grids")
     load = os.getloadavg()[0]
     if device.type == "cpu" and load > 0.5:
-        print(f"the machine is busy (load average {load:.1f}): threads that wait for each other distort its times; try --threads 1")
+        print(f"the machine is busy (load average {load:.1f}) and threads wait for each other: try --threads 1")
     columns = "".join(f"{column + ' GFLOP/s':>18} " for column in ("pass", "cached", "naive"))
     print(f"\n{'setting':36} batch {columns} cached/pass  naive/cached")
     for name, setting in SETTINGS.items():
