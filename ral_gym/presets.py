@@ -132,7 +132,7 @@ SMOKE = Config(
         codebook_dim=8,
         decay=0.9,
         batch_size=16,
-        training_steps=40,
+        training_steps=20,
         learning_rate=1e-3,
     ),
     prior=PriorConfig(

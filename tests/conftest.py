@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 from pathlib import Path
 
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -10,6 +11,10 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
+
+# A shell's background jobs ignore Ctrl-C, and so would the scripts that the tests start and stop.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Several workers share the cores, and one thread sums in one order.
 torch.set_num_threads(1)
