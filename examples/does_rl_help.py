@@ -2,17 +2,19 @@
 
     python examples/does_rl_help.py --seeds 0 1 2        # three demo runs, then one table and one figure
 
-Each seed trains everything anew (VQ-VAE, prior, RAL, controls). Distances of different seeds have different references,
-so every row is also given relative to its own seed's `mle`. Run it again to continue, or to see the table.
+Each seed trains everything anew (VQ-VAE, prior, RAL, controls), so the distances of different seeds have different
+references. Every seed's figures stand in ``runs/does_rl_help.json``. Run it again to continue, or to see the table.
 """
 
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tyro
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -79,26 +81,24 @@ def main(argv: Sequence[str], console: Console) -> None:
         console.print(f"  {path}", highlight=False)
 
 
-def _table(summary: dict[str, dict[str, list[float]]], arguments: Arguments, results: list[dict]) -> Table:
-    """Mean and standard deviation over the seeds."""
+def _table(summary: dict[str, dict[str, list[float]]], arguments: Arguments, results: list[dict[str, Any]]) -> Table:
+    """Means over the seeds, of the FD also the standard deviation."""
     caption = f"{results[0]['extractor']} features, n = {results[0]['n_samples']} per row and seed, nats per code"
-    table = Table(title=f"Means over seeds {', '.join(map(str, arguments.seeds))}", caption=caption)
-    for heading in ("row", "FD", "FD / mle", "KID", "NLL test", "NLL new", "entropy", "T"):
+    style: dict[str, Any] = {"box": box.SIMPLE_HEAD, "padding": (0, 1, 0, 0), "show_edge": False, "pad_edge": False}
+    table = Table(title=f"Means over seeds {', '.join(map(str, arguments.seeds))}", caption=caption, **style)
+    for heading in ("row", "FD ± sd", "KID", "NLL\ntest", "NLL\nnew", "entropy", "T"):
         table.add_column(heading, justify="left" if heading == "row" else "right", no_wrap=True)
     for row, figures in summary.items():
-        ratio = np.array(figures["fd"]) / np.array(summary["mle"]["fd"])
-        cells = [_cell(figures["fd"], 1), _cell(list(ratio), 2), _cell(figures["kid"], 1)]
-        cells += [_cell(figures[name], 3) for name in ("nll_test", "nll_new_people", "entropy")]
-        table.add_row(row, *cells, _cell(figures["temperature"], 2))
+        spread = f" ± {np.std(figures['fd'], ddof=1):.1f}" if len(figures["fd"]) > 1 else ""
+        cells = [f"{np.mean(figures['fd']):.1f}{spread}", _mean(figures["kid"], 1)]
+        cells += [_mean(figures[name], 3) for name in ("nll_test", "nll_new_people", "entropy")]
+        table.add_row(row, *cells, _mean(figures["temperature"], 2))
     return table
 
 
-def _cell(values: Sequence[float | None], digits: int) -> str:
-    if any(value is None for value in values):
-        return "-"
-    numbers = np.array(values, float)
-    spread = f" ± {numbers.std(ddof=1):.{digits}f}" if len(numbers) > 1 else ""
-    return f"{numbers.mean():.{digits}f}{spread}"
+def _mean(values: Sequence[float | None], digits: int) -> str:
+    """The mean as text; "-" where a seed has no such figure."""
+    return "-" if None in values else f"{np.mean(np.array(values, float)):.{digits}f}"
 
 
 if __name__ == "__main__":
