@@ -20,19 +20,10 @@ from rich.table import Table
 
 from ral_gym.cli import parse_train, run_command, train
 from ral_gym.figures import save_frontier
+from ral_gym.metrics.table import ROWS
 from ral_gym.storage import save_json
 
-ROWS = (
-    "mle",
-    "mle_ema",
-    "mle_continued",
-    "mle_temperature",
-    "mle_best_temperature",
-    "mle_continued_best_temperature",
-    "ral",
-    "ral_live",
-    "ral_best_temperature",
-)
+GENERATORS = [row for row in ROWS if row not in ("reconstruction", "floor")]
 FIGURES = ("fd", "kid", "nll_test", "nll_new_people", "entropy", "temperature")
 
 
@@ -64,7 +55,7 @@ def main(argv: Sequence[str], console: Console) -> None:
         results.append(train(parse_train(flags), console))
     summary = {
         row: {figure: [r["rows"][row][figure] for r in results] for figure in FIGURES}
-        for row in ROWS
+        for row in GENERATORS
         if all(row in r["rows"] for r in results)
     }
     console.print(_table(summary, arguments, results))
