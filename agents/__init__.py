@@ -9,8 +9,9 @@ from ral_gym.agents.features import CodeFeatures
 from ral_gym.agents.grpo import GRPO
 from ral_gym.agents.maskable import MaskableEpisodeRolloutBuffer, MaskablePixelCNNPolicy
 from ral_gym.agents.policy import PixelCNNPolicy, PriorWeights
-from ral_gym.agents.regularizers import AdaptiveEntropy, EntropyTarget, MLEShare, PriorKLReward
+from ral_gym.agents.regularizers import AdaptiveEntropy, EntropyReward, EntropyTarget, MLEShare, PriorKLReward
 from ral_gym.agents.reinforce import Reinforce
+from ral_gym.agents.train_ral import load_run
 from ral_gym.agents.vec_env import CodeVecEnv, make_sb3_env
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "CodeVecEnv",
     "CriticCallback",
     "CriticRewardWrapper",
+    "EntropyReward",
     "EntropyTarget",
     "EpisodeRolloutBuffer",
     "Episodes",
@@ -34,6 +36,7 @@ __all__ = [
     "Reinforce",
     "StepCriticCallback",
     "algorithm_defaults",
+    "load_run",
     "make_sb3_env",
     "policy_for",
 ]

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ral_gym.codes import CodeGrid
 from ral_gym.config import CriticConfig
 from ral_gym.critic import PatchCritic, critic_loss
 from ral_gym.errors import DivergedError
@@ -28,19 +29,21 @@ class FakePool:
 
     Attributes:
         codes: (n, T) int64, K + 1 where nothing was drawn.
-        stop: (n,) int64, one past the last drawn position.
+        grid: their shape.
+        image_rows: (n,) int64, rows of each image.
     """
 
-    def __init__(self, codes: Tensor, stop: Tensor) -> None:
-        self.codes, self.stop = codes, stop
+    def __init__(self, codes: Tensor, grid: CodeGrid) -> None:
+        self.codes, self.grid = codes, grid
+        self.image_rows = (codes != grid.never_drawn).sum(1) // grid.codes_of(1)
 
     def batch(self, size: int, generator: torch.Generator) -> Tensor:
-        """Some grids of one common length: (size, r * W) int64. A length is picked by its share of the pool."""
-        pick = int(torch.randint(len(self.stop), (1,), generator=generator))
-        length = int(self.stop[pick])
-        same = (self.stop == length).nonzero().squeeze(1)
+        """Some grids of one common height: (size, codes of the rows) int64, a height by its share of the pool."""
+        pick = int(torch.randint(len(self.codes), (1,), generator=generator))
+        height = int(self.image_rows[pick])
+        same = (self.image_rows == height).nonzero().squeeze(1)
         rows = same[torch.randint(len(same), (size,), generator=generator)]
-        return self.codes[rows, :length]
+        return self.grid.crop(self.codes[rows], height)
 
 
 class CoTrainedCritic:
@@ -86,28 +89,28 @@ class CoTrainedCritic:
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
-        """Codes (B, r * W) int64 -> images (B, C, h, S) in [-1, 1]."""
+        """Codes of r rows (B, codes_of(r)) int64 -> images (B, C, h, S) in [-1, 1]."""
         return self.vqvae.decode(codes.to(self.device))
 
-    def _real(self, rows: Tensor, length: int) -> Tensor:
-        """Decoded real images of `length` codes; kept for the next time where they all fit in memory."""
-        codes = self.real_codes
+    def _real(self, rows: Tensor, height: int) -> Tensor:
+        """Decoded real images of `height` code rows; kept for the next time where they all fit in memory."""
+        codes, grid = self.real_codes, self.vqvae.grid
         bytes_needed = len(codes) * 4 * self.vqvae.channels * self.vqvae.image_size**2
         if bytes_needed > REAL_CACHE_BYTES // self.vqvae.height:
-            return self.decode(codes[rows, :length])
-        if length not in self._real_images:
-            batches = codes[:, :length].split(256)
-            self._real_images[length] = torch.cat([self.decode(batch) for batch in batches])
-        return self._real_images[length][rows.to(self.device)]
+            return self.decode(grid.crop(codes[rows], height))
+        if height not in self._real_images:
+            batches = grid.crop(codes, height).split(256)
+            self._real_images[height] = torch.cat([self.decode(batch) for batch in batches])
+        return self._real_images[height][rows.to(self.device)]
 
     def train_step(self, fake_codes: Tensor) -> dict[str, float]:
-        """One step of Eq. 5 on fakes (B, r * W) and as many real images of r rows.
+        """One step of Eq. 5 on fakes of r rows (B, codes_of(r)) and as many real images of r rows.
 
         Raises:
             DivergedError: the loss became NaN or infinite; the weights are those before this step.
         """
         rows = torch.randint(len(self.real_codes), (len(fake_codes),), generator=self.generator)
-        real = self._real(rows, fake_codes.shape[1])
+        real = self._real(rows, self.vqvae.grid.rows_of(fake_codes.shape[1]))
         loss, figures = critic_loss(
             self.critic,
             real,
@@ -137,7 +140,7 @@ class CoTrainedCritic:
 
     @torch.no_grad()
     def score_map(self, codes: Tensor, batch_size: int = 128) -> Tensor:
-        """Raw score maps of codes (B, r * W): (B, h, w)."""
+        """Raw score maps (B, h, w) of codes of r rows (B, codes_of(r))."""
         return torch.cat([self.critic(self.decode(batch)) for batch in codes.split(batch_size)])
 
     @torch.no_grad()
@@ -154,9 +157,9 @@ class CoTrainedCritic:
         Raises:
             DivergedError: a score is NaN or infinite.
         """
-        lengths = pool.stop.unique().tolist()
-        fakes = {length: self.score_map(pool.codes[pool.stop == length, :length]) for length in lengths}
-        reals = {length: self.score_map(self.held_out_codes[:, :length]) for length in lengths}
+        grid, heights = self.vqvae.grid, pool.image_rows.unique().tolist()
+        fakes = {r: self.score_map(grid.crop(pool.codes[pool.image_rows == r], r)) for r in heights}
+        reals = {r: self.score_map(grid.crop(self.held_out_codes, r)) for r in heights}
         if not all(bool(scores.isfinite().all()) for scores in (*fakes.values(), *reals.values())):
             raise DivergedError(
                 f"stage ral: the critic's scores are NaN or infinite after {self.n_updates} critic steps; the last "
@@ -168,13 +171,13 @@ class CoTrainedCritic:
         )
         rewards = torch.zeros(pool.codes.shape)  # (n, T)
         gap = area = mean = 0.0
-        for length in lengths:
-            rows = (pool.stop == length).nonzero().squeeze(1)
-            share = len(rows) / len(pool.stop)
-            normalised = self.normalizer(fakes[length])
-            width = self.vqvae.width
-            rewards[rows, :length] = step_rewards(normalised, length // width, width, self.reward).float().cpu()
-            real, fake = reals[length].flatten(1).mean(1), fakes[length].flatten(1).mean(1)
+        for height in heights:
+            rows = (pool.image_rows == height).nonzero()  # (m, 1)
+            share = len(rows) / len(pool.codes)
+            normalised = self.normalizer(fakes[height])
+            earned = step_rewards(normalised, height, grid.width, self.reward, grid.levels).float().cpu()
+            rewards[rows, torch.from_numpy(grid.mask(0, height)).nonzero().squeeze(1)] = earned
+            real, fake = reals[height].flatten(1).mean(1), fakes[height].flatten(1).mean(1)
             gap += share * (real.mean() - fake.mean()).item()
             area += share * auc(real.cpu(), fake.cpu())
             mean += share * normalised.mean().item()

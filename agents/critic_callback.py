@@ -70,7 +70,7 @@ class CriticCallback(BaseCallback):
 
     def _on_rollout_end(self) -> None:
         buffer: EpisodeRolloutBuffer = self.model.rollout_buffer  # type: ignore[attr-defined]
-        now = FakePool(torch.from_numpy(buffer.codes.astype(np.int64)), torch.from_numpy(buffer.stop))
+        now = FakePool(torch.from_numpy(buffer.codes.astype(np.int64)), self.critic.vqvae.grid)
         self._train_critic()
         rewards, figures = self.critic.rewards(now)
         buffer.write_rewards(rewards)
@@ -95,13 +95,14 @@ class CriticCallback(BaseCallback):
         policy: PixelCNNPolicy = self.model.policy  # type: ignore[assignment]
         grid = env.world.grid
         prefix, stop, self._pending = env.core.distribution.draw(self.rng, self._pending)
-        codes = torch.full((env.num_envs, grid.n_codes), grid.not_drawn)  # (E, T)
-        codes[:, stop * grid.width :] = grid.never_drawn
+        start = torch.from_numpy(np.where(grid.mask(0, stop), grid.not_drawn, grid.never_drawn))  # (T,)
+        codes = start.repeat(env.num_envs, 1)  # (E, T)
         if prefix:
+            given = torch.from_numpy(grid.mask(0, prefix))  # (T,)
             images = self.rng.integers(len(self.critic.real_codes), size=env.num_envs)
-            codes[:, : prefix * grid.width] = self.critic.real_codes[images, : prefix * grid.width]
+            codes[:, given] = self.critic.real_codes[images][:, given]
         drawn, _, _ = policy.draw_round(codes.to(policy.device), with_values=False)
-        return FakePool(drawn.cpu(), torch.full((env.num_envs,), stop * grid.width))
+        return FakePool(drawn.cpu(), grid)
 
     def _report(self, buffer: EpisodeRolloutBuffer, rewards: np.ndarray, figures: dict[str, float]) -> None:
         totals = (rewards * buffer.mask).sum(1)  # (n,)
@@ -121,7 +122,7 @@ class CriticCallback(BaseCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint, at the start of a rollout."""
-        pool = None if self._pool is None else {"codes": self._pool.codes, "stop": self._pool.stop}
+        pool = None if self._pool is None else self._pool.codes
         return {
             "critic": self.critic.state_dict(),
             "rng": self.rng.bit_generator.state,
@@ -136,4 +137,4 @@ class CriticCallback(BaseCallback):
         self.rng.bit_generator.state = state["rng"]
         self._pending, self._warned = state["pending"], state["warned"]
         pool = state["pool"]
-        self._pool = None if pool is None else FakePool(pool["codes"], pool["stop"])
+        self._pool = None if pool is None else FakePool(pool, self.critic.vqvae.grid)

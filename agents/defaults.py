@@ -49,7 +49,10 @@ def algorithm_defaults(algo: str, env: VecEnv) -> dict[str, Any]:
     n_codes = int(env.observation_space.shape[0])  # type: ignore[index]
     if algo in ("dqn", "qrdqn"):
         return _value_based(algo, n_codes, env.num_envs)
+    levels = tuple(env.get_attr("levels", 0)[0])
     common: dict[str, Any] = {
+        "policy_kwargs": {"levels": levels},  # checked against the prior's; the policy sees only spaces
+        "rollout_buffer_kwargs": {"levels": levels},  # two levels: each is discounted as an episode of its own
         "n_steps": n_codes,  # one whole episode per environment and rollout
         "gamma": 1.0,  # the first code sees the terminal reward as well as the last
         "rollout_buffer_class": EpisodeRolloutBuffer,  # one pass per image instead of one per code

@@ -22,6 +22,7 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
 from ral_gym.agents.co_trained_critic import CoTrainedCritic, FakePool
 from ral_gym.agents.critic_callback import WARM_UP_POOL_STEPS
 from ral_gym.agents.vec_env import CodeVecEnv, unwrap_code_env
+from ral_gym.codes import CodeGrid
 from ral_gym.errors import ConfigError
 
 
@@ -59,44 +60,42 @@ class CriticFeed:
         self.critic, self.train = critic, train
         self.episodes_per_update = episodes_per_update or max(env.num_envs, critic.config.batch_size)
         self.figures: dict[str, float] = {}
-        self._codes: list[np.ndarray] = []
-        self._stops: list[np.ndarray] = []
+        self._codes: list[torch.Tensor] = []
         if train and critic.n_updates == 0:
             self._warm_up(found)
 
     def _warm_up(self, env: CodeVecEnv) -> None:
         grid, steps = env.world.grid, self.critic.config.warmup_steps
-        pool = self._random_pool(grid.codebook_size, grid.n_codes)
+        pool = self._random_pool(grid)
         for done in range(0, steps, WARM_UP_POOL_STEPS):
-            pool = self._random_pool(grid.codebook_size, grid.n_codes)
+            pool = self._random_pool(grid)
             self.figures = self.critic.train(pool, min(WARM_UP_POOL_STEPS, steps - done))
         self.figures |= self.critic.rewards(pool)[1]
 
-    def _random_pool(self, codebook_size: int, n_codes: int) -> FakePool:
-        shape = (self.episodes_per_update, n_codes)
-        codes = torch.randint(codebook_size, shape, generator=self.critic.generator)
-        return FakePool(codes, torch.full((shape[0],), n_codes))
+    def _random_pool(self, grid: CodeGrid) -> FakePool:
+        shape = (self.episodes_per_update, grid.n_codes)
+        return FakePool(torch.randint(grid.codebook_size, shape, generator=self.critic.generator), grid)
 
     def score(self, codes: np.ndarray) -> np.ndarray:
         """Rewards (n,) float32 of finished grids (n, T), K + 1 where nothing was drawn."""
-        stops = (codes < self.critic.vqvae.codebook_size).sum(1)  # (n,)
+        grids = torch.from_numpy(codes.astype(np.int64))
+        pool = FakePool(grids, self.critic.vqvae.grid)
         rewards = np.zeros(len(codes), np.float32)
-        for stop in np.unique(stops):
-            same = stops == stop
-            scores = self.critic.score_map(torch.from_numpy(codes[same, :stop].astype(np.int64)))  # (m, h, w)
-            rewards[same] = self.critic.normalizer(scores).flatten(1).mean(1).cpu().numpy()
+        for height in pool.image_rows.unique().tolist():
+            same = pool.image_rows == height
+            scores = self.critic.score_map(pool.grid.crop(grids[same], height))  # (m, h, w)
+            rewards[same.numpy()] = self.critic.normalizer(scores).flatten(1).mean(1).cpu().numpy()
         if not self.train:
             return rewards
-        self._codes.append(codes.astype(np.int64))
-        self._stops.append(stops)
-        if sum(map(len, self._stops)) >= self.episodes_per_update:
+        self._codes.append(grids)
+        if sum(map(len, self._codes)) >= self.episodes_per_update:
             self._learn()
         return rewards
 
     def _learn(self) -> None:
         """End of a round."""
-        pool = FakePool(torch.from_numpy(np.concatenate(self._codes)), torch.from_numpy(np.concatenate(self._stops)))
-        self._codes, self._stops = [], []
+        pool = FakePool(torch.cat(self._codes), self.critic.vqvae.grid)
+        self._codes = []
         self.figures = self.critic.rewards(pool)[1]  # of a critic that has not seen these images
         self.figures |= self.critic.train(pool, self.critic.config.n_critic)
         self.critic.rewards(pool)  # fits the scale to the critic as it is now

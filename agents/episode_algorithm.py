@@ -20,10 +20,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ral_gym.agents.episodes import EpisodeRolloutBuffer
-from ral_gym.agents.policy import PixelCNNPolicy
+from ral_gym.agents.policy import PixelCNNPolicy, PriorWeights, episode_logits
 from ral_gym.agents.vec_env import CodeVecEnv, real_codes
 from ral_gym.errors import ConfigError
-from ral_gym.pixelcnn import PixelCNN
+from ral_gym.two_level import Prior
 
 Figures = dict[str, float]
 
@@ -59,7 +59,7 @@ class EpisodeAlgorithm(OnPolicyAlgorithm):
     ) -> None:
         self.mle_coef, self.kl_coef = mle_coef, kl_coef
         self.batch_size, self.fast_path = batch_size, fast_path
-        self._reference: PixelCNN | None = None
+        self._reference: Prior | None = None
         super().__init__(
             policy,
             env,
@@ -86,8 +86,7 @@ class EpisodeAlgorithm(OnPolicyAlgorithm):
             if self._real_codes is None:
                 raise ConfigError("mle_coef needs real codes, but the environment has none: use a run's environment")
         if self.kl_coef:
-            self._reference = PixelCNN(**self.policy.prior.config).to(self.device).eval().requires_grad_(False)
-            self._reference.load_state_dict(self.policy.prior.state_dict())
+            self._reference = PriorWeights.of(self.policy.prior).build().to(self.device).eval().requires_grad_(False)
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "_reference", "_real_codes"]
@@ -123,6 +122,8 @@ class EpisodeAlgorithm(OnPolicyAlgorithm):
         if not callback.on_step():
             return False
         self._update_info_buffer(infos, dones)
+        if env.world.oracle is not None:  # every code was paid when it was drawn
+            rewards = np.stack([info["step_rewards"] for info in infos])  # (E, T)
         rollout_buffer.add_round(obs, codes.cpu().numpy(), rewards, values.cpu().numpy(), log_probs.cpu().numpy())
         self._last_obs, self._last_episode_starts = new_obs, dones
         rollout_buffer.compute_returns_and_advantage()
@@ -172,7 +173,7 @@ class EpisodeAlgorithm(OnPolicyAlgorithm):
         """One optimizer step on all episodes; gradients are summed over chunks of them."""
         buffer = self.rollout_buffer
         returns, old_log_probs = buffer.returns, buffer.log_probs
-        lengths = buffer.stop - buffer.start
+        lengths = buffer.lengths
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         self.policy.optimizer.zero_grad()
         sums: Figures = {}
@@ -201,7 +202,7 @@ class EpisodeAlgorithm(OnPolicyAlgorithm):
         """The share of some episodes in the loss, and in the logged means over all `total` transitions."""
         episodes = self.rollout_buffer.episodes(rows)
         features, position, stop = self.policy._features(episodes)
-        log_probs = self.policy.prior.logits(features).log_softmax(1)  # (N, K)
+        log_probs = self.policy.prior.logits(features, position).log_softmax(1)  # (N, K)
         actions = episodes.codes[episodes.row, episodes.pos]
         log_prob = log_probs.gather(1, actions[:, None]).squeeze(1)  # (N,)
         entropy = -(log_probs.exp() * log_probs).sum(1)  # (N,)
@@ -223,8 +224,7 @@ class EpisodeAlgorithm(OnPolicyAlgorithm):
             figures["value_loss"] = value_loss.item()
         if self._reference is not None:
             with torch.no_grad():
-                length = -(-episodes.length // self._reference.width) * self._reference.width
-                reference = self._reference(episodes.codes[:, :length])[episodes.row, episodes.pos].log_softmax(1)
+                reference = episode_logits(self._reference, episodes).log_softmax(1)
             divergence = self._prior_kl(log_probs, log_prob, reference, actions).sum() / total
             loss = loss + self.kl_coef * divergence
             figures["kl_to_prior"] = divergence.item()

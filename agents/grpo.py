@@ -37,9 +37,8 @@ SelfGRPO = TypeVar("SelfGRPO", bound="GRPO")
 
 def start_groups(buffer: EpisodeRolloutBuffer) -> np.ndarray:
     """Labels (n,) of the finished episodes: equal where start, stop and all given codes are."""
-    given = np.where(np.arange(buffer.n_codes) < buffer.start[:, None], buffer.codes, -1)  # (n, T)
-    keys = np.column_stack([buffer.start, buffer.stop, given])
-    return np.unique(keys, axis=0, return_inverse=True)[1].reshape(-1)
+    given = np.where(buffer.mask, -1, buffer.codes)  # (n, T)
+    return np.unique(given, axis=0, return_inverse=True)[1].reshape(-1)
 
 
 def clipped_surrogate(

@@ -18,7 +18,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import Tensor
 
 from ral_gym.agents.episodes import EpisodeRolloutBuffer, Episodes
-from ral_gym.agents.policy import PixelCNNPolicy
+from ral_gym.agents.policy import PixelCNNPolicy, episode_logits
 from ral_gym.sampler import draw
 
 Masks = np.ndarray | Tensor | None
@@ -63,7 +63,7 @@ class MaskablePixelCNNPolicy(PixelCNNPolicy):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Values (N, 1), log-probabilities (N,) and entropies (N,) among the legal codes."""
         features, position, stop = self._features(obs)
-        distribution = self._masked(self.prior.logits(features), action_masks)
+        distribution = self._masked(self.prior.logits(features, position), action_masks)
         values = self._values(features, position, stop)
         return values, distribution.log_prob(actions.long().flatten()), distribution.entropy()
 
@@ -72,7 +72,7 @@ class MaskablePixelCNNPolicy(PixelCNNPolicy):
     ) -> MaskableCategoricalDistribution:
         """The distribution over legal codes, of observations (B, T) or of episodes' transitions."""
         if isinstance(obs, Episodes):
-            return self._masked(self.prior.logits(self._features(obs)[0]), action_masks)
+            return self._masked(episode_logits(self.prior, obs), action_masks)
         return self._masked(self._look(obs, "predict")[1], action_masks)
 
     def predict(

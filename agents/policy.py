@@ -7,9 +7,11 @@ both: with it on, the probability ratio of an unchanged policy would not be 1.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from gymnasium import spaces
 from stable_baselines3.common.distributions import CategoricalDistribution
@@ -19,20 +21,35 @@ from torch import Tensor, nn
 
 from ral_gym.agents.episodes import Episodes
 from ral_gym.agents.step_cache import StepCache, first_not_drawn
+from ral_gym.codes import CodeGrid
 from ral_gym.errors import ConfigError
 from ral_gym.pixelcnn import PixelCNN
 from ral_gym.sampler import draw
 from ral_gym.storage import load_tensors, weights_of
+from ral_gym.two_level import Prior, TwoLevelPrior, build_prior_module
+
+
+def episode_logits(prior: Prior, episodes: Episodes) -> Tensor:
+    """Logits (N, K) of a network for every transition of episodes, by one teacher-forced pass."""
+    return prior.logits(episode_features(prior, episodes), episodes.pos)
+
+
+def episode_features(prior: Prior, episodes: Episodes) -> Tensor:
+    """Features (N, C) of a network for every transition of episodes, by one teacher-forced pass."""
+    grid = prior.grid
+    rows = -(-episodes.length // grid.codes_of(1))
+    features = prior.features(grid.crop(episodes.codes, rows))  # (B, T', C)
+    return features[episodes.row, grid.short_position(episodes.pos, rows)]
 
 
 class PriorWeights:
-    """A PixelCNN to start from, as a policy argument that pickles small.
+    """A PixelCNN, or those of two levels, to start from, as a policy argument that pickles small.
 
     Pickling keeps the constructor's arguments and drops the weights: a saved SB3 model carries the policy's own
     weights, so loading it must not need the run folder it started from.
 
     Args:
-        config: `PixelCNN`'s constructor arguments.
+        config: the constructor's arguments of `PixelCNN` or `TwoLevelPrior`.
         weights: its weights; None: leave the initialisation.
     """
 
@@ -40,7 +57,7 @@ class PriorWeights:
         self.config, self.weights = config, weights
 
     @classmethod
-    def of(cls, prior: PriorWeights | PixelCNN | Path | str) -> PriorWeights:
+    def of(cls, prior: PriorWeights | Prior | Path | str) -> PriorWeights:
         """From a network, a file such as ``runs/demo/prior.safetensors``, or a run folder.
 
         Raises:
@@ -48,15 +65,24 @@ class PriorWeights:
         """
         if isinstance(prior, PriorWeights):
             return prior
-        if isinstance(prior, PixelCNN):
+        if isinstance(prior, PixelCNN | TwoLevelPrior):
             return cls(prior.config, weights_of(prior))
         path = Path(prior)
+        if path.is_dir() and (path / "prior_bottom.safetensors").exists():
+            levels = [cls.of(path / f"{name}.safetensors") for name in ("prior", "prior_bottom")]
+            return cls.of(TwoLevelPrior(*(level.build() for level in levels)))
         weights, metadata = load_tensors(path / "prior.safetensors" if path.is_dir() else path)
         return cls(metadata["config"], weights)
 
-    def build(self) -> PixelCNN:
+    @property
+    def grid(self) -> CodeGrid:
+        """The codes that it draws."""
+        with torch.device("meta"):
+            return build_prior_module(self.config).grid
+
+    def build(self) -> Prior:
         """The network."""
-        network = PixelCNN(**self.config)
+        network = build_prior_module(self.config)
         if self.weights is not None:
             network.load_state_dict(self.weights)
         return network
@@ -94,7 +120,9 @@ class PixelCNNPolicy(ActorCriticPolicy):
         observation_space: ``Box(0, K + 1, (T,), int16)``.
         action_space: ``Discrete(K)``.
         lr_schedule: learning rate as a function of the remaining progress.
-        prior: the network to start from: `PriorWeights`, a `PixelCNN`, a run folder or a file.
+        prior: the network to start from: `PriorWeights`, a `PixelCNN` or `TwoLevelPrior`, a run folder or a file.
+        levels: how many codes each level of the environment's images has; None: what the prior says.
+        train_levels: with two levels, `both`, or the one whose network learns: `top` or `bottom`.
         value_units: width of the value head.
         detach_features: the value head reads detached features, so that its loss stays out of the pretrained trunk.
         use_cache: use the sampling cache in rollouts; False: a full pass per step, the reference.
@@ -112,7 +140,9 @@ class PixelCNNPolicy(ActorCriticPolicy):
         action_space: spaces.Space,
         lr_schedule: Schedule,
         *,
-        prior: PriorWeights | PixelCNN | Path | str,
+        prior: PriorWeights | Prior | Path | str,
+        levels: Sequence[int] | None = None,
+        train_levels: Literal["both", "top", "bottom"] = "both",
         value_units: int = 64,
         detach_features: bool = True,
         use_cache: bool = True,
@@ -121,6 +151,7 @@ class PixelCNNPolicy(ActorCriticPolicy):
         optimizer_kwargs: dict[str, Any] | None = None,
     ) -> None:
         self._start = PriorWeights.of(prior)
+        self.levels, self.train_levels = None if levels is None else tuple(levels), train_levels
         self._value_units, self._detach_features = value_units, detach_features
         self.use_cache = use_cache
         self._check_spaces(observation_space, action_space)
@@ -134,24 +165,36 @@ class PixelCNNPolicy(ActorCriticPolicy):
         )
 
     def _check_spaces(self, observation_space: spaces.Space, action_space: spaces.Space) -> None:
-        config = self._start.config
-        n_codes, size = config["height"] * config["width"], config["codebook_size"]
+        grid = self._start.grid
+        size, shapes = grid.codebook_size, " + ".join(f"{rows}x{columns}" for rows, columns in grid.shapes)
         if not isinstance(action_space, spaces.Discrete) or int(action_space.n) != size:
             raise ConfigError(f"the prior draws {size} codes, but the environment's action space is {action_space}")
-        if observation_space.shape != (n_codes,):
+        if observation_space.shape != (grid.n_codes,):
             raise ConfigError(
-                f"the prior draws grids of {config['height']}x{config['width']} = {n_codes} codes, but the "
+                f"the prior draws grids of {shapes} = {grid.n_codes} codes, but the "
                 f"environment's observations have shape {observation_space.shape}"
             )
+        if self.levels is not None and self.levels != grid.level_sizes:
+            raise ConfigError(
+                f"the prior draws grids of {shapes} codes, but the environment's levels have "
+                f"{' + '.join(map(str, self.levels))}"
+            )
+        if self.train_levels not in ("both", "top", "bottom"):
+            raise ConfigError(f"train_levels {self.train_levels!r} is unknown: choose both, top or bottom")
+        if self.train_levels != "both" and grid.levels == 1:
+            raise ConfigError(f"train_levels={self.train_levels!r} needs a prior of two levels, this one has one")
 
     def _build(self, lr_schedule: Schedule) -> None:
         """Called by the base class: networks and optimizer."""
         self.prior = self._start.build()
         self._start = PriorWeights(self._start.config)
         self.value_net = ValueHead(self.prior.hidden_units, self._value_units, self._detach_features)  # type: ignore[assignment]
-        self.n_codes = self.prior.height * self.prior.width
+        self.n_codes = self.prior.grid.n_codes
+        if isinstance(self.prior, TwoLevelPrior) and self.train_levels != "both":
+            (self.prior.bottom if self.train_levels == "top" else self.prior.top).requires_grad_(False)
         self._caches = {"rollout": StepCache(self.prior), "predict": StepCache(self.prior)}
-        self.optimizer = self.optimizer_class(self.parameters(), lr=lr_schedule(1), **self.optimizer_kwargs)  # type: ignore[call-arg]
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        self.optimizer = self.optimizer_class(trained, lr=lr_schedule(1), **self.optimizer_kwargs)  # type: ignore[call-arg]
         self.set_training_mode(False)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
@@ -160,6 +203,8 @@ class PixelCNNPolicy(ActorCriticPolicy):
             "action_space": self.action_space,
             "lr_schedule": self._dummy_schedule,
             "prior": self._start,
+            "levels": self.levels,
+            "train_levels": self.train_levels,
             "value_units": self._value_units,
             "detach_features": self._detach_features,
             "use_cache": self.use_cache,
@@ -182,19 +227,14 @@ class PixelCNNPolicy(ActorCriticPolicy):
 
     def _features(self, obs: Tensor | Episodes) -> tuple[Tensor, Tensor, Tensor]:
         """Features (N, C), position (N,) and stop (N,) of transitions, by one teacher-forced pass."""
-        if isinstance(obs, Episodes):
-            codes, row, position, length = obs.codes, obs.row, obs.pos, obs.length
-        else:
+        if not isinstance(obs, Episodes):
             codes = obs.long()  # (B, T)
             row = torch.arange(len(codes), device=codes.device)
-            position = first_not_drawn(codes, self.prior.codebook_size)
-            length = self.n_codes
-        rows = -(-length // self.prior.width)
-        grids = self.prior.features(codes[:, : rows * self.prior.width])  # (B, T', C)
-        return grids[row, position], position, self._stop(codes)[row]
+            obs = Episodes(codes, row, first_not_drawn(codes, self.prior.codebook_size), self.n_codes)
+        return episode_features(self.prior, obs), obs.pos, self._stop(obs.codes)[obs.row]
 
     def _stop(self, codes: Tensor) -> Tensor:
-        """One past the last position an episode draws: codes (B, T) -> (B,)."""
+        """How many codes the images will have, given ones included: codes (B, T) -> (B,)."""
         return (codes <= self.prior.codebook_size).sum(1)
 
     def _values(self, features: Tensor, position: Tensor, stop: Tensor) -> Tensor:
@@ -209,7 +249,7 @@ class PixelCNNPolicy(ActorCriticPolicy):
         codes = obs.long()
         if not self.use_cache or torch.is_grad_enabled():
             features, position, stop = self._features(codes)
-            return features, self.prior.logits(features), position, stop
+            return features, self.prior.logits(features, position), position, stop
         features, logits = self._caches[cache].look(codes)
         return features, logits, first_not_drawn(codes, self.prior.codebook_size), self._stop(codes)
 
@@ -246,31 +286,40 @@ class PixelCNNPolicy(ActorCriticPolicy):
             both are 0 at given and never drawn positions.
         """
         codes = obs.long()
-        start = int(first_not_drawn(codes[:1], self.prior.codebook_size))
-        stop = int(self._stop(codes[:1]))
-        drawn, drawn_log_probs = self.cache.sampler().sample(codes=codes, start=start, stop=stop)
+        grid = self.prior.grid
+        given = first_not_drawn(codes[:1], self.prior.codebook_size)
+        length = int(self._stop(codes[:1]))
+        rows = grid.rows_of(length)
+        image = torch.from_numpy(grid.mask(0, rows)).to(codes.device)  # (T,)
+        to_draw = codes == self.prior.codebook_size  # (E, T)
+        if grid.levels == 1:
+            drawn, drawn_log_probs = self.cache.sampler().sample(codes=codes, start=int(given), stop=length)
+        else:
+            given_rows = int(given) // grid.width
+            if not np.array_equal(to_draw[0].cpu().numpy(), grid.mask(given_rows, rows)):
+                raise ConfigError("draw_round draws whole rows: episodes that begin inside one need fast_path=False")
+            drawn, drawn_log_probs = self.cache.sampler().sample(codes=codes, prefix_rows=given_rows, stop_rows=rows)
         self.cache.forget()
         grids, log_probs = codes.clone(), torch.zeros(codes.shape, device=codes.device)
-        grids[:, :stop], log_probs[:, :stop] = drawn, drawn_log_probs.float()
+        grids[:, image], log_probs[:, image] = drawn, drawn_log_probs.float()
         values = torch.zeros(codes.shape, device=codes.device)
         if with_values:
-            position = torch.arange(start, stop, device=codes.device).repeat(len(codes))
-            row = torch.arange(len(codes), device=codes.device).repeat_interleave(stop - start)
-            features, position, stops = self._features(Episodes(grids, row, position, stop))
-            values[:, start:stop] = self._values(features, position, stops).reshape(len(codes), -1)
+            row, position = to_draw.nonzero(as_tuple=True)
+            features, position, stops = self._features(Episodes(grids, row, position, length))
+            values[to_draw] = self._values(features, position, stops).flatten()
         return grids, values, log_probs
 
     def evaluate_actions(self, obs: Tensor | Episodes, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
         """Values (N, 1), log-probabilities (N,) and entropies (N,) of transitions; one pass for whole episodes."""
         features, position, stop = self._features(obs)
-        distribution = self._distribution(self.prior.logits(features))
+        distribution = self._distribution(self.prior.logits(features, position))
         values = self._values(features, position, stop)
         return values, distribution.log_prob(actions.long().flatten()), distribution.entropy()
 
     def get_distribution(self, obs: Tensor | Episodes) -> CategoricalDistribution:  # type: ignore[override]
         """The action distribution of observations (B, T) or of episodes' transitions."""
         if isinstance(obs, Episodes):
-            return self._distribution(self.prior.logits(self._features(obs)[0]))
+            return self._distribution(episode_logits(self.prior, obs))
         return self._distribution(self._look(obs, "predict")[1])
 
     def predict_values(self, obs: Tensor | Episodes) -> Tensor:  # type: ignore[override]

@@ -1,6 +1,7 @@
 """Ties to the data for algorithms whose loss cannot be changed: callbacks around an unmodified PPO, A2C or TRPO.
 
 * `PriorKLReward`: KL to the prior, as a reward of every code (Ziegler et al., 2019).
+* `EntropyReward`: the entropy of whole images, as a reward of every code.
 * `EntropyTarget`: the entropy bonus, steered towards a target.
 * `MLEShare`: steps of maximum likelihood on real codes, between the algorithm's own.
 
@@ -20,7 +21,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from torch.nn import functional as F
 
 from ral_gym.agents.episodes import EpisodeRolloutBuffer
-from ral_gym.agents.policy import PixelCNNPolicy, PriorWeights
+from ral_gym.agents.policy import PixelCNNPolicy, PriorWeights, episode_logits
 from ral_gym.agents.vec_env import real_codes
 from ral_gym.errors import ConfigError
 from ral_gym.pixelcnn import PixelCNN
@@ -136,16 +137,51 @@ class PriorKLReward(BaseCallback):
         buffer: EpisodeRolloutBuffer = self.model.rollout_buffer  # type: ignore[attr-defined]
         assert self.reference is not None
         episodes = buffer.episodes()
-        length = -(-episodes.length // self.reference.width) * self.reference.width
-        log_probs = self.reference(episodes.codes[:, :length])[episodes.row, episodes.pos].log_softmax(1)  # (N, K)
+        log_probs = episode_logits(self.reference, episodes).log_softmax(1)  # (N, K)
         actions = episodes.codes[episodes.row, episodes.pos]
         reference = log_probs.gather(1, actions[:, None]).squeeze(1).cpu().numpy()  # (N,)
         divergence = buffer.log_probs - reference
-        rewards = np.zeros(buffer.mask.shape, np.float32)  # (n, T)
-        rewards[buffer.mask] = buffer.rewards - self.coef * divergence
-        buffer.write_rewards(rewards)
-        buffer.compute_returns_and_advantage()
+        _penalise(buffer, self.coef * divergence)
         self.logger.record("rollout/kl_to_prior", float(divergence.mean()))
+
+
+def _penalise(buffer: EpisodeRolloutBuffer, penalties: np.ndarray) -> None:
+    """Take something (N,) off the reward of every transition."""
+    rewards = np.zeros(buffer.mask.shape, np.float32)  # (n, T)
+    rewards[buffer.mask] = -penalties
+    buffer.add_rewards(rewards)
+    buffer.compute_returns_and_advantage()
+
+
+class EntropyReward(BaseCallback):
+    """Subtracts ``coef * log pi(code)`` from the reward of every code: the entropy of whole images, as a reward.
+
+    On `ral_gym/Oracle-v0`, whose reward is log o(code), with `coef` 1, gamma 1 and no normalised advantages the return
+    is log o - log pi: its expectation is -KL(policy || oracle), largest for the oracle itself. `ent_coef` is something
+    else, a bonus for the entropy at the states visited, which leaves out how a code changes the states to come.
+    `rollout/ep_rew_mean` keeps showing the reward without it. Logs `rollout/entropy`, per code.
+
+    Args:
+        coef: weight, per nat.
+
+    Raises:
+        ConfigError: at the start of training, with another kind of policy or buffer.
+    """
+
+    def __init__(self, coef: float = 1.0) -> None:
+        super().__init__()
+        self.coef = coef
+
+    def _init_callback(self) -> None:
+        _checked_parts(self)
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_end(self) -> None:
+        buffer: EpisodeRolloutBuffer = self.model.rollout_buffer  # type: ignore[attr-defined]
+        self.logger.record("rollout/entropy", -float(buffer.log_probs.mean()))
+        _penalise(buffer, self.coef * buffer.log_probs)
 
 
 class EntropyTarget(BaseCallback):

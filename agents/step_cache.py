@@ -11,8 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ral_gym.pixelcnn import PixelCNN
-from ral_gym.sampler import CachedSampler
+from ral_gym.two_level import Prior, Sampler, make_sampler
 
 
 def first_not_drawn(codes: Tensor, not_drawn: int) -> Tensor:
@@ -21,7 +20,7 @@ def first_not_drawn(codes: Tensor, not_drawn: int) -> Tensor:
 
 
 class StepCache:
-    """A `CachedSampler` that follows a stream of observations and verifies itself against each of them.
+    """A sampler that follows a stream of observations and verifies itself against each of them.
 
     Attributes:
         hits: rows that were one position further on.
@@ -31,10 +30,10 @@ class StepCache:
         prior: the network.
     """
 
-    def __init__(self, prior: PixelCNN) -> None:
+    def __init__(self, prior: Prior) -> None:
         self.prior = prior
         self.hits = self.misses = 0
-        self._sampler: CachedSampler | None = None
+        self._sampler: Sampler | None = None
         self._version: tuple[int, torch.device] | None = None
         self._expected: Tensor | None = None
         self._fresh = False
@@ -44,11 +43,11 @@ class StepCache:
         self._expected = None
         self._fresh = False
 
-    def sampler(self) -> CachedSampler:
+    def sampler(self) -> Sampler:
         """The sampler with the prior's present weights packed; what it had cached is gone if they changed."""
         version = (sum(p._version for p in self.prior.parameters()), next(self.prior.parameters()).device)
         if self._sampler is None or (self._version is not None and self._version[1] != version[1]):
-            self._sampler = CachedSampler(self.prior)
+            self._sampler = make_sampler(self.prior)
         elif version != self._version or not self._fresh:
             self._sampler.refresh()
         else:

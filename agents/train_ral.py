@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,18 +20,20 @@ from ral_gym.agents.policy import PixelCNNPolicy, PriorWeights
 from ral_gym.agents.vec_env import CodeVecEnv, make_sb3_env
 from ral_gym.codes import CodeSet, decode_codes
 from ral_gym.critic import PatchCritic
+from ral_gym.errors import RunError
 from ral_gym.figures import save_grid
-from ral_gym.pixelcnn import PixelCNN
-from ral_gym.run import Run, seed_everything
-from ral_gym.sampler import CachedSampler
+from ral_gym.run import Run, random_state, read_config, seed_everything, set_random_state
+from ral_gym.stages.common import resolve_device
+from ral_gym.stages.levels import load_generator, load_vqvae
 from ral_gym.storage import load_module, save_module
+from ral_gym.two_level import Prior, make_sampler
 from ral_gym.vqvae import VQVAE
 
 SAMPLE_EVERY = 20
 """Updates between sample grids."""
 
 
-def make_agent(run: Run, env: CodeVecEnv, prior: PixelCNN, device: torch.device) -> OnPolicyAlgorithm:
+def make_agent(run: Run, env: CodeVecEnv, prior: Prior, device: torch.device) -> OnPolicyAlgorithm:
     """The run's algorithm on `env`, its policy starting from the MLE prior.
 
     Raises:
@@ -42,8 +46,11 @@ def make_agent(run: Run, env: CodeVecEnv, prior: PixelCNN, device: torch.device)
         "learning_rate": config.learning_rate,
         "gamma": config.gamma,
         "max_grad_norm": config.max_grad_norm,
+        "rollout_buffer_kwargs": {"levels": env.levels, "per_level_discount": config.per_level_discount},
         "policy_kwargs": {
             "prior": PriorWeights.of(prior),
+            "levels": env.levels,
+            "train_levels": config.train_levels,
             "optimizer_kwargs": {"betas": (config.adam_beta1, config.adam_beta2)},
         },
         "seed": run.config.seed * 1000 + 4,
@@ -80,20 +87,32 @@ def make_critic(run: Run, vqvae: VQVAE, codes: CodeSet, device: torch.device) ->
     )
 
 
-def train_ral(
-    run: Run, vqvae: VQVAE, prior: PixelCNN, codes: CodeSet, device: torch.device, progress: bool = True
-) -> tuple[PixelCNN, PixelCNN]:
-    """Train, or continue, or load what is there.
+@dataclass
+class Stage:
+    """The running parts of stage 3.
 
-    Returns:
-        the policy's PixelCNN and its exponential average.
-
-    Raises:
-        DivergedError: a loss or a weight became NaN or infinite.
+    Attributes:
+        model: the algorithm on its environment; `model.policy.optimizer` is the policy's optimizer.
+        critic: the critic and its optimizer.
+        critic_callback: delivers its rewards.
+        run_callback: the average, the log, the checkpoints; `run_callback.updates` counts policy updates.
     """
-    live, averaged = run.file("policy.safetensors"), run.file("policy_ema.safetensors")
-    if live.exists() and averaged.exists() and run.has("critic.safetensors"):
-        return load_module(live, PixelCNN, device, prior.config), load_module(averaged, PixelCNN, device, prior.config)
+
+    model: OnPolicyAlgorithm
+    critic: CoTrainedCritic
+    critic_callback: CriticCallback
+    run_callback: RunCallback
+
+    @property
+    def callbacks(self) -> CallbackList:
+        """What `model.learn` takes."""
+        return CallbackList([self.critic_callback, self.run_callback])
+
+
+def make_stage(
+    run: Run, vqvae: VQVAE, prior: Prior, codes: CodeSet, device: torch.device, progress: bool = True
+) -> Stage:
+    """Environment, algorithm, critic and callbacks of a run, before their first step."""
     config = run.config.ral
     seed_everything(run.config.seed * 1000 + 4)
     env = make_sb3_env(
@@ -119,41 +138,94 @@ def train_ral(
         progress=progress,
         checkpoint_every=config.checkpoint_every,
     )
-    callbacks = CallbackList([critic_callback, run_callback])
     writer = RunWriter(run, lambda: run_callback.updates)
     tensorboard = TensorBoardOutputFormat(str(run.file("tensorboard")))
     model.set_logger(Logger(None, [tensorboard, writer]))
-    _resume(run, model, callbacks, run_callback)
+    return Stage(model, critic, critic_callback, run_callback)
+
+
+def train_ral(
+    run: Run, vqvae: VQVAE, prior: Prior, codes: CodeSet, device: torch.device, progress: bool = True
+) -> tuple[Prior, Prior]:
+    """Train, or continue, or load what is there.
+
+    Returns:
+        the policy's network and its exponential average.
+
+    Raises:
+        DivergedError: a loss or a weight became NaN or infinite.
+    """
+    live, averaged = run.file("policy.safetensors"), run.file("policy_ema.safetensors")
+    if live.exists() and averaged.exists() and run.has("critic.safetensors"):
+        return load_module(live, type(prior), device, prior.config), load_module(
+            averaged, type(prior), device, prior.config
+        )
+    stage = make_stage(run, vqvae, prior, codes, device, progress)
+    _resume(run, stage)
     # The callback stops after the run's number of updates; rounds of partial generation differ in length.
-    model.learn(total_timesteps=2**62, callback=callbacks, reset_num_timesteps=False)
-    model.logger.close()
-    _save(run, model, run_callback, critic)
-    return load_module(live, PixelCNN, device), load_module(averaged, PixelCNN, device)
+    stage.model.learn(total_timesteps=2**62, callback=stage.callbacks, reset_num_timesteps=False)
+    stage.model.logger.close()
+    stage.run_callback.save()
+    _save(run, stage)
+    return load_module(live, type(prior), device), load_module(averaged, type(prior), device)
 
 
-def _resume(run: Run, model: OnPolicyAlgorithm, callbacks: CallbackList, run_callback: RunCallback) -> None:
+def load_run(path: Path | str, device: str = "auto", restore_random: bool = True) -> Stage:
+    """Stage 3 of a run folder as it was left: policy, critic, both optimizers, average, environment, step, randomness.
+
+    Reads safetensors and JSON only, and never unpickles. ``stage.model.learn(..., callback=stage.callbacks,
+    reset_num_timesteps=False)`` goes on from there, and ends at once where the run is finished.
+
+    Args:
+        path: a run folder with stages 1 and 2, and a checkpoint of stage 3.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+        restore_random: also set the global random states of Python, NumPy and torch.
+
+    Raises:
+        RunError: no run folder, or a stage is missing or damaged.
+        DeviceError: a device that does not exist here.
+    """
+    run, where = Run(path, read_config(path)), resolve_device(device)
+    if not run.has(f"checkpoints/{STAGE}.safetensors"):
+        raise RunError(f"{run.path} has no checkpoint of stage 3 (checkpoints/{STAGE}.safetensors): train it first")
+    vqvae, prior = load_vqvae(run, where), load_generator(run, "prior", where)
+    codes = CodeSet.load(run.file("codes.safetensors"), vqvae.grid)
+    before = random_state()
+    stage = make_stage(run, vqvae, prior, codes, where, progress=False)
+    _restore(run, stage)
+    if not restore_random:
+        set_random_state(before)
+    return stage
+
+
+def _resume(run: Run, stage: Stage) -> None:
     """Continue from the stage's checkpoint, if any."""
+    run.forget_after(STAGE, stage.run_callback.updates - 1 if _restore(run, stage) else -1)
+
+
+def _restore(run: Run, stage: Stage) -> bool:
+    """Put everything back to where the stage's checkpoint was taken; False if there is none."""
     state = run.load_checkpoint(STAGE)
-    callbacks.init_callback(model)
+    stage.callbacks.init_callback(stage.model)
     if state is None:
-        run.forget_after(STAGE, -1)
-        return
-    restore_model(model, state)
-    run_callback.restore(state)
-    run.forget_after(STAGE, run_callback.updates - 1)
+        return False
+    restore_model(stage.model, state)
+    stage.run_callback.restore(state)
+    return True
 
 
-def _save(run: Run, model: OnPolicyAlgorithm, run_callback: RunCallback, critic: CoTrainedCritic) -> None:
+def _save(run: Run, stage: Stage) -> None:
     """Write the critic, the average and the policy, in this order: the policy's file says that the stage is done."""
+    critic, model = stage.critic, stage.model
     facts: dict[str, Any] = {
         "normalization": critic.normalization,
         "shift": critic.normalizer.shift,
         "scale": critic.normalizer.scale,
     }
     save_module(run.file("critic.safetensors"), critic.critic, **facts)
-    _save_average(run, model, run_callback, "policy_ema.safetensors")
+    _save_average(run, model, stage.run_callback, "policy_ema.safetensors")
     policy: PixelCNNPolicy = model.policy  # type: ignore[assignment]
-    save_module(run.file("policy.safetensors"), policy.prior, updates=run_callback.updates)
+    save_module(run.file("policy.safetensors"), policy.prior, updates=stage.run_callback.updates)
 
 
 def _save_average(run: Run, model: OnPolicyAlgorithm, run_callback: RunCallback, name: str) -> None:
@@ -172,7 +244,7 @@ def _draw_samples(run: Run, model: OnPolicyAlgorithm, vqvae: VQVAE, updates: int
         return
     policy: PixelCNNPolicy = model.policy  # type: ignore[assignment]
     generator = torch.Generator(device=policy.device).manual_seed(run.config.seed)
-    codes, _ = CachedSampler(policy.prior).sample(32, generator=generator)
+    codes, _ = make_sampler(policy.prior).sample(32, generator=generator)
     images = decode_codes(vqvae, codes)
     path = run.file(f"samples/ral_{updates:05d}.png")
     save_grid(path, images, columns=8, title=f"RAL, live policy, after {updates} updates")

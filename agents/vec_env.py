@@ -62,6 +62,11 @@ class CodeVecEnv(VecEnv):
         super().__init__(num_envs, observation_space(world.grid), action_space(world.grid))
         self.metadata: dict[str, Any] = {**self.metadata, "render_fps": RENDER_FPS}
 
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """How many codes each level has."""
+        return self.world.grid.level_sizes
+
     def set_options(self, options: list[dict] | dict | None = None) -> None:
         """Options of the next `reset`: one dict for all rows, or one per row.
 
@@ -105,7 +110,7 @@ class CodeVecEnv(VecEnv):
         finished = self.core.step(actions)
         if finished is None:
             infos: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
-            return self.core.observations(), np.zeros(self.num_envs, np.float32), np.zeros(self.num_envs, bool), infos
+            return self.core.observations(), self.core.rewards.copy(), np.zeros(self.num_envs, bool), infos
         return self._after(finished)
 
     def step_round(self, codes: np.ndarray | Tensor) -> StepReturn:
@@ -123,22 +128,22 @@ class CodeVecEnv(VecEnv):
     def _after(self, finished: Finished) -> StepReturn:
         """Reset the finished rows and tell what they did."""
         infos: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
-        rewards, dones = np.zeros(self.num_envs, np.float32), np.zeros(self.num_envs, bool)
-        rewards[finished.rows], dones[finished.rows] = finished.rewards, True
+        rewards, dones = self.core.rewards.copy(), np.zeros(self.num_envs, bool)
+        dones[finished.rows] = True
         seconds = round(time.time() - self._started, 6)
-        lengths = (finished.stop - finished.start).tolist()
+        lengths = finished.lengths.tolist()
         for number, row in enumerate(finished.rows.tolist()):
             infos[row] = {
                 **finished_info(finished, number),
                 "terminal_observation": finished.codes[number],
                 "TimeLimit.truncated": False,
-                "episode": {"r": float(finished.rewards[number]), "l": lengths[number], "t": seconds},
+                "episode": {"r": float(finished.returns[number]), "l": lengths[number], "t": seconds},
             }
         self.core.reset(finished.rows)
         return self.core.observations(), rewards, dones, infos
 
     def action_masks(self) -> np.ndarray:
-        """(K,) bool, all True, the same for every environment: what `MaskablePPO` asks for through `env_method`."""
+        """(E, K) bool, the codes that may come next in each row; `env_method` hands `MaskablePPO` a row each."""
         return self.core.action_masks()
 
     def close(self) -> None:
@@ -153,9 +158,9 @@ class CodeVecEnv(VecEnv):
         setattr(self, attr_name, value)
 
     def env_method(self, method_name: str, *method_args: Any, indices: Any = None, **method_kwargs: Any) -> list[Any]:
-        """Call the adapter's method once; its result stands for every environment."""
+        """Call the adapter's method once; its result stands for every environment (of masks: each one's row)."""
         result = getattr(self, method_name)(*method_args, **method_kwargs)
-        return [result for _ in self._get_indices(indices)]
+        return [result[row] if method_name == "action_masks" else result for row in self._get_indices(indices)]
 
     def env_is_wrapped(self, wrapper_class: type[gym.Wrapper], indices: Any = None) -> list[bool]:
         """True for `Monitor`: the adapter writes the same `episode` entries."""

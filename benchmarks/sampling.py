@@ -1,7 +1,8 @@
 """How long does it take to draw code grids: cached sampling against one teacher-forced pass and naive sampling.
 
-    python benchmarks/sampling.py            # 4 minutes on 2 idle cores
+    python benchmarks/sampling.py            # 5 minutes on 2 idle cores
     python benchmarks/sampling.py --quick    # half a minute, rougher
+    python benchmarks/sampling.py --only attention
 
 `pass` is one pass over a batch of complete grids in evaluation mode. It does the multiply-adds of drawing them once,
 but may do them all at the same time, and is what a cached sampler can hope for. `cached` is `CachedSampler.sample` from
@@ -11,6 +12,9 @@ some evenly spaced positions only and their time is scaled to all, which a star 
 The three take turns, so that a busy machine slows them alike: seconds are medians over the rounds, ratios medians of
 the ratios within a round. GFLOP/s counts two operations per multiply-add of the network, its kernels cropped to the
 taps that a mask would leave: once per code in `pass` and `cached`, once per code and pass in `naive`.
+
+The last lines are the memory that the sampler keeps for a batch of two-level images at the sizes of the supplement's
+Table 9, counted over the tensors of its cache, which are made without memory behind them for that.
 """
 
 from __future__ import annotations
@@ -24,20 +28,47 @@ from typing import Any
 
 import torch
 
+from ral_gym.packed_weights import PackedWeights
 from ral_gym.pixelcnn import PixelCNN
 from ral_gym.sampler import CachedSampler, draw, sample_naive
+from ral_gym.sampling_cache import SamplingCache
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "8x8, K=128, 128 units x 5 layers": {"codebook_size": 128, "height": 8, "width": 8, "layers": 5},
     "16x16, K=512, 128 units x 8 layers": {"codebook_size": 512, "height": 16, "width": 16, "layers": 8},
+    "the same with 2 attention layers": {
+        "codebook_size": 512,
+        "height": 16,
+        "width": 16,
+        "layers": 8,
+        "attention_layers": 2,
+    },
 }
 BATCH_SIZES = (16, 64)
+# Table 9: 256 x 256 pixels in 32 x 32 + 64 x 64 codes.
+TABLE_9: dict[str, dict[str, Any]] = {
+    "top": {"height": 32, "width": 32, "hidden_units": 512, "residual_units": 512, "layers": 20},
+    "bottom": {
+        "height": 64,
+        "width": 64,
+        "hidden_units": 128,
+        "residual_units": 128,
+        "layers": 16,
+        "output_stack_layers": 0,
+        "condition": (32, 32, 512),
+        "conditioning_stack_layers": 20,
+    },
+}
 
 
 def multiply_adds_per_code(prior: PixelCNN) -> int:
-    """Multiply-adds per grid position of one pass: every weight is used once, except embeddings and biases."""
-    weights = [parameter for parameter in prior.parameters() if parameter.dim() > 1]
-    return sum(weight.numel() for weight in weights) - prior.input.embedding.weight.numel()
+    """Multiply-adds per grid position of one pass: every weight is used once, except embeddings and biases.
+
+    Attention adds what it multiplies with the keys and contents of the codes before, on average half of all.
+    """
+    weights = [layer.weight for layer in prior.modules() if isinstance(layer, torch.nn.Conv2d | torch.nn.Linear)]
+    seen = (prior.height * prior.width + 1) // 2
+    return sum(weight.numel() for weight in weights) + prior.attention_layers * 2 * seen * prior.hidden_units
 
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:
@@ -97,11 +128,24 @@ def report(name: str, prior: PixelCNN, batch: int, quick: bool) -> None:
     print(f"{name:36} {batch:5} " + " ".join(cells) + ("* " if scaled else "  ") + ratios, flush=True)
 
 
+def report_memory(batch: int = 64) -> None:
+    """Print what the sampler keeps for two-level images, in bfloat16."""
+    sizes = {}
+    for level, setting in TABLE_9.items():
+        with torch.device("meta"):
+            prior = PixelCNN(512, **setting).bfloat16()
+        sizes[level] = SamplingCache(PackedWeights(prior), batch).nbytes / 1e6
+    parts = " + ".join(f"{size:.0f} MB ({level})" for level, size in sizes.items())
+    print(f"\ncache of {batch} images of 32x32 + 64x64 codes, Table 9's channels, bfloat16:")
+    print(f"{parts} = {sum(sizes.values()):.0f} MB; the aim is below 1000 MB")
+
+
 def main() -> None:
-    """Print the table."""
+    """Print the table and the memory."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer rounds, naive sampling at 4 positions")
     parser.add_argument("--threads", type=int, help="CPU threads; default: PyTorch's choice")
+    parser.add_argument("--only", default="", help="only the settings whose name contains this")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     arguments = parser.parse_args()
     if arguments.threads:
@@ -114,12 +158,13 @@ def main() -> None:
         print(f"the machine is busy (load average {load:.1f}) and threads wait for each other: try --threads 1")
     columns = "".join(f"{column + ' GFLOP/s':>18} " for column in ("pass", "cached", "naive"))
     print(f"\n{'setting':36} batch {columns} cached/pass  naive/cached")
-    for name, setting in SETTINGS.items():
+    for name, setting in ((name, setting) for name, setting in SETTINGS.items() if arguments.only in name):
         for batch in BATCH_SIZES:
             torch.manual_seed(0)
             with torch.no_grad():
                 report(name, PixelCNN(**setting).eval().to(device), batch, arguments.quick)
     print("* timed at 4 or 16 evenly spaced positions, a full-grid pass each, and scaled to all")
+    report_memory()
 
 
 if __name__ == "__main__":

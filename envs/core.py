@@ -8,6 +8,10 @@ Actions come and observations go as NumPy arrays, so the bookkeeping is NumPy: a
 Torch comes in when episodes end: their codes go to the world's device in one transfer, are decoded and scored there in
 one batch, and the scores come back in one.
 
+With two levels an episode draws the top codes, then the bottom codes. Rows are rows of the top grid and bring their
+bottom rows with them, so what an episode draws may be two stretches of the sequence; the codes themselves say which:
+those that are still the token K.
+
 Shapes: E environments, T codes, H rows, W columns, K codes.
 """
 
@@ -22,6 +26,7 @@ import torch
 from gymnasium.error import ResetNeeded
 from torch import Tensor
 
+from ral_gym.envs.follower import PriorFollower
 from ral_gym.envs.resets import StartDistribution, StartRequest, parse_options
 from ral_gym.envs.worlds import World
 
@@ -38,9 +43,11 @@ class Finished:
         codes: (n, T) int16, with K + 1 where an episode never drew.
         score_map: (n, h, w) float32, 0 below the last drawn row; None without a scorer.
         step_rewards: (n, T) float32, 0 at given and never drawn positions.
-        rewards: (n,) float32, the sum over an episode's drawn positions.
+        rewards: (n,) float32, what the episode's last step pays: everything, or the last code's share with an oracle.
+        returns: (n,) float32, the sum of `step_rewards`: what the whole episode has paid.
         start: (n,) first drawn position.
         stop: (n,) one past the last.
+        lengths: (n,) how many codes the episode drew.
     """
 
     rows: np.ndarray
@@ -48,8 +55,10 @@ class Finished:
     score_map: np.ndarray | None
     step_rewards: np.ndarray
     rewards: np.ndarray
+    returns: np.ndarray
     start: np.ndarray
     stop: np.ndarray
+    lengths: np.ndarray
 
 
 class GenerationCore:
@@ -68,6 +77,9 @@ class GenerationCore:
         start: (E,) int64, first position that the row's episode draws.
         position: (E,) int64, the next position to draw.
         stop: (E,) int64, one past the last position to draw; 0: not reset yet.
+        image_rows: (E,) int64, rows that the row's image will have.
+        to_draw: (E, T) bool, the positions that the row's episode draws, from its start on.
+        rewards: (E,) float32, what the last `step` or `draw_round` has paid each row.
 
     Raises:
         ValueError: no environment, or see `StartDistribution`.
@@ -94,9 +106,33 @@ class GenerationCore:
         self.start = np.zeros(num_envs, np.int64)
         self.position = np.zeros(num_envs, np.int64)
         self.stop = np.zeros(num_envs, np.int64)
+        self.image_rows = np.zeros(num_envs, np.int64)
+        self.to_draw = np.zeros(self.codes.shape, bool)
+        self.rewards = np.zeros(num_envs, np.float32)
+        self._paid = np.zeros(self.codes.shape, np.float32)  # with an oracle: what each code has earned
+        self._oracle, self._chooser = self._followers()
+        self._legal = np.ones(world.grid.codebook_size, bool)
+        self._legal[list(world.masks.forbidden_codes)] = False
         self._pending = np.zeros(num_envs, np.int64)
         self._rows = np.arange(num_envs)
-        self._columns = np.arange(world.grid.n_codes)
+        self._masks = {rows: world.grid.mask(0, rows) for rows in range(world.grid.height + 1)}  # (T,) each
+
+    def _followers(self) -> tuple[PriorFollower | None, PriorFollower | None]:
+        """The oracle that pays and the prior that masks, at the start of every episode."""
+        oracle, chooser = self.world.oracle, self.world.masks.prior
+        return (
+            None if oracle is None else PriorFollower(oracle, self.num_envs),
+            None if chooser is None else PriorFollower(chooser, self.num_envs),
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled: no network's activations, which follow from the codes."""
+        return {name: value for name, value in vars(self).items() if name not in ("_oracle", "_chooser")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a pickled copy."""
+        vars(self).update(state)
+        self._oracle, self._chooser = self._followers()
 
     @property
     def device(self) -> torch.device:
@@ -144,29 +180,45 @@ class GenerationCore:
             self.rngs[row] = rng
         goes_on = (self.stop[rows] > 0) & (self.position[rows] == self.stop[rows]) & (not options)
         self._pending[rows] *= goes_on & np.array([seed is None for seed in seeds])
-        self.codes[rows] = self.grid.not_drawn
+        first: tuple[int, int] | None = None
         for number, row in enumerate(rows):
-            self._start_episode(row, rows[0], requests[number], requests[number] is requests[0])
-        self.position[rows] = self.start[rows]
-        self.codes[rows] = np.where(self._columns < self.stop[rows, None], self.codes[rows], self.grid.never_drawn)
+            alike = first if self.lockstep and requests[number] is requests[0] else None
+            drawn = self._start_episode(row, requests[number], alike, self._pending[rows[0]])
+            first = drawn if number == 0 else first
+        self.to_draw[rows] = to_draw = self.codes[rows] == self.grid.not_drawn  # (n, T)
+        self.position[rows] = self.start[rows] = to_draw.argmax(1)
+        self.stop[rows] = to_draw.shape[1] - to_draw[:, ::-1].argmax(1)
+        self._restart_followers(rows)
 
-    def _start_episode(self, row: int, first: int, request: StartRequest, alike: bool) -> None:
-        """Draw one row's start; in lockstep, rows `alike` follow the first row of this reset."""
-        width = self.grid.width
+    def _start_episode(
+        self, row: int, request: StartRequest, alike: tuple[int, int] | None, pending: int
+    ) -> tuple[int, int] | None:
+        """Write one row's first grid.
+
+        Args:
+            row: which.
+            request: what was asked for.
+            alike: in lockstep, the prefix and stop rows of this reset's first row; None: draw them.
+            pending: the first row's, where `alike` is given.
+
+        Returns:
+            its prefix and stop rows; None where the request gave the codes.
+        """
         if request.codes is not None and request.stop_rows is not None:
-            self.start[row], self.stop[row] = len(request.codes), request.stop_rows * width
-            self.codes[row, : len(request.codes)] = request.codes
-            return
+            self.codes[row], self.image_rows[row] = request.codes, request.stop_rows
+            return None
         rng = self.rngs[row]
-        if row != first and self.lockstep and alike:
-            prefix, stop = int(self.start[first]) // width, int(self.stop[first]) // width
-            self._pending[row] = self._pending[first]
+        if alike is not None:
+            (prefix, stop), self._pending[row] = alike, pending
         else:
             prefix, stop, self._pending[row] = self.distribution.draw_requested(request, rng, int(self._pending[row]))
-        self.start[row], self.stop[row] = prefix * width, stop * width
+        self.image_rows[row] = stop
+        self.codes[row] = np.where(self._masks[stop], self.grid.not_drawn, self.grid.never_drawn)
         if prefix and self.world.real_codes is not None:
             image = self.distribution.draw_image(rng) if request.image_index is None else request.image_index
-            self.codes[row, : prefix * width] = self.world.real_codes[image, : prefix * width]
+            given = self._masks[prefix]
+            self.codes[row, given] = self.world.real_codes[image, given]
+        return prefix, stop
 
     def step(self, actions: np.ndarray | Tensor, rows: np.ndarray | None = None) -> Finished | None:
         """Write one code into every running episode.
@@ -189,11 +241,38 @@ class GenerationCore:
         stop = self.stop[rows]
         if (position >= stop).any():
             raise _reset_needed(rows[position >= stop])
+        self.rewards = self._pay(codes, rows)
+        for follower in filter(None, (self._oracle, self._chooser)):
+            follower.advance(codes)
         self.codes[rows, position] = codes[rows]
         position += 1
+        if self.grid.levels > 1:  # past the given rows of the next level
+            gap = np.flatnonzero(
+                (position < stop) & (self.codes[rows, position - (position == stop)] != self.grid.not_drawn)
+            )
+            position[gap] = (self.codes[rows[gap]] == self.grid.not_drawn).argmax(1)
         self.position[rows] = position
         ended = rows[position == stop]
-        return self.finish(ended) if len(ended) else None
+        if not len(ended):
+            return None
+        finished = self.finish(ended)
+        self.rewards[ended] = finished.rewards
+        return finished
+
+    def _pay(self, codes: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """The rewards (E,) of the codes that these rows draw next: their log-probabilities, or 0 without an oracle."""
+        rewards = np.zeros(self.num_envs, np.float32)
+        if self._oracle is not None:
+            log_probs = self._oracle.logits(self.codes, self.position).float().log_softmax(1)  # (E, K)
+            drawn = torch.from_numpy(codes.astype(np.int64)).to(log_probs.device)[:, None]  # (E, 1)
+            rewards[rows] = log_probs.gather(1, drawn).squeeze(1).cpu().numpy()[rows]
+            self._paid[rows, self.position[rows]] = rewards[rows]
+        return rewards
+
+    def _restart_followers(self, rows: np.ndarray) -> None:
+        self._paid[rows] = 0
+        for follower in filter(None, (self._oracle, self._chooser)):
+            follower.restart(rows)
 
     def _checked_actions(self, actions: np.ndarray | Tensor) -> np.ndarray:
         """The actions as an (E,) integer array."""
@@ -224,13 +303,17 @@ class GenerationCore:
             raise ValueError(f"codes of shape {array.shape} and dtype {array.dtype}: give integers {self.codes.shape}")
         if (self.position >= self.stop).any():
             raise _reset_needed(self._rows[self.position >= self.stop])
-        to_draw = (self._columns >= self.position[:, None]) & (self._columns < self.stop[:, None])  # (E, T)
+        to_draw = self.codes == self.grid.not_drawn  # (E, T)
         drawn = array[to_draw]
         if drawn.min() < 0 or drawn.max() >= self.grid.codebook_size:
             raise ValueError(f"codes lie in {drawn.min()}..{drawn.max()}: choose 0..{self.grid.codebook_size - 1}")
         self.codes[to_draw] = drawn
+        if self._oracle is not None:
+            self._paid = np.where(to_draw, self._score_all(self._rows)[1], self._paid)
         self.position[:] = self.stop
-        return self.finish(self._rows)
+        finished = self.finish(self._rows)
+        self.rewards = finished.rewards.copy()
+        return finished
 
     def finish(self, rows: np.ndarray) -> Finished:
         """Score finished episodes: one call of the scorer per distinct image height.
@@ -238,19 +321,34 @@ class GenerationCore:
         Args:
             rows: (n,) environments whose episode has ended.
         """
-        codes, start, stop = self.codes[rows], self.start[rows], self.stop[rows]  # (n, T), (n,), (n,)
+        start, stop = self.start[rows], self.stop[rows]  # (n,), (n,)
+        if self._oracle is None:
+            score_map, step_rewards = self._score_all(rows)
+            step_rewards *= self.to_draw[rows]
+            returns = last = step_rewards.sum(1)
+        else:
+            step_rewards = self._paid[rows]
+            score_map = step_rewards.reshape(len(rows), self.grid.height, self.grid.width)
+            returns, last = step_rewards.sum(1), step_rewards[np.arange(len(rows)), stop - 1]
+        lengths = self.to_draw[rows].sum(1)
+        return Finished(rows.copy(), self.codes[rows], score_map, step_rewards, last, returns, start, stop, lengths)
+
+    def _score_all(self, rows: np.ndarray) -> tuple[np.ndarray | None, np.ndarray]:
+        """Score maps (n, h, w), None without a scorer, and the rewards (n, T) of all codes of finished rows (n,)."""
+        codes, heights = self.codes[rows], self.image_rows[rows]  # (n, T), (n,)
         rewards = np.zeros(codes.shape, np.float32)  # (n, T)
         score_map: np.ndarray | None = None
-        if self.world.scorer is not None:
-            for length in np.unique(stop):
-                same = np.flatnonzero(stop == length)
-                scores, rewards[same, :length] = self._score(codes[same, :length])  # (m, r, w)
-                if score_map is None:
-                    map_rows = scores.shape[1] * self.grid.n_codes // length
-                    score_map = np.zeros((len(rows), map_rows, scores.shape[2]), np.float32)
-                score_map[same, : scores.shape[1]] = scores
-            rewards *= self._columns >= start[:, None]
-        return Finished(rows.copy(), codes, score_map, rewards, rewards.sum(1), start, stop)
+        if self.world.scorer is None:
+            return None, rewards
+        for height in np.unique(heights):
+            same = np.flatnonzero(heights == height)
+            scores, earned = self._score(self.grid.crop(codes[same], int(height)))  # (m, r, w), (m, codes of the rows)
+            rewards[same[:, None], np.flatnonzero(self._masks[height])] = earned
+            if score_map is None:
+                map_rows = scores.shape[1] * self.grid.height // height
+                score_map = np.zeros((len(rows), map_rows, scores.shape[2]), np.float32)
+            score_map[same, : scores.shape[1]] = scores
+        return score_map, rewards
 
     def _score(self, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Codes (m, length) -> score map (m, r, w), step rewards (m, length): one transfer each way."""
@@ -265,8 +363,14 @@ class GenerationCore:
         return self.codes.copy()
 
     def action_masks(self) -> np.ndarray:
-        """(K,) bool, the same for every row: every code may follow every other."""
-        return np.ones(self.grid.codebook_size, bool)
+        """(E, K) bool: the codes that each row may draw next (see `Masks`); read-only where all rows are alike."""
+        legal = np.broadcast_to(self._legal, (self.num_envs, len(self._legal)))
+        if self._chooser is None:
+            return legal
+        logits = self._chooser.logits(self.codes, self.position).float().cpu()  # (E, K)
+        logits = logits.masked_fill(torch.from_numpy(~self._legal), -torch.inf)
+        likely = logits.topk(min(int(self.world.masks.top_k or 0), int(self._legal.sum())), 1).indices  # (E, k)
+        return torch.zeros(legal.shape, dtype=torch.bool).scatter_(1, likely, True).numpy()
 
     def state_dict(self) -> dict[str, Any]:
         """A copy of everything a continued run needs, random generators included."""
@@ -275,7 +379,10 @@ class GenerationCore:
             "start": self.start.copy(),
             "position": self.position.copy(),
             "stop": self.stop.copy(),
+            "image_rows": self.image_rows.copy(),
+            "to_draw": self.to_draw.copy(),
             "pending": self._pending.copy(),
+            "paid": self._paid.copy(),
             "rngs": [rng.bit_generator.state for rng in self.rngs],
         }
 
@@ -288,9 +395,12 @@ class GenerationCore:
         shape = np.shape(state["codes"])
         if shape != self.codes.shape or len(state["rngs"]) != self.num_envs:
             raise ValueError(f"the state has {shape} codes (environments, T), these environments {self.codes.shape}")
-        for name in ("start", "position", "stop"):
+        for name in ("start", "position", "stop", "image_rows"):
             setattr(self, name, np.array(state[name], np.int64))
+        self.to_draw = np.array(state["to_draw"], bool)
         self.codes = np.array(state["codes"], np.int16)
+        self._restart_followers(self._rows)
+        self._paid = np.array(state["paid"], np.float32)
         self._pending = np.array(state["pending"], np.int64)
         for rng, bits in zip(self.rngs, state["rngs"], strict=True):
             rng.bit_generator.state = bits

@@ -58,6 +58,11 @@ class GenerationEnv(gym.Env[np.ndarray, np.int64]):
         self.action_space = action_space(world.grid)
         self.core = GenerationCore(world, 1, reset_mode=reset_mode)
 
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """How many codes each level has: what `algorithm_defaults` tells the policy and the buffer."""
+        return self.world.grid.level_sizes
+
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
@@ -79,8 +84,8 @@ class GenerationEnv(gym.Env[np.ndarray, np.int64]):
             action: an integer in 0..K-1.
 
         Returns:
-            observation, reward (0 until the last code), terminated, truncated (always False), info (empty until the
-            last code).
+            observation, reward (0 until the last code, unless an oracle pays at once), terminated, truncated (always
+            False), info (empty until the last code).
 
         Raises:
             ValueError: the action is no integer in 0..K-1; nothing has changed then.
@@ -93,13 +98,14 @@ class GenerationEnv(gym.Env[np.ndarray, np.int64]):
             )
         finished = self.core.step(np.array([action], np.int64))
         observation = self.core.observations()[0]
+        reward = float(self.core.rewards[0])
         if finished is None:
-            return observation, 0.0, False, False, {}
-        return observation, float(finished.rewards[0]), True, False, finished_info(finished, 0)
+            return observation, reward, False, False, {}
+        return observation, reward, True, False, finished_info(finished, 0)
 
     def action_masks(self) -> np.ndarray:
-        """(K,) bool, all True: what `MaskablePPO` asks for."""
-        return self.core.action_masks()
+        """(K,) bool, the codes that may come next: what `MaskablePPO` asks for."""
+        return self.core.action_masks()[0]
 
     def render(self) -> np.ndarray | str | None:
         """`rgb_array`: the decoded image so far, undrawn cells grey; `ansi`: the codes as text."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from gymnasium.vector import AutoresetMode
+from collections.abc import Sequence
 
 from ral_gym.envs.generation import GenerationEnv
-from ral_gym.envs.vector import GenerationVectorEnv
-from ral_gym.envs.worlds import World, run_world
+from ral_gym.envs.run_world import run_world
+from ral_gym.envs.vector import RegisteredVectorEnv
 
 
 class LatentCodeEnv(GenerationEnv):
@@ -84,6 +84,9 @@ class LatentCodeEnv(GenerationEnv):
     * `reset_mode`: `full`, `continue`, `scratch` or `mixed`.
     * `render_mode`: `rgb_array` (the decoded image so far, undrawn cells grey) or `ansi`.
     * `device`: `cpu`, `cuda` or `cuda:N`: where images are decoded and scored.
+    * `forbidden_codes`: codes that ``env.unwrapped.action_masks()`` leaves out.
+    * `top_k`: the masks hold only the k codes that the run's prior finds likeliest after the codes so far. Masks are
+      advice for `MaskablePPO`: `step` takes every code.
 
     ## Version History
 
@@ -98,37 +101,16 @@ class LatentCodeEnv(GenerationEnv):
         reset_mode: str = "full",
         render_mode: str | None = None,
         device: str = "cpu",
+        forbidden_codes: Sequence[int] = (),
+        top_k: int | None = None,
     ) -> None:
-        super().__init__(run_world(run, reward, device), reset_mode=reset_mode, render_mode=render_mode)
+        world = run_world(run, reward, device, forbidden_codes, top_k)
+        super().__init__(world, reset_mode=reset_mode, render_mode=render_mode)
 
-    @staticmethod
-    def make_world(run: str, reward: str = "single", device: str = "cpu") -> World:
-        """The world behind these arguments; the vector environments share it."""
-        return run_world(run, reward, device)
+    make_world = staticmethod(run_world)
 
 
-class LatentCodeVectorEnv(GenerationVectorEnv):
+class LatentCodeVectorEnv(RegisteredVectorEnv):
     """Many `LatentCodeEnv` episodes at once; `GenerationVectorEnv` explains the arguments."""
 
-    def __init__(
-        self,
-        num_envs: int = 1,
-        *,
-        run: str,
-        reward: str = "single",
-        reset_mode: str = "full",
-        render_mode: str | None = None,
-        device: str = "cpu",
-        autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP,
-        lockstep: bool = False,
-        paired: bool = False,
-    ) -> None:
-        super().__init__(
-            run_world(run, reward, device),
-            num_envs,
-            reset_mode=reset_mode,
-            render_mode=render_mode,
-            autoreset_mode=autoreset_mode,
-            lockstep=lockstep,
-            paired=paired,
-        )
+    make_world = staticmethod(run_world)

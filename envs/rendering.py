@@ -34,20 +34,25 @@ def render_codes(world: World, codes: np.ndarray) -> np.ndarray:
     grid = world.grid
     drawn = torch.from_numpy(codes < grid.codebook_size)  # (E, T)
     images = world.decode(torch.from_numpy(codes).long().where(drawn, 0).to(world.device)).cpu()  # (E, C, S, S)
-    scale = images.shape[-1] // grid.width
-    mask = drawn.reshape(-1, 1, grid.height, grid.width).repeat_interleave(scale, 2).repeat_interleave(scale, 3)
-    pixels = torch.where(mask, images, GREY).expand(-1, 3, -1, -1).permute(0, 2, 3, 1)  # (E, S, S, 3)
+    # With two levels a cell shows once its bottom code is there; before, what its top code alone decodes to.
+    seen = torch.zeros(len(codes), 1, *images.shape[2:], dtype=torch.bool)
+    for level, (height, width) in zip(grid.split(drawn), grid.shapes, strict=True):
+        scale = images.shape[-1] // width
+        seen |= level.reshape(-1, 1, height, width).repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    pixels = torch.where(seen, images, GREY).expand(-1, 3, -1, -1).permute(0, 2, 3, 1)  # (E, S, S, 3)
     factor = max(1, -(-MINIMUM_SIZE // images.shape[-1]))
     return pixels.numpy().repeat(factor, 1).repeat(factor, 2)
 
 
 def render_text(grid: CodeGrid, codes: np.ndarray) -> list[str]:
-    """The codes (E, T) as tables: ``.`` not drawn yet, ``x`` not drawn in this episode."""
-    width = len(str(grid.codebook_size - 1))
+    """The codes (E, T) as tables, one per level: ``.`` not drawn yet, ``x`` not drawn in this episode."""
+    digits = len(str(grid.codebook_size - 1))
     marks = {grid.not_drawn: ".", grid.never_drawn: "x"}
     texts = []
-    for row in codes.tolist():
-        cells = [marks.get(code, str(code)).rjust(width) for code in row]
-        lines = [" ".join(cells[i : i + grid.width]) for i in range(0, len(cells), grid.width)]
-        texts.append("\n".join(lines) + "\n")
+    for row in codes:
+        tables = []
+        for level, (_, width) in zip(grid.split(row), grid.shapes, strict=True):
+            cells = [marks.get(code, str(code)).rjust(digits) for code in level.tolist()]
+            tables.append("".join(" ".join(cells[i : i + width]) + "\n" for i in range(0, len(cells), width)))
+        texts.append("\n".join(tables))
     return texts

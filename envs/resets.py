@@ -33,7 +33,7 @@ class StartRequest:
         prefix_rows: rows given.
         stop_rows: rows of the image; the episode stops after them.
         image_index: which real image the given rows come from.
-        codes: (n,) int16, the given codes themselves.
+        codes: (T,) int16, the first observation itself.
     """
 
     mode: str | None = None
@@ -136,8 +136,9 @@ def parse_options(options: Mapping[str, Any], distribution: StartDistribution) -
     Args:
         options: `mode`, `prefix_rows` (0..H-1), `stop_rows` (a multiple of `row_multiple` in 1..H, above
             `prefix_rows`), `codes` (a grid to continue, (H, W), some whole rows of it (r, W), or a prefix (n,); the
-            codes before its first K or K + 1 are given), `image_index` (which real image the prefix comes from; alone,
-            it means `mode` "continue"). None stands for an option that is not given.
+            codes before its first K or K + 1 are given; with two levels a prefix of the sequence), `image_index` (which
+            real image the prefix comes from; alone, it means `mode` "continue"). None stands for an option that is
+            not given.
         distribution: the environment's own.
 
     Raises:
@@ -185,12 +186,11 @@ def parse_options(options: Mapping[str, Any], distribution: StartDistribution) -
 def _from_codes(given: Any, prefix_rows: int | None, stop_rows: int, grid: CodeGrid) -> StartRequest:
     """A start from a given grid: its codes up to `prefix_rows`, or up to the first one that is not drawn."""
     codes = np.asarray(given)
-    whole_rows = codes.ndim == 2 and codes.shape[1] == grid.width and codes.shape[0] <= grid.height
+    whole_rows = grid.levels == 1 and codes.ndim == 2 and codes.shape[1] == grid.width and codes.shape[0] <= grid.height
     if not (whole_rows or (codes.ndim == 1 and codes.size <= grid.n_codes)):
-        raise ValueError(
-            f"option codes has shape {codes.shape}: give {(grid.height, grid.width)}, fewer rows of {grid.width}, or "
-            f"up to {grid.n_codes} codes in raster order"
-        )
+        grids = f"{(grid.height, grid.width)}, fewer rows of {grid.width}, or " if grid.levels == 1 else ""
+        order = "raster order" if grid.levels == 1 else "drawing order, the top codes first"
+        raise ValueError(f"option codes has shape {codes.shape}: give {grids}up to {grid.n_codes} codes in {order}")
     if codes.size and codes.dtype.kind not in "iu":
         raise ValueError(f"option codes has dtype {codes.dtype}: give integers")
     codes = codes.reshape(-1)
@@ -201,18 +201,22 @@ def _from_codes(given: Any, prefix_rows: int | None, stop_rows: int, grid: CodeG
         )
     drawn = codes < grid.codebook_size
     length = codes.size if drawn.all() else int(np.argmin(drawn))
+    given = np.arange(grid.n_codes) < length  # (T,)
     if prefix_rows is not None:
-        if prefix_rows * grid.width > length:
+        given = grid.mask(0, prefix_rows)
+        if not np.pad(drawn, (0, grid.n_codes - codes.size))[given].all():
             raise ValueError(
-                f"option prefix_rows={prefix_rows} needs {prefix_rows * grid.width} codes, but codes gives {length}"
+                f"option prefix_rows={prefix_rows} needs {int(given.sum())} codes, but codes gives {length}"
             )
-        length = prefix_rows * grid.width
-    if length >= stop_rows * grid.width:
+    image = grid.mask(0, stop_rows)  # (T,)
+    if not (image & ~given).any():
         raise ValueError(
             f"option codes gives {length} codes and nothing is left to draw: give fewer than {stop_rows * grid.width}, "
             "or prefix_rows"
         )
-    return StartRequest(stop_rows=stop_rows, codes=codes[:length].astype(np.int16))
+    start = np.where(image, grid.not_drawn, grid.never_drawn).astype(np.int16)
+    start[given & image] = codes[: grid.n_codes][np.flatnonzero(given & image)]
+    return StartRequest(stop_rows=stop_rows, codes=start)
 
 
 def _integer(options: Mapping[str, Any], name: str, low: int, high: int) -> int | None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from gymnasium.vector import AutoresetMode
+from collections.abc import Sequence
 
 from ral_gym.envs.generation import GenerationEnv
-from ral_gym.envs.vector import GenerationVectorEnv
-from ral_gym.envs.worlds import World, toy_world
+from ral_gym.envs.vector import RegisteredVectorEnv
+from ral_gym.envs.worlds import toy_world
 
 
 class ToyEnv(GenerationEnv):
@@ -93,8 +93,8 @@ class ToyEnv(GenerationEnv):
 
     ## Arguments
 
-    `reward`, `reset_mode`, `render_mode`, `device`: as `LatentCodeEnv`. `gym.make_vec` takes `autoreset_mode`,
-    `lockstep` and `paired` too: see `GenerationVectorEnv`.
+    `reward`, `reset_mode`, `render_mode`, `device`, `forbidden_codes`: as `LatentCodeEnv`. `gym.make_vec` takes
+    `autoreset_mode`, `lockstep` and `paired` too: see `GenerationVectorEnv`.
 
     ## Version History
 
@@ -108,36 +108,14 @@ class ToyEnv(GenerationEnv):
         reset_mode: str = "full",
         render_mode: str | None = None,
         device: str = "cpu",
+        forbidden_codes: Sequence[int] = (),
     ) -> None:
-        super().__init__(toy_world(reward, device), reset_mode=reset_mode, render_mode=render_mode)
+        super().__init__(toy_world(reward, device, forbidden_codes), reset_mode=reset_mode, render_mode=render_mode)
 
-    @staticmethod
-    def make_world(reward: str = "single", device: str = "cpu") -> World:
-        """The world behind these arguments; the vector environments share it."""
-        return toy_world(reward, device)
+    make_world = staticmethod(toy_world)
 
 
-class ToyVectorEnv(GenerationVectorEnv):
+class ToyVectorEnv(RegisteredVectorEnv):
     """Many `ToyEnv` episodes at once; `GenerationVectorEnv` explains the arguments."""
 
-    def __init__(
-        self,
-        num_envs: int = 1,
-        *,
-        reward: str = "single",
-        reset_mode: str = "full",
-        render_mode: str | None = None,
-        device: str = "cpu",
-        autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP,
-        lockstep: bool = False,
-        paired: bool = False,
-    ) -> None:
-        super().__init__(
-            toy_world(reward, device),
-            num_envs,
-            reset_mode=reset_mode,
-            render_mode=render_mode,
-            autoreset_mode=autoreset_mode,
-            lockstep=lockstep,
-            paired=paired,
-        )
+    make_world = staticmethod(toy_world)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import numpy as np
@@ -136,11 +137,11 @@ class GenerationVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             self.core.reset(np.flatnonzero(waiting))
         else:
             finished = self.core.step(actions)
-        rewards = np.zeros(self.num_envs)
+        rewards = self.core.rewards.astype(np.float64)
         self._ended = np.zeros(self.num_envs, bool)
         infos: dict[str, Any] = {}
         if finished is not None:
-            rewards[finished.rows], self._ended[finished.rows] = finished.rewards, True
+            self._ended[finished.rows] = True
             infos = self._infos(finished)
             if self.autoreset_mode == AutoresetMode.SAME_STEP:
                 self.core.reset(finished.rows)
@@ -166,8 +167,8 @@ class GenerationVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         return {"final_obs": final_obs, "_final_obs": mask.copy(), "final_info": infos, "_final_info": mask}
 
     def action_masks(self) -> np.ndarray:
-        """(E, K) bool, all True."""
-        return np.tile(self.core.action_masks(), (self.num_envs, 1))
+        """(E, K) bool, the codes that may come next in each row."""
+        return self.core.action_masks()
 
     def render(self) -> tuple[Any, ...] | None:
         """One picture (`rgb_array`) or text (`ansi`) per row, or None without a render mode."""
@@ -181,6 +182,43 @@ class GenerationVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     def np_random(self) -> tuple[np.random.Generator, ...]:  # type: ignore[override]
         """The rows' random generators."""
         return tuple(self.core.rngs)
+
+
+class RegisteredVectorEnv(GenerationVectorEnv):
+    """Base of the registered ids' vector environments: the world comes from the single environment's arguments.
+
+    Args:
+        num_envs: E.
+        reset_mode: see `GenerationVectorEnv`; so are the next four.
+        render_mode: see there.
+        autoreset_mode: see there.
+        lockstep: see there.
+        paired: see there.
+        **kwargs: what the single environment takes, such as `reward` and `device`.
+    """
+
+    make_world: ClassVar[Callable[..., World]]
+
+    def __init__(
+        self,
+        num_envs: int = 1,
+        *,
+        reset_mode: str = "full",
+        render_mode: str | None = None,
+        autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP,
+        lockstep: bool = False,
+        paired: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            self.make_world(**kwargs),
+            num_envs,
+            reset_mode=reset_mode,
+            render_mode=render_mode,
+            autoreset_mode=autoreset_mode,
+            lockstep=lockstep,
+            paired=paired,
+        )
 
 
 def _autoreset_mode(mode: AutoresetMode | str) -> AutoresetMode:

@@ -6,28 +6,58 @@ behind them are loaded once per process and shared. A world is pickled as those 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import lru_cache, partial
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ral_gym.codes import CodeGrid, CodeSet, decode_codes
-from ral_gym.critic import PatchCritic
-from ral_gym.errors import DeviceError, RunError
-from ral_gym.rewards import CriticScorer, RewardKind, ScoreNormalizer, step_rewards
-from ral_gym.run import read_config
-from ral_gym.storage import load_module, load_tensors
-from ral_gym.vqvae import VQVAE
+from ral_gym.codes import CodeGrid
+from ral_gym.errors import DeviceError
+from ral_gym.pixelcnn import PixelCNN
+from ral_gym.rewards import RewardKind, step_rewards
+from ral_gym.two_level import Prior
 
 Scorer = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Drawn codes (B, r * W) int64 -> score map (B, h, w), step rewards (B, r * W), all on the world's device."""
 
 REWARDS = ("single", "intermediate", "none")
+
+
+@dataclass(frozen=True)
+class Masks:
+    """Which codes an agent may draw next: advice for `MaskablePPO`; `step` takes every code of the codebook.
+
+    Attributes:
+        forbidden_codes: never drawn.
+        top_k: of the rest only the k likeliest under `prior`, given the codes so far; None: all of them.
+        prior: the network that `top_k` asks.
+    """
+
+    forbidden_codes: tuple[int, ...] = ()
+    top_k: int | None = None
+    prior: Prior | None = None
+
+
+def make_masks(codebook_size: int, forbidden_codes: Sequence[int], top_k: int | None, prior: Prior | None) -> Masks:
+    """Check the arguments `forbidden_codes` and `top_k` of an environment.
+
+    Raises:
+        ValueError: a code outside the codebook, nothing left to draw, or `top_k` where there is no prior.
+    """
+    codes = tuple(sorted({int(code) for code in forbidden_codes}))
+    if codes and not 0 <= codes[0] <= codes[-1] < codebook_size:
+        raise ValueError(f"forbidden_codes lie in {codes[0]}..{codes[-1]}: codes are 0..{codebook_size - 1}")
+    if len(codes) == codebook_size:
+        raise ValueError(f"forbidden_codes names all {codebook_size} codes: leave at least one")
+    if top_k is not None and not 1 <= top_k <= codebook_size:
+        raise ValueError(f"top_k={top_k} is out of range: choose 1..{codebook_size}")
+    if top_k is not None and prior is None:
+        raise ValueError(f"top_k={top_k} asks a prior which codes are likely, but this environment has none")
+    return Masks(codes, top_k, None if top_k is None else prior)
 
 
 @dataclass(frozen=True)
@@ -41,6 +71,9 @@ class World:
         real_codes: (N, T) int16 codes of real images, or None.
         row_multiple: code rows per score-map row.
         device: where codes are decoded and scored.
+        oracle: pays every code its log-probability at once, instead of the scorer at the end; its scores are those of
+            the scorer. None: rewards come with the last code.
+        masks: which codes an agent may draw.
         recipe: a function and its arguments that make the same world again: what is pickled and copied. None: the
             world is pickled whole, as far as its parts allow it.
     """
@@ -51,19 +84,25 @@ class World:
     real_codes: np.ndarray | None
     row_multiple: int
     device: torch.device
+    oracle: PixelCNN | None = None
+    masks: Masks = Masks()
     recipe: tuple[Callable[..., World], tuple[Any, ...]] | None = None
+
+    def made_by(self, make: Callable[..., World], arguments: tuple[Any, ...]) -> World:
+        """The same world with another recipe."""
+        return replace(self, recipe=(make, arguments))
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self.recipe is not None:
             return self.recipe
         parts = (self.grid, self.decode, self.scorer, self.real_codes, self.row_multiple, self.device)
-        return World, parts
+        return World, (*parts, self.oracle, self.masks)
 
 
-def check_reward(reward: str) -> None:
+def check_reward(reward: str, allowed: Sequence[str] = REWARDS) -> None:
     """Raise `ValueError` for a reward that does not exist."""
-    if reward not in REWARDS:
-        raise ValueError(f"reward {reward!r} is unknown: choose one of {', '.join(REWARDS)}")
+    if reward not in allowed:
+        raise ValueError(f"reward {reward!r} is unknown: choose one of {', '.join(allowed)}")
 
 
 def check_device(name: str) -> torch.device:
@@ -80,81 +119,6 @@ def check_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= count:
         raise DeviceError(f"device {name!r} asked for, but {count} CUDA devices are visible: choose cpu")
     return device
-
-
-def run_world(run: str, reward: str = "single", device: str = "cpu") -> World:
-    """The world of a run folder: its VQ-VAE, its training images' codes and its critic, frozen.
-
-    Args:
-        run: path of the folder, with stages 1 and 2 done (and stage 3, unless `reward` is `none`).
-        reward: `single`, `intermediate`, or `none`: rewards are 0, for a callback that writes them.
-        device: `cpu`, `cuda` or `cuda:N`.
-
-    Raises:
-        ValueError: unknown reward.
-        DeviceError: a device that does not exist here.
-        RunError: the folder lacks a stage, a file is damaged, or its files do not belong together.
-    """
-    check_reward(reward)
-    where = check_device(device)
-    folder = Path(run)
-    config = read_config(folder)
-    vqvae = _load(folder / "vqvae.safetensors", _load_vqvae, device)
-    grid = CodeGrid(vqvae.height, vqvae.width, vqvae.codebook_size)
-    codes = _load(folder / "codes.safetensors", _load_codes, grid)
-    scorer = None if reward == "none" else _critic_scorer(folder / "critic.safetensors", vqvae, reward, device)
-    map_size = vqvae.image_size // 2**config.critic.layers
-    return World(
-        grid=grid,
-        decode=partial(decode_codes, vqvae),
-        scorer=scorer,
-        real_codes=codes,
-        row_multiple=max(1, vqvae.height // map_size),
-        device=where,
-        recipe=(run_world, (run, reward, device)),
-    )
-
-
-def _critic_scorer(path: Path, vqvae: VQVAE, reward: str, device: str) -> CriticScorer:
-    critic, normalizer = _load(path, _load_critic, device)
-    expected = {"image_size": vqvae.image_size, "channels": vqvae.channels}
-    found = {name: critic.config[name] for name in expected}
-    if found != expected:
-        raise RunError(f"{path} scores images of {found}, but the VQ-VAE beside it decodes {expected}; train it again")
-    return CriticScorer(vqvae, critic, reward, normalizer)  # type: ignore[arg-type]
-
-
-def _load_vqvae(path: Path, device: str) -> VQVAE:
-    return load_module(path, VQVAE, device)
-
-
-def _load_codes(path: Path, grid: CodeGrid) -> np.ndarray:
-    """The codes of the training images as they are, without augmented passes: (N, T) int16."""
-    codes = CodeSet.load(path, grid)
-    return codes.train[: codes.clean]
-
-
-def _load_critic(path: Path, device: str) -> tuple[PatchCritic, ScoreNormalizer]:
-    """The critic and the scale it was saved with."""
-    critic = load_module(path, PatchCritic, device)
-    _, metadata = load_tensors(path)
-    try:
-        normalizer = ScoreNormalizer(metadata["normalization"])
-        normalizer.shift, normalizer.scale = metadata["shift"], metadata["scale"]
-    except KeyError as error:
-        raise RunError(f"{path} lacks {error}, the scale of its scores; train it again") from error
-    return critic, normalizer
-
-
-def _load(path: Path, load: Callable[[Path, Any], Any], argument: Any) -> Any:
-    """What ``load(path, argument)`` reads, once per process; a file that was written again is read again."""
-    version = (path.stat().st_mtime_ns, path.stat().st_size) if path.exists() else None
-    return _load_once(path, path.absolute(), version, load, argument)
-
-
-@lru_cache(maxsize=16)
-def _load_once(path: Path, absolute: Path, version: Any, load: Callable[[Path, Any], Any], argument: Any) -> Any:
-    return load(path, argument)
 
 
 TOY_GRID = CodeGrid(height=4, width=4, codebook_size=8)
@@ -175,7 +139,7 @@ TOY_COLOURS = torch.tensor(
 )
 
 
-def toy_world(reward: str = "single", device: str = "cpu") -> World:
+def toy_world(reward: str = "single", device: str = "cpu", forbidden_codes: Sequence[int] = ()) -> World:
     """The colour wheel: no learned weights. Each code should be the next colour after its neighbour.
 
     The neighbour is the code to the left, in the first column the one above; the first code is free. The score map has
@@ -183,7 +147,7 @@ def toy_world(reward: str = "single", device: str = "cpu") -> World:
     them; a random one scores (1 + 15 / 8) / 16 = 0.18 on average.
 
     Raises:
-        ValueError: unknown reward.
+        ValueError: unknown reward, or masks that leave nothing to draw.
         DeviceError: a device that does not exist here.
     """
     check_reward(reward)
@@ -195,7 +159,8 @@ def toy_world(reward: str = "single", device: str = "cpu") -> World:
         real_codes=toy_images(),
         row_multiple=1,
         device=check_device(device),
-        recipe=(toy_world, (reward, device)),
+        masks=make_masks(TOY_GRID.codebook_size, forbidden_codes, None, None),
+        recipe=(toy_world, (reward, device, tuple(forbidden_codes))),
     )
 
 

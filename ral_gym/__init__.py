@@ -12,6 +12,8 @@ __version__ = "0.1.0"
 # known optimum has a reward threshold; it is stated for `reward="single"`.
 for _name, _module, _class, _reward_threshold in [
     ("ral_gym/Toy-v0", "ral_gym.envs.toy", "Toy", 0.9),
+    ("ral_gym/Faces-v0", "ral_gym.envs.faces", "Faces", None),
+    ("ral_gym/Oracle-v0", "ral_gym.envs.oracle", "Oracle", None),
     ("ral_gym/LatentCode-v0", "ral_gym.envs.latent_code", "LatentCode", None),
 ]:
     if _name not in _registry:

@@ -1,26 +1,32 @@
-"""The command line, the one place above the three layers: images -> VQ-VAE -> PixelCNN -> RAL -> table and pictures."""
+"""The command line, the one place above the three layers: images -> VQ-VAE -> PixelCNN -> RAL -> table and pictures.
+
+``ral-gym train | sample | complete | evaluate | presets``; the arguments are `ral_gym.commands.arguments`'. Training
+under ``torchrun`` or ``accelerate launch`` shares stages 1 and 2 among the processes; the first one alone goes on.
+"""
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
-import errno
-import logging
+import functools
 import sys
-import threading
-import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import tyro
 from rich.console import Console
-from tqdm import tqdm
 
+from ral_gym.commands.arguments import (
+    STAGES,
+    CompleteArguments,
+    EvaluateArguments,
+    PresetsArguments,
+    SampleArguments,
+    TrainArguments,
+    parse,
+    parse_train,
+)
+from ral_gym.commands.ending import run_command
 from ral_gym.config import Config
-from ral_gym.errors import RalGymError, RunError
-from ral_gym.presets import PRESETS, get_preset
+from ral_gym.errors import RunError
 
 # torch and the stages are imported inside the commands: --help and a mistyped flag answer at once, and Ctrl-C during
 # the seconds that they take to load is caught like any other.
@@ -32,89 +38,176 @@ if TYPE_CHECKING:
     from ral_gym.run import Run
     from ral_gym.vqvae import VQVAE
 
+__all__ = ["FINISHED", "main", "parse_train", "run_command", "train", "train_main"]
+
 WEIGHTS = ("vqvae", "codes", "prior", "prior_ema", "prior_continued", "policy", "policy_ema", "critic")
 FINISHED = ("results.json", *(f"{name}.safetensors" for name in WEIGHTS))
-"""The files of a finished run; one that was removed is made again."""
+"""The files of a finished run of one level; one that was removed is made again."""
+MADE_BY = {"vqvae": ("vqvae",), "prior": ("codes", "prior", "prior_ema"), "ral": WEIGHTS[4:]}
+"""What each stage leaves for those after it."""
 
 
-@dataclass
-class TrainArguments:
-    """Train a VQ-VAE, a PixelCNN and RAL on a set of images, and compare the generators.
-
-    The same command run again continues where it stopped; a finished run prints its table.
-    """
-
-    config: Annotated[Config, tyro.conf.arg(name="")]
-    """The stages' settings; the defaults are the preset's."""
-    data: str | None = None
-    """Images: `faces`, `celeba:PATH` or `folder:PATH`. Short for --data.source."""
-    algo: str | None = None
-    """Algorithm of stage 3: reinforce, ppo, a2c, trpo, grpo or maskable_ppo. Short for --ral.algo."""
-    name: str | None = None
-    """Name of the run folder. None: the preset's, with the algorithm and the seed where they are not the default."""
-    runs: str = "runs"
-    """Folder that holds the run folders."""
-    device: str = "auto"
-    """`auto` (CUDA when present), `cpu`, `cuda` or `cuda:N`."""
-    quiet: bool = False
-    """No progress bars."""
+def finished_files(config: Config) -> tuple[str, ...]:
+    """The files of a finished run."""
+    return ("results.json", *(file for stage in MADE_BY for file in files_of(stage, config)))
 
 
-def parse_train(argv: Sequence[str]) -> TrainArguments:
-    """Arguments of the training command; `--preset` chooses the defaults of all others.
-
-    Raises:
-        ConfigError: an unknown preset, or a setting out of range.
-        SystemExit: wrong arguments (2) or --help (0), by tyro.
-    """
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", default="demo")
-    preset = get_preset(first.parse_known_args(argv)[0].preset)
-    description = f"{TrainArguments.__doc__}\nPresets: {', '.join(PRESETS)}."
-    arguments = tyro.cli(TrainArguments, args=list(argv), default=TrainArguments(preset), description=description)
-    config = arguments.config
-    if arguments.data is not None:
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, source=arguments.data))
-    if arguments.algo is not None:
-        config = dataclasses.replace(config, ral=dataclasses.replace(config.ral, algo=arguments.algo))
-    config.check()
-    arguments.config = config
-    if arguments.name is None:
-        parts = [config.preset, *([config.ral.algo] if config.ral.algo != "reinforce" else [])]
-        arguments.name = "-".join(parts + ([f"seed{config.seed}"] if config.seed else []))
-    return arguments
+def files_of(stage: str, config: Config) -> list[str]:
+    """What a stage leaves; with two levels every prior is two files."""
+    names = [
+        name + suffix
+        for name in MADE_BY[stage]
+        for suffix in (("", "_bottom") if name.startswith("prior") and config.vqvae.levels == 2 else ("",))
+    ]
+    return [f"{name}.safetensors" for name in names]
 
 
 def train(arguments: TrainArguments, console: Console) -> dict[str, Any]:
-    """All stages in order; each loads what is there, continues what was begun, or trains."""
+    """The stages in order; each loads what is there, continues what was begun, or trains.
+
+    Returns:
+        the results table; empty where it was not asked for.
+
+    Raises:
+        RunError: a stage that was asked for needs one that was not and that has not been trained.
+    """
     from ral_gym.agents.defaults import check_algorithm
-    from ral_gym.agents.train_ral import train_ral
-    from ral_gym.codes import CodeGrid
-    from ral_gym.data import load_images
     from ral_gym.run import Run
     from ral_gym.stages.common import resolve_device
-    from ral_gym.stages.evaluate import check_extractor, check_images, evaluate
-    from ral_gym.stages.train_prior import continue_prior, train_prior
-    from ral_gym.stages.train_vqvae import train_vqvae
+    from ral_gym.stages.evaluate import check_extractor
+    from ral_gym.stages.processes import end_processes
     from ral_gym.storage import load_json
 
-    config, progress = arguments.config, not arguments.quiet
+    config, stages = arguments.config, arguments.stages
     check_algorithm(config.ral.algo)
+    if arguments.dry_run:
+        from ral_gym.commands.overview import show_dry_run
+
+        show_dry_run(arguments, console)
+        return {}
     device = resolve_device(arguments.device)
     run = Run(Path(arguments.runs) / str(arguments.name), config)
-    if all(map(run.has, FINISHED)):
+    if "evaluate" in stages and all(map(run.has, finished_files(config))):
         return report(run, load_json(run.file("results.json")), console)
-    check_extractor(run)
-    images = load_images(config.data, seed=config.seed, progress=progress)
-    check_images(images)
-    _introduce(images, run, device, console)
-    vqvae = train_vqvae(run, images, device, progress)
-    grid = CodeGrid(vqvae.height, vqvae.width, vqvae.codebook_size)
-    codes = _codes(run, vqvae, grid, images, progress)
-    prior = train_prior(run, codes, grid, device, progress)
-    train_ral(run, vqvae, prior, codes, device, progress)
-    continue_prior(run, prior, codes, device, progress)
-    return report(run, evaluate(run, vqvae, codes, images, device, progress), console)
+    _check_stages(run, stages)
+    if "evaluate" in stages:
+        check_extractor(run)
+    pipeline = Pipeline(run, device, arguments, console)
+    for stage in STAGES[:2]:
+        if stage in stages:
+            pipeline.steps[stage]()
+    if not end_processes():
+        return {}
+    for stage in STAGES[2:]:
+        if stage in stages:
+            pipeline.steps[stage]()
+    if "evaluate" not in stages:
+        _list_files(run, stages, console)
+    return pipeline.results
+
+
+def _check_stages(run: Run, stages: Sequence[str]) -> None:
+    """Refuse a stage whose forerunners are neither asked for nor there, before any is begun."""
+    for number, stage in enumerate(STAGES):
+        for earlier in STAGES[:number] if stage in stages else ():
+            missing = [name for name in files_of(earlier, run.config) if not run.has(name)]
+            if missing and earlier not in stages:
+                raise RunError(
+                    f"stage {stage} needs {', '.join(missing)} in {run.path}: run --stages {earlier} first, or leave "
+                    "--stages out for all of them"
+                )
+
+
+class Pipeline:
+    """The stages of one run, with what they hand to one another.
+
+    Args:
+        run: the run folder.
+        device: where to train.
+        arguments: the command's.
+        console: where to say what data these are.
+    """
+
+    def __init__(self, run: Run, device: torch.device, arguments: TrainArguments, console: Console) -> None:
+        from ral_gym.stages.processes import Compute, process_index
+
+        self.run, self.device, self.console = run, device, console
+        self.progress = not arguments.quiet and process_index() == 0
+        self.measuring = "evaluate" in arguments.stages
+        self.compute = Compute(arguments.mixed_precision, arguments.gradient_accumulation)
+        self.results: dict[str, Any] = {}
+        self.steps = {"vqvae": self.train_vqvae, "prior": self.train_prior, "ral": self.train_ral}
+        self.steps["evaluate"] = self.evaluate
+
+    @functools.cached_property
+    def images(self) -> ImageSet:
+        """The run's images, loaded by the first process before the others, which find its cache."""
+        from ral_gym.data import load_images
+        from ral_gym.stages.evaluate import check_images
+        from ral_gym.stages.processes import main_process_first
+
+        config = self.run.config
+        with main_process_first(self.device):
+            images = load_images(config.data, seed=config.seed, progress=self.progress)
+        if self.measuring:
+            check_images(images)
+        _introduce(images, self.run, self.device, self.console)
+        return images
+
+    @functools.cached_property
+    def vqvae(self) -> VQVAE:
+        """The trained VQ-VAE."""
+        from ral_gym.stages.levels import load_vqvae
+
+        return load_vqvae(self.run, self.device)
+
+    @property
+    def grid(self) -> CodeGrid:
+        """The shape of an image's codes."""
+        return self.vqvae.grid
+
+    @functools.cached_property
+    def codes(self) -> CodeSet:
+        """The code file: made once, by the first process."""
+        from ral_gym.codes import CodeSet, encode_set
+        from ral_gym.stages.processes import main_process_first
+
+        file, config = self.run.file("codes.safetensors"), self.run.config
+        images = None if file.exists() else self.images
+        with main_process_first(self.device):
+            if images is not None and not file.exists():
+                passes, seed = config.prior.augmented_passes, config.seed * 1000 + 7
+                encode_set(self.vqvae, images, passes=passes, seed=seed, progress=self.progress).save(file)
+        return CodeSet.load(file, self.grid)
+
+    def train_vqvae(self) -> None:
+        """Stage 1."""
+        from ral_gym.stages.train_vqvae import train_vqvae
+
+        self.vqvae = train_vqvae(self.run, self.images, self.device, self.progress, self.compute)
+
+    def train_prior(self) -> None:
+        """Stage 2."""
+        from ral_gym.stages.train_prior import train_prior
+
+        train_prior(self.run, self.codes, self.grid, self.device, self.progress, self.compute)
+
+    def train_ral(self) -> None:
+        """Stage 3 and its control."""
+        from ral_gym.agents.train_ral import train_ral
+        from ral_gym.stages.levels import load_generator
+        from ral_gym.stages.train_prior import continue_prior
+
+        prior: Any = load_generator(self.run, "prior", self.device)
+        train_ral(self.run, self.vqvae, prior, self.codes, self.device, self.progress)
+        continue_prior(self.run, prior, self.codes, self.device, self.progress)
+
+    def evaluate(self) -> None:
+        """The table and the pictures."""
+        from ral_gym.stages.evaluate import evaluate
+
+        self.results = evaluate(self.run, self.vqvae, self.codes, self.images, self.device, self.progress)
+        report(self.run, self.results, self.console)
 
 
 def _introduce(images: ImageSet, run: Run, device: torch.device, console: Console) -> None:
@@ -123,19 +216,17 @@ def _introduce(images: ImageSet, run: Run, device: torch.device, console: Consol
     if run.config.data.source == "faces":
         lines += ["  Your own: --data celeba:PATH (img_align_celeba, folder or zip) or --data folder:PATH"]
     lines += [f"Run:  {run.path}  (preset {run.config.preset}, {run.config.ral.algo}, {device})"]
+    _say(console, lines)
+
+
+def _list_files(run: Run, stages: Sequence[str], console: Console) -> None:
+    """Where the stages' files are, when there is no table to print."""
+    _say(console, [f"  {run.file(name)}" for stage in stages for name in files_of(stage, run.config)])
+
+
+def _say(console: Console, lines: Sequence[str]) -> None:
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True, markup=False)
-
-
-def _codes(run: Run, vqvae: VQVAE, grid: CodeGrid, images: ImageSet, progress: bool) -> CodeSet:
-    """The code file: made once."""
-    from ral_gym.codes import CodeSet, encode_set
-
-    file = run.file("codes.safetensors")
-    if not file.exists():
-        passes = run.config.prior.augmented_passes
-        encode_set(vqvae, images, passes=passes, seed=run.config.seed * 1000 + 7, progress=progress).save(file)
-    return CodeSet.load(file, grid)
 
 
 def report(run: Run, results: dict[str, Any], console: Console) -> dict[str, Any]:
@@ -151,57 +242,47 @@ def report(run: Run, results: dict[str, Any], console: Console) -> dict[str, Any
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise RunError(f"{run.file('results.json')} is no results file; remove it to evaluate again") from error
     console.print(table)
-    for picture in sorted(run.file("samples").glob("*.png")):
-        console.print(f"  {picture}", highlight=False, soft_wrap=True, markup=False)
+    _say(console, [f"  {picture}" for picture in sorted(run.file("samples").glob("*.png"))])
     return results
 
 
-class _Lines(logging.Handler):
-    """Log records as lines "warning: ..." on the error stream, above any progress bar."""
+def _evaluate(arguments: EvaluateArguments, console: Console) -> None:
+    """`ral-gym evaluate`: the last stage of the run in this folder."""
+    from ral_gym.commands.generate import open_run
 
-    def emit(self, record: logging.LogRecord) -> None:
-        """Print one record."""
-        tqdm.write(f"{record.levelname.lower()}: {record.getMessage()}", file=sys.stderr)
-
-
-def _quiet_about_files(arguments: threading.ExceptHookArgs) -> None:
-    """No traceback from TensorBoard's writing thread: the main thread raises the same error at its next write."""
-    if not issubclass(arguments.exc_type, OSError):
-        threading.__excepthook__(arguments)
+    run = open_run(arguments.run)
+    again = TrainArguments(run.config, name=run.path.name, runs=str(run.path.parent), device=arguments.device)
+    again.stages, again.quiet = ("evaluate",), arguments.quiet
+    train(again, console)
 
 
-def run_command(command: Callable[[Sequence[str], Console], Any], argv: Sequence[str]) -> int:
-    """Run a command; a user's mistake is one line on the error stream.
+def _dispatch(argv: Sequence[str], console: Console) -> None:
+    """Parse and run one command."""
+    arguments = parse(argv)
+    match arguments:
+        case TrainArguments():
+            train(arguments, console)
+        case EvaluateArguments():
+            _evaluate(arguments, console)
+        case SampleArguments():
+            from ral_gym.commands.generate import sample
 
-    Returns:
-        the exit code: 0, 2 after an error a user can mend, 130 after Ctrl-C.
-    """
-    logger, handler = logging.getLogger("ral_gym"), _Lines()
-    logger.addHandler(handler)
-    thread_hook, threading.excepthook = threading.excepthook, _quiet_about_files
-    try:
-        with warnings.catch_warnings():
-            if not sys.warnoptions:
-                warnings.simplefilter("ignore")  # libraries' remarks to programmers
-            command(argv, Console())
-        return 0
-    except RalGymError as error:
-        message, code = f"error: {error}", 2
-    except OSError as error:
-        thing, reason = error.filename or "a log file", error.strerror or str(error)
-        remedy = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "mend that"
-        message, code = f"error: {thing}: {reason}; {remedy} and run the same command again", 2
-    except KeyboardInterrupt:
-        message, code = "stopped: what was saved is kept; run the same command again to continue", 130
-    finally:
-        logger.removeHandler(handler)
-        threading.excepthook = thread_hook
-    for bar in list(getattr(tqdm, "_instances", ())):  # an unfinished bar would share its line with the message
-        bar.close()
-    print(message, file=sys.stderr)
-    return code
+            sample(arguments, console)
+        case CompleteArguments():
+            from ral_gym.commands.generate import complete_image
+
+            complete_image(arguments, console)
+        case PresetsArguments():
+            from ral_gym.commands.overview import show_presets
+
+            show_presets(arguments, console)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """``ral-gym``."""
+    return run_command(_dispatch, sys.argv[1:] if argv is None else argv)
 
 
 def train_main(argv: Sequence[str] | None = None) -> int:
-    """The training command, for ``examples/train_celeba.py``."""
+    """The training command alone, for ``examples/train_celeba.py``."""
     return run_command(lambda args, console: train(parse_train(args), console), sys.argv[1:] if argv is None else argv)

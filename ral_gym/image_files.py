@@ -1,7 +1,7 @@
 """Stage 0, one image file to one uint8 square: list folders and zips, decode their files in worker processes.
 
-`ral_gym.data` decides which files a run uses, `ral_gym.image_cache` keeps what is decoded here. Nothing in this file
-imports torch, because every worker process imports it.
+`ral_gym.data` decides which files a run uses, `ral_gym.image_cache` keeps what is decoded here; `ral_gym.image_sources`
+lists and reads images that are no files. Nothing in this file imports torch, because every worker process imports it.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import threading
 import warnings
 import zipfile
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence, Sized
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import islice
 from multiprocessing.synchronize import Event
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -42,18 +42,34 @@ class ImageFile(NamedTuple):
     stamp: int
 
 
+class Files(Sized, Iterable[ImageFile], Protocol):
+    """Images to decode, in order: a list, or `image_sources.Entries`."""
+
+
+class Reader(Protocol):
+    """Gets the bytes of an encoded image; it is sent to worker processes before the first call."""
+
+    def __call__(self, name: str, /) -> bytes:
+        """What is stored under a name; any exception's message says why there is nothing."""
+
+    def close(self) -> None:
+        """Called once nothing more is read."""
+
+
 @dataclass(frozen=True)
 class Decoding:
     """Where the files are and how each one becomes a square uint8 image."""
 
     root: str
-    """A folder, or a zip file."""
+    """A folder, a zip file, or another source's name for itself."""
     crop: int | None
     """Side of the centre crop in source pixels; None: the image's shorter side."""
     image_size: int
     """Side after the resize."""
     grey: bool
     """One channel instead of three."""
+    reader: Reader | None = None
+    """What reads a source of other kind; None: the files of the folder or zip."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -142,6 +158,16 @@ def to_square(image: Image.Image, decoding: Decoding) -> np.ndarray:
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))  # (C, S, S)
 
 
+def source_side(decoding: Decoding, names: Iterable[str]) -> int | None:
+    """Side in source pixels of the square that `to_square` cuts from the first readable one of a few images."""
+    with contextlib.closing(decoding.reader or FileReader(decoding.root)) as reader, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in islice(names, CHUNK):
+            with contextlib.suppress(Exception), Image.open(io.BytesIO(reader(name))) as image:
+                return decoding.crop or min(image.size)
+    return None
+
+
 def _from_16_bits(image: Image.Image) -> Image.Image:
     """16-bit grey to 8 bits; Pillow's own conversion clips instead of scaling."""
     values = np.asarray(image).astype(np.int64)
@@ -150,18 +176,34 @@ def _from_16_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(np.rint(values / 257).astype(np.uint8))
 
 
-class Decoder:
-    """Decodes files of one folder or zip; a zip is held open, by one handle of this process."""
+class FileReader:
+    """Reads files of one folder or zip; a zip is held open, by one handle of this process."""
 
-    def __init__(self, decoding: Decoding, stop: Event | None = None) -> None:
-        self.decoding = decoding
-        self.stop = stop
-        self.archive = zipfile.ZipFile(decoding.root) if os.path.isfile(decoding.root) else None
+    def __init__(self, root: str) -> None:
+        self.root = root
+        self.archive = zipfile.ZipFile(root) if os.path.isfile(root) else None
+
+    def __call__(self, name: str) -> bytes:
+        """The content of the file `name`."""
+        return self.archive.read(name) if self.archive else Path(self.root, name).read_bytes()
 
     def close(self) -> None:
         """Close the zip."""
         if self.archive is not None:
             self.archive.close()
+
+
+class Decoder:
+    """Decodes images of one source."""
+
+    def __init__(self, decoding: Decoding, stop: Event | None = None) -> None:
+        self.decoding = decoding
+        self.stop = stop
+        self.reader: Reader = decoding.reader or FileReader(decoding.root)
+
+    def close(self) -> None:
+        """Close what the reader holds open."""
+        self.reader.close()
 
     def __call__(self, names: Sequence[str]) -> list[np.ndarray | str]:
         """For each file its (C, S, S) uint8 image, or why there is none; ends early once `stop` is set."""
@@ -176,7 +218,7 @@ class Decoder:
 
     def _decode(self, name: str) -> np.ndarray | str:
         try:
-            data = self.archive.read(name) if self.archive else Path(self.decoding.root, name).read_bytes()
+            data = self.reader(name)
             with Image.open(io.BytesIO(data)) as image:
                 return to_square(image, self.decoding)
         except Image.UnidentifiedImageError:
@@ -234,11 +276,12 @@ def _interrupts_held() -> Iterator[None]:
 
 
 def iterate_decoded(
-    decoding: Decoding, names: Sequence[str], workers: int
+    decoding: Decoding, names: Iterable[str], count: int, workers: int
 ) -> Generator[list[np.ndarray | str], None, None]:
-    """Yield the files' images, in order and chunk by chunk; a file without one gives the reason instead."""
-    chunks = (names[start : start + CHUNK] for start in range(0, len(names), CHUNK))
-    if workers <= 1 or len(names) < IN_PROCESS_BELOW:
+    """Yield the images of `count` files, in order and chunk by chunk; a file without one gives the reason instead."""
+    rest = iter(names)  # few names are held at a time: there may be millions
+    chunks = iter(lambda: list(islice(rest, CHUNK)), [])
+    if workers <= 1 or count < IN_PROCESS_BELOW:
         with contextlib.closing(Decoder(decoding)) as decoder:
             yield from map(decoder, chunks)
         return

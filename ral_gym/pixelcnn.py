@@ -11,6 +11,8 @@ What differs from van den Oord et al.:
 * The kernels are cropped to the taps that a mask would leave, so that no masked tap is ever computed.
 * The vertical stack has residual connections too, for depths of 20 layers.
 * The 1x1 layers that end a block have no bias: those of the next block do the same work.
+* Optional: causal attention on the horizontal stack (``ral_gym.attention``), and a condition, the top codes of a
+  two-level model (``ral_gym.condition``), which every block adds to its vertical pre-activations.
 
 ``ral_gym.sampler`` draws from this network one code at a time without repeating work.
 """
@@ -21,135 +23,24 @@ import math
 from collections.abc import Sequence
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from ral_gym.attention import CausalAttention, attention_blocks
+from ral_gym.codes import CodeGrid
+from ral_gym.condition import ConditioningStack
 from ral_gym.errors import ConfigError
+from ral_gym.pixelcnn_layers import GatedBlock, InputLayer, OutputStack
 
 
-def gate(pre: Tensor) -> Tensor:
-    """The gated activation tanh(-a / 2) * sigmoid(b): Eq. 2 of van den Oord et al. up to a factor the weights absorb.
-
-    Args:
-        pre: (..., 2 R), a and b side by side.
-
-    Returns:
-        (..., R), between -1 and 1.
-    """
-    # tanh(-a / 2) = 1 - 2 sigmoid(a). On a CPU torch.tanh takes three times as long as torch.sigmoid.
-    a, b = torch.sigmoid(pre).chunk(2, dim=-1)
-    return torch.addcmul(b, a, b, value=-2)
-
-
-def convolve(x: Tensor, conv: nn.Conv2d, above: int = 0, below: int = 0, left: int = 0, right: int = 0) -> Tensor:
-    """Convolve a grid with rows and columns of zeros added on its sides; negative numbers crop.
-
-    Args:
-        x: (B, rows, W, C).
-        conv: the convolution, whose own padding comes on top.
-        above: rows added before the first.
-        below: rows added after the last.
-        left: columns added before the first.
-        right: columns added after the last.
-
-    Returns:
-        (B, rows', W', channels out).
-    """
-    # Channels stay last in memory: the 1x1 layers are then plain matrix products and nothing is ever transposed.
-    return conv(F.pad(x, (0, 0, left, right, above, below)).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-
-
-class InputLayer(nn.Module):
-    """Code embeddings and the first layer of both stacks: rows strictly above, and codes strictly left.
-
-    Args:
-        codebook_size: K.
-        hidden_units: C, channels of both stacks.
-        conv_filter_size: k, odd.
-        grid: (H, W) for a learned vector per position, None for none.
-    """
-
-    def __init__(self, codebook_size: int, hidden_units: int, conv_filter_size: int, grid: tuple[int, int] | None):
-        super().__init__()
-        self.reach = conv_filter_size // 2
-        self.embedding = nn.Embedding(codebook_size, hidden_units)
-        self.vertical = nn.Conv2d(hidden_units, hidden_units, (self.reach, conv_filter_size), padding=(0, self.reach))
-        self.horizontal = nn.Conv2d(hidden_units, hidden_units, (1, self.reach))
-        self.position = nn.Parameter(torch.empty(hidden_units, *grid)) if grid else None
-
-    def forward(self, codes: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes (B, rows, W), 0..K-1, to the inputs of the two stacks, each (B, rows, W, C)."""
-        reach = self.reach
-        x = self.embedding(codes)  # (B, rows, W, C)
-        vertical = convolve(x, self.vertical, above=reach, below=-1)
-        horizontal = convolve(x, self.horizontal, left=reach, right=-1)
-        if self.position is not None:
-            position = self.position.permute(1, 2, 0)[: codes.shape[1]]  # (rows, W, C)
-            vertical, horizontal = vertical + position, horizontal + position
-        return vertical, horizontal
-
-
-class GatedBlock(nn.Module):
-    """One layer of both stacks (Figure 2 of van den Oord et al.).
-
-    The vertical kernel sees its own row and those above, the horizontal one its own position and those to the left;
-    the vertical pre-activations enter the horizontal ones through a 1x1 layer, never the other way round.
-
-    Args:
-        hidden_units: C, channels of both stacks.
-        residual_units: R, channels inside the block (2 R before the gate).
-        conv_filter_size: k, odd.
-        dropout: probability, behind both gates.
-        last: no block follows, so the vertical stack ends before its gate.
-    """
-
-    def __init__(self, hidden_units: int, residual_units: int, conv_filter_size: int, dropout: float, last: bool):
-        super().__init__()
-        self.reach = conv_filter_size // 2
-        # Padding of the convolution's own, where it will do: oneDNN leaves those taps out, 15 % of the time on 8 x 8.
-        self.vertical = nn.Conv2d(
-            hidden_units, 2 * residual_units, (self.reach + 1, conv_filter_size), padding=(0, self.reach)
-        )
-        self.horizontal = nn.Conv2d(hidden_units, 2 * residual_units, (1, self.reach + 1), bias=False)
-        self.vertical_to_horizontal = nn.Linear(2 * residual_units, 2 * residual_units)
-        self.vertical_out = None if last else nn.Linear(residual_units, hidden_units, bias=False)
-        self.horizontal_out = nn.Linear(residual_units, hidden_units, bias=False)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, vertical: Tensor, horizontal: Tensor) -> tuple[Tensor, Tensor]:
-        """Both stacks, each (B, rows, W, C), one layer on."""
-        reach = self.reach
-        above = convolve(vertical, self.vertical, above=reach)  # (B, rows, W, 2 R)
-        left = convolve(horizontal, self.horizontal, left=reach)  # (B, rows, W, 2 R)
-        left = left + self.vertical_to_horizontal(above)
-        if self.vertical_out is not None:
-            vertical = vertical + self.vertical_out(self.dropout(gate(above)))
-        horizontal = horizontal + self.horizontal_out(self.dropout(gate(left)))
-        return vertical, horizontal
-
-
-class OutputStack(nn.Module):
-    """Residual 1x1 layers from a position's features to the logits of its code.
-
-    Args:
-        hidden_units: C, channels of the features.
-        codebook_size: K.
-        layers: residual layers in front of the linear one.
-    """
-
-    def __init__(self, hidden_units: int, codebook_size: int, layers: int):
-        super().__init__()
-        self.layers = cast(
-            Sequence[nn.Linear], nn.ModuleList(nn.Linear(hidden_units, hidden_units) for _ in range(layers))
-        )
-        self.to_logits = nn.Linear(hidden_units, codebook_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Features (..., C) to logits (..., K)."""
-        for layer in self.layers:
-            x = x + layer(F.relu(x))
-        return self.to_logits(F.relu(x))
+def check_condition(prior: PixelCNN, condition: Tensor | None, batch: int) -> None:
+    """Raise ConfigError if a network's condition is missing, of another batch, or given to a network without one."""
+    if prior.condition is None and condition is not None:
+        raise ConfigError("this PixelCNN takes no condition: leave it out, or build it with condition=(H, W, K)")
+    if prior.condition is not None and condition is None:
+        rows, columns, _ = prior.condition
+        raise ConfigError(f"this PixelCNN is conditional: pass condition, the {rows}x{columns} codes above its own")
+    if condition is not None and len(condition) != batch:
+        raise ConfigError(f"a condition of {len(condition)} grids for {batch} images; pass one for each")
 
 
 class PixelCNN(nn.Module):
@@ -166,10 +57,17 @@ class PixelCNN(nn.Module):
         dropout: probability inside the gated blocks, in training mode only.
         output_stack_layers: residual 1x1 layers between the last block and the logits.
         position_embedding: add a learned vector per position behind the first layer of both stacks.
+        attention_layers: blocks that a causal attention layer follows, spread evenly; at most `layers`.
+        attention_heads: heads of each of them, a divisor of hidden_units.
+        condition: the other grid that the codes are drawn for, (its H, its W, its K), whose sides are H / f and W / f
+            for a whole f; None for none.
+        conditioning_stack_layers: residual blocks on the condition.
 
     Raises:
         ConfigError: an argument is out of range.
     """
+
+    levels = 1
 
     def __init__(
         self,
@@ -184,6 +82,10 @@ class PixelCNN(nn.Module):
         dropout: float = 0.1,
         output_stack_layers: int = 5,
         position_embedding: bool = False,
+        attention_layers: int = 0,
+        attention_heads: int = 8,
+        condition: Sequence[int] | None = None,
+        conditioning_stack_layers: int = 20,
     ):
         super().__init__()
         self.codebook_size = codebook_size
@@ -196,22 +98,41 @@ class PixelCNN(nn.Module):
         self.dropout = dropout
         self.output_stack_layers = output_stack_layers
         self.position_embedding = position_embedding
+        self.attention_layers = attention_layers
+        self.attention_heads = attention_heads
+        self.condition = None if condition is None else tuple(condition)
+        self.conditioning_stack_layers = conditioning_stack_layers
         self._check_config()
         self.input = InputLayer(
             codebook_size, hidden_units, conv_filter_size, (height, width) if position_embedding else None
         )
+        conditional = condition is not None
         blocks = (
-            GatedBlock(hidden_units, residual_units, conv_filter_size, dropout, last=layer == layers - 1)
+            GatedBlock(hidden_units, residual_units, conv_filter_size, dropout, layer == layers - 1, conditional)
             for layer in range(layers)
         )
         self.blocks = cast(Sequence[GatedBlock], nn.ModuleList(blocks))
+        self.attention_after = attention_blocks(layers, attention_layers)
+        attention = (
+            CausalAttention(hidden_units, attention_heads, height, width, dropout) for _ in range(attention_layers)
+        )
+        self.attention = cast(Sequence[CausalAttention], nn.ModuleList(attention))
+        self.conditioning = None
+        if self.condition is not None:
+            rows, columns, codes = self.condition
+            self.conditioning = ConditioningStack(
+                codes, rows, columns, hidden_units, residual_units, conditioning_stack_layers, dropout
+            )
         self.output = OutputStack(hidden_units, codebook_size, output_stack_layers)
         self.reset_parameters()
 
     @property
     def config(self) -> dict[str, Any]:
-        """The constructor's arguments; `PixelCNN(**config)` builds the same network."""
-        return {
+        """The constructor's arguments; `PixelCNN(**config)` builds the same network.
+
+        Those of parts that the network does not have are left out: a plain network's file reads as it always did.
+        """
+        config: dict[str, Any] = {
             "codebook_size": self.codebook_size,
             "height": self.height,
             "width": self.width,
@@ -223,19 +144,35 @@ class PixelCNN(nn.Module):
             "output_stack_layers": self.output_stack_layers,
             "position_embedding": self.position_embedding,
         }
+        if self.attention_layers:
+            config |= {"attention_layers": self.attention_layers, "attention_heads": self.attention_heads}
+        if self.condition is not None:
+            config |= {
+                "condition": list(self.condition),
+                "conditioning_stack_layers": self.conditioning_stack_layers,
+            }
+        return config
 
-    def features(self, codes: Tensor) -> Tensor:
+    @property
+    def grid(self) -> CodeGrid:
+        """The shape of the codes."""
+        return CodeGrid(self.height, self.width, self.codebook_size)
+
+    def features(self, codes: Tensor, condition: Tensor | None = None) -> Tensor:
         """The horizontal stack after the last block.
 
         Args:
             codes: (B, T') int64 with T' = r W for some 1 <= r <= H, each 0 or more. Entries of K and more stand for
                 codes not drawn yet; they read as K - 1, and causality keeps them from mattering.
+            condition: (B, T'') int64, whole rows of the condition's grid, for a network that has one; entries of its K
+                and more, and rows left out, are absent.
 
         Returns:
-            (B, T', C); position t has seen codes[:, :t] only.
+            (B, T', C); position t has seen codes[:, :t] and the condition only.
 
         Raises:
-            ConfigError: T' is not a whole number of rows, or more rows than the grid has.
+            ConfigError: T' is not a whole number of rows, or more rows than the grid has; or a condition is missing, or
+                not wanted.
         """
         batch, length = codes.shape
         if length % self.width or not 0 < length <= self.height * self.width:
@@ -243,19 +180,25 @@ class PixelCNN(nn.Module):
                 f"a grid of {length} codes does not fit the PixelCNN: pass whole rows, a multiple of {self.width} "
                 f"from {self.width} to {self.height * self.width}"
             )
+        check_condition(self, condition, batch)
         codes = codes.clamp(max=self.codebook_size - 1).view(batch, -1, self.width)  # (B, rows, W)
-        vertical, horizontal = self.input(codes)  # (B, rows, W, C) each
-        for block in self.blocks:
-            vertical, horizontal = block(vertical, horizontal)
+        embedded = self.input.embedding(codes)  # (B, rows, W, C)
+        vertical, horizontal = self.input(embedded)  # (B, rows, W, C) each
+        guide = None if self.conditioning is None else self.conditioning(condition)  # (B, H / f, W / f, C)
+        attention = dict(zip(self.attention_after, self.attention, strict=True))
+        for layer, block in enumerate(self.blocks):
+            vertical, horizontal = block(vertical, horizontal, guide)
+            if layer in attention:
+                horizontal = attention[layer](horizontal, embedded)
         return horizontal.reshape(batch, length, self.hidden_units)
 
-    def logits(self, features: Tensor) -> Tensor:
-        """Features (..., C) of `features` to logits (..., K)."""
+    def logits(self, features: Tensor, position: Tensor | None = None) -> Tensor:
+        """Features (..., C) of `features` to logits (..., K); where they come from does not matter."""
         return self.output(features)
 
-    def forward(self, codes: Tensor) -> Tensor:
-        """Logits (B, T', K) of every code given those before it; see `features` for codes (B, T')."""
-        return self.logits(self.features(codes))
+    def forward(self, codes: Tensor, condition: Tensor | None = None) -> Tensor:
+        """Logits (B, T', K) of every code given those before it; see `features` for the arguments."""
+        return self.logits(self.features(codes, condition))
 
     def reset_parameters(self) -> None:
         """Initialise so that activations keep their scale at any depth and the first predictions are near uniform.
@@ -279,6 +222,10 @@ class PixelCNN(nn.Module):
         for layer in self.output.layers:
             nn.init.normal_(layer.weight, std=1 / math.sqrt(self.hidden_units * self.output_stack_layers))
         nn.init.normal_(self.output.to_logits.weight, std=0.1 / math.sqrt(self.hidden_units))
+        for attention in self.attention:
+            attention.reset_parameters(self.attention_layers)
+        if self.conditioning is not None:
+            self.conditioning.reset_parameters()
 
     def _check_config(self) -> None:
         for name in ("codebook_size", "height", "width", "hidden_units", "residual_units", "layers"):
@@ -293,3 +240,30 @@ class PixelCNN(nn.Module):
             raise ConfigError(f"PixelCNN: output_stack_layers={self.output_stack_layers} is negative; 0 or more")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"PixelCNN: dropout={self.dropout} is no probability; it must be in [0, 1)")
+        if not 0 <= self.attention_layers <= self.layers:
+            raise ConfigError(
+                f"PixelCNN: attention_layers={self.attention_layers} do not fit {self.layers} blocks; 0 to layers"
+            )
+        if self.attention_layers and (self.attention_heads < 1 or self.hidden_units % self.attention_heads):
+            raise ConfigError(
+                f"PixelCNN: attention_heads={self.attention_heads} does not divide hidden_units={self.hidden_units}"
+            )
+        if self.condition is not None:
+            self._check_condition(self.condition)
+
+    def _check_condition(self, condition: tuple[int, ...]) -> None:
+        if len(condition) != 3 or min(condition) < 1 or self._factor(condition) < 1:
+            raise ConfigError(
+                f"PixelCNN: condition={condition} does not fit a grid of {self.height}x{self.width}; it must be "
+                "(rows, columns, codebook size), and the grid must have a whole multiple of those rows and columns"
+            )
+        if self.conditioning_stack_layers < 0:
+            raise ConfigError(
+                f"PixelCNN: conditioning_stack_layers={self.conditioning_stack_layers} is negative; 0 or more"
+            )
+
+    def _factor(self, condition: tuple[int, ...]) -> int:
+        """How often the condition's rows and columns go into the grid's; 0 if they do not."""
+        rows, columns, _ = condition
+        factor = self.height // rows
+        return factor if (self.height, self.width) == (factor * rows, factor * columns) else 0

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ral_gym.config import Config, CriticConfig, DataConfig, EvaluationConfig, PriorConfig, RALConfig, VQVAEConfig
 from ral_gym.errors import ConfigError
+
+# The paper --------------------------------------------------------------------------------------------------------
 
 CELEBA64 = Config(
     preset="celeba64",
@@ -64,6 +68,106 @@ CELEBA64 = Config(
     evaluation=EvaluationConfig(n_samples=10_000),
 )
 
+# Table 4a: the network that stands for the data where true likelihoods are wanted.
+CELEBA64_ORACLE = replace(
+    CELEBA64,
+    preset="celeba64-oracle",
+    prior=replace(CELEBA64.prior, hidden_units=256, residual_units=256, training_steps=90_039),
+)
+
+# What Tables 5 to 10 have in common. Evaluating 20 layers on thousands of held-out codes takes a while.
+_LARGE_VQVAE = replace(CELEBA64.vqvae, codebook_size=512)
+_LARGE_PRIOR = replace(CELEBA64.prior, hidden_units=512, residual_units=512, layers=20, evaluate_every=1000)
+_ATTENTION_PRIOR = replace(_LARGE_PRIOR, batch_size=480, attention_layers=8, output_stack_layers=20)
+
+
+def _paper(
+    name: str, source: str, image_size: int, vqvae: VQVAEConfig, prior: PriorConfig, bottom: PriorConfig | None = None
+) -> Config:
+    """A preset of the supplement's tables; what they do not state is as at 64 x 64.
+
+    The critic has as many layers as leave a score map of 4 x 4, the best one for the single reward (Table 3b); 5 at
+    128 x 128, as in Section 5.1. A source without a path asks for `--data`.
+    """
+    return replace(
+        CELEBA64,
+        preset=name,
+        data=DataConfig(source=f"{source}:", image_size=image_size),
+        vqvae=vqvae,
+        prior=prior,
+        bottom=bottom or PriorConfig(),
+        critic=replace(CELEBA64.critic, layers=(image_size // 4).bit_length() - 1),
+    )
+
+
+# Table 5.
+LSUN64_8X8 = _paper(
+    "lsun64-8x8",
+    "lsun",
+    64,
+    replace(_LARGE_VQVAE, layers=3, training_steps=234_375),
+    replace(_LARGE_PRIOR, batch_size=1536, output_stack_layers=5, training_steps=97_656),
+)
+
+# Table 6.
+LSUN64_16X16 = _paper(
+    "lsun64-16x16",
+    "lsun",
+    64,
+    replace(_LARGE_VQVAE, layers=2, training_steps=234_375),
+    replace(_ATTENTION_PRIOR, training_steps=31_250),
+)
+
+# Table 7.
+CELEBA128_16X16 = _paper(
+    "celeba128-16x16",
+    "celeba",
+    128,
+    replace(_LARGE_VQVAE, layers=3, training_steps=156_250),
+    replace(_ATTENTION_PRIOR, training_steps=41_666),
+)
+LSUN128_16X16 = replace(CELEBA128_16X16, preset="lsun128-16x16", data=DataConfig(source="lsun:", image_size=128))
+
+# Tables 8 to 10. Their part b has one row "Conditioning Output stack layers 20", which merges two rows of VQ-VAE-2's
+# own table, "conditioning stack residual blocks" and "output stack layers": 20 stands for both here.
+_BOTTOM_PRIOR = replace(
+    _LARGE_PRIOR, batch_size=128, attention_layers=0, output_stack_layers=20, conditioning_stack_layers=20
+)
+_NARROW_BOTTOM_PRIOR = replace(_BOTTOM_PRIOR, hidden_units=128, residual_units=128, layers=16)
+
+# Table 8.
+CELEBA128 = _paper(
+    "celeba128",
+    "celeba",
+    128,
+    replace(_LARGE_VQVAE, layers=2, levels=2, training_steps=156_250),
+    replace(_ATTENTION_PRIOR, training_steps=166_664),
+    replace(_BOTTOM_PRIOR, training_steps=156_250),
+)
+LSUN128 = replace(CELEBA128, preset="lsun128", data=DataConfig(source="lsun:", image_size=128))
+
+# Table 9.
+CELEBA256 = _paper(
+    "celeba256",
+    "celeba",
+    256,
+    replace(_LARGE_VQVAE, layers=2, levels=2, training_steps=156_250),
+    replace(_LARGE_PRIOR, batch_size=128, output_stack_layers=20, training_steps=187_500),
+    replace(_NARROW_BOTTOM_PRIOR, training_steps=125_000),
+)
+
+# Table 10; the images are a folder of 512 x 512 files.
+CELEBAHQ512 = _paper(
+    "celebahq512",
+    "folder",
+    512,
+    replace(_LARGE_VQVAE, layers=3, levels=2, training_steps=23_437),
+    replace(_LARGE_PRIOR, batch_size=128, output_stack_layers=20, training_steps=20_625),
+    replace(_NARROW_BOTTOM_PRIOR, training_steps=42_187),
+)
+
+# Minutes on a CPU -------------------------------------------------------------------------------------------------
+
 DEMO = Config(
     preset="demo",
     data=DataConfig(source="faces", image_size=64),
@@ -120,6 +224,28 @@ DEMO = Config(
     evaluation=EvaluationConfig(n_samples=2000, temperatures=(0.75, 0.85)),
 )
 
+# Two levels: 8 x 8 top codes and 16 x 16 bottom codes of the same faces.
+DEMO_2LEVEL = replace(
+    DEMO,
+    preset="demo-2level",
+    vqvae=replace(DEMO.vqvae, layers=2, levels=2, training_steps=1000),
+    bottom=replace(
+        DEMO.prior, hidden_units=48, residual_units=48, conditioning_stack_layers=2, batch_size=32, training_steps=400
+    ),
+    ral=replace(DEMO.ral, n_envs=64, n_updates=40),
+    evaluation=EvaluationConfig(n_samples=1000, temperatures=(0.85,)),
+)
+
+# One level of 16 x 16 codes, whose PixelCNN has self-attention.
+DEMO_ATTENTION = replace(
+    DEMO,
+    preset="demo-attention",
+    vqvae=replace(DEMO.vqvae, layers=2, training_steps=1000),
+    prior=replace(DEMO.prior, layers=4, attention_layers=2, attention_heads=4, batch_size=32, training_steps=500),
+    ral=replace(DEMO.ral, n_envs=64, n_updates=40),
+    evaluation=EvaluationConfig(n_samples=1000, temperatures=(0.85,)),
+)
+
 SMOKE = Config(
     preset="smoke",
     data=DataConfig(source="faces", image_size=32, limit=64),
@@ -160,7 +286,25 @@ SMOKE = Config(
     evaluation=EvaluationConfig(n_samples=64, extractor="encoder", temperatures=(0.8, 0.9)),
 )
 
-PRESETS = {config.preset: config for config in (DEMO, CELEBA64, SMOKE)}
+PRESETS = {
+    config.preset: config
+    for config in (
+        DEMO,
+        DEMO_2LEVEL,
+        DEMO_ATTENTION,
+        CELEBA64,
+        CELEBA64_ORACLE,
+        LSUN64_8X8,
+        LSUN64_16X16,
+        CELEBA128_16X16,
+        LSUN128_16X16,
+        CELEBA128,
+        LSUN128,
+        CELEBA256,
+        CELEBAHQ512,
+        SMOKE,
+    )
+}
 
 
 def get_preset(name: str) -> Config:

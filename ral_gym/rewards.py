@@ -7,19 +7,20 @@ Codes given as a prefix were not drawn and get no reward.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ral_gym.vqvae import VQVAE
+if TYPE_CHECKING:  # its quantiser's library takes seconds to import
+    from ral_gym.vqvae import VQVAE
 
 RewardKind = Literal["single", "intermediate"]
 Normalization = Literal["max_abs", "standard", "none"]
 
 
-def step_rewards(score_map: Tensor, rows: int, width: int, reward: RewardKind) -> Tensor:
+def step_rewards(score_map: Tensor, rows: int, width: int, reward: RewardKind, levels: int = 1) -> Tensor:
     """The reward of every code of images of `rows` code rows.
 
     The paper does not say how the map is upsampled: each code gets exactly the score of the patch it lies in, and where
@@ -30,13 +31,17 @@ def step_rewards(score_map: Tensor, rows: int, width: int, reward: RewardKind) -
         rows: code rows r of these images.
         width: codes per row W.
         reward: `single` or `intermediate`.
+        levels: 2: as many rewards for the bottom codes of these rows follow, 2r x 2W of them.
 
     Returns:
-        (B, r * W) float; the whole sum is the mean score (single) or the sum over codes (intermediate).
+        (B, r * W) float, or (B, 5 * r * W) for two levels; the whole sum is the mean score (single) or the sum over
+        codes (intermediate).
     """
+    shapes = [(rows * 2**level, width * 2**level) for level in range(levels)]
     if reward == "intermediate":
-        return F.interpolate(score_map.unsqueeze(1), size=(rows, width), mode="area").flatten(1)  # (B, r * W)
-    rewards = score_map.new_zeros(len(score_map), rows * width)  # (B, T')
+        maps = [F.interpolate(score_map.unsqueeze(1), size=shape, mode="area").flatten(1) for shape in shapes]
+        return torch.cat(maps, 1)  # (B, T')
+    rewards = score_map.new_zeros(len(score_map), sum(height * columns for height, columns in shapes))  # (B, T')
     rewards[:, -1] = score_map.flatten(1).mean(1)
     return rewards
 
@@ -98,12 +103,12 @@ class CriticScorer:
 
     @torch.no_grad()
     def score(self, codes: Tensor) -> Tensor:
-        """Raw score maps: codes (B, r * W) -> (B, h, w)."""
+        """Raw score maps: codes of r rows (B, codes_of(r)) -> (B, h, w)."""
         batches = codes.split(self.batch_size)
         return torch.cat([self.critic(self.vqvae.decode(batch)) for batch in batches])
 
     def __call__(self, codes: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes (B, r * W) int64 -> normalised score map (B, h, w), step rewards (B, r * W)."""
+        """Codes of r rows (B, codes_of(r)) int64 -> normalised score map (B, h, w), step rewards of that shape."""
         score_map = self.normalizer(self.score(codes))
-        rows = codes.shape[1] // self.vqvae.width
-        return score_map, step_rewards(score_map, rows, self.vqvae.width, self.reward)
+        grid = self.vqvae.grid
+        return score_map, step_rewards(score_map, grid.rows_of(codes.shape[1]), grid.width, self.reward, grid.levels)

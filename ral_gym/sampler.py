@@ -6,7 +6,8 @@ Generation for Convolutional Autoregressive Models" (Ramachandran et al., 2017) 
 the start from any prefix and batches whose images stand at different positions.
 
 `CachedSampler.sample` draws whole grids; `begin`, `logits` and `advance` do the same one code at a time, for a policy
-that acts in an environment. `sample_naive` is the simple version, the reference of tests and benchmark.
+that acts in an environment. `sample_naive` is the simple version, the reference of tests and benchmark. Two-level
+models have a sampler of their own in `ral_gym.two_level`, made of two of these.
 """
 
 from __future__ import annotations
@@ -15,119 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ral_gym.drawing import Request, check_length, draw, host_positions, sample_naive
 from ral_gym.errors import ConfigError
-from ral_gym.pixelcnn import PixelCNN
-from ral_gym.sampling_cache import PackedWeights, SamplingCache
+from ral_gym.packed_weights import PackedWeights
+from ral_gym.pixelcnn import PixelCNN, check_condition
+from ral_gym.sampling_cache import SamplingCache
 
-
-def draw(logits: Tensor, uniforms: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Draw one code per image by inverting the cumulative distribution, and never one of probability zero.
-
-    Args:
-        logits: (B, K).
-        uniforms: (B,) in [0, 1].
-        temperature: divides the logits.
-
-    Returns:
-        codes (B,) int64 and their log-probabilities (B,) under softmax(logits / temperature).
-    """
-    if logits.dtype in (torch.float16, torch.bfloat16):
-        logits = logits.float()
-    if temperature != 1.0:
-        logits = logits / temperature
-    probs = torch.softmax(logits, dim=1)  # (B, K)
-    cumulative = probs.cumsum(dim=1)  # (B, K)
-    # Rounding leaves the total near 1; the last code of positive probability is just below, whatever the uniform.
-    uniforms = uniforms.to(logits.dtype) * (1 - torch.finfo(logits.dtype).eps)
-    codes = torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True)  # (B, 1)
-    codes.clamp_(max=logits.shape[1] - 1)  # only NaN logits need it: they give NaN log-probabilities and no crash
-    return codes[:, 0], probs.gather(1, codes)[:, 0].log()
-
-
-class _Request:
-    """The checked arguments of `sample`, and the grid as it is being drawn."""
-
-    def __init__(
-        self,
-        prior: PixelCNN,
-        batch_size: int | None,
-        codes: Tensor | None,
-        start: int | Tensor,
-        stop: int | None,
-        temperature: float,
-        generator: torch.Generator | None,
-        uniforms: Tensor | None,
-    ):
-        like = prior.input.embedding.weight
-        full, width = prior.height * prior.width, prior.width
-        if codes is None:
-            if batch_size is None or batch_size < 1:
-                raise ConfigError(f"sample: batch_size={batch_size}; pass codes, or a batch size of at least 1")
-            codes = torch.full((batch_size, full), prior.codebook_size, device=like.device)
-        batch, length = codes.shape
-        if batch_size is not None and batch_size != batch:
-            raise ConfigError(f"sample: batch_size={batch_size} but codes are {batch} grids; leave batch_size out")
-        _check_length(prior, length)
-        stop = length if stop is None else stop
-        if stop % width or not 0 < stop <= length:
-            raise ConfigError(f"sample: stop={stop} must be a multiple of {width} from {width} to {length}")
-        if not temperature > 0:
-            raise ConfigError(f"sample: temperature={temperature} must be above 0")
-        starts = _host_positions(start, batch, length)
-        self.batch_size = batch
-        self.begin, self.stop = int(starts.min()), stop
-        self.temperature = temperature
-        self.generator = generator
-        self.uniforms = uniforms
-        # Batch rows that start later are drawn in step with the others, and keep what they were given until then.
-        self.starts = None if (starts == starts[0]).all() else torch.as_tensor(starts, device=like.device)
-        self.codes = codes[:, :stop].clamp(max=prior.codebook_size - 1)  # (B, stop)
-        self.drawn: list[Tensor] = []  # (B,) per position
-        self.log_probs: list[Tensor] = []
-        self.dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-
-    def draw(self, logits: Tensor, position: int) -> Tensor:
-        """Draw every batch row's code at the next position from logits (B, K); returns (B,) int64."""
-        if self.uniforms is not None:
-            uniforms = self.uniforms[:, position]
-        else:
-            device = logits.device if self.generator is None else self.generator.device
-            uniforms = torch.rand(self.batch_size, generator=self.generator, device=device, dtype=torch.float32)
-            uniforms = uniforms.to(logits.device)
-        codes, log_probs = draw(logits, uniforms, self.temperature)
-        if self.starts is not None:
-            given = self.starts > position  # (B,)
-            codes = torch.where(given, self.codes[:, position], codes)
-            log_probs = log_probs.masked_fill(given, 0.0)
-        self.drawn.append(codes)
-        self.log_probs.append(log_probs)
-        return codes
-
-    def result(self) -> tuple[Tensor, Tensor]:
-        """The grids (B, stop) and the log-probabilities (B, stop) of what was drawn."""
-        log_probs = self.codes.new_zeros(self.codes.shape, dtype=self.dtype)
-        if self.drawn:
-            self.codes[:, self.begin :] = torch.stack(self.drawn, dim=1)
-            log_probs[:, self.begin :] = torch.stack(self.log_probs, dim=1)
-        return self.codes, log_probs
-
-
-def _check_length(prior: PixelCNN, length: int) -> None:
-    full, width = prior.height * prior.width, prior.width
-    if length % width or not 0 < length <= full:
-        raise ConfigError(f"grids of {length} codes; pass whole rows, a multiple of {width} from {width} to {full}")
-
-
-def _host_positions(position: int | Tensor, batch: int, length: int) -> np.ndarray:
-    """Positions as (B,) int64 on the host, checked to lie in 0..length."""
-    positions = np.empty(batch, dtype=np.int64)
-    positions[:] = position.cpu().numpy() if isinstance(position, Tensor) else position
-    if positions.min() < 0 or positions.max() > length:
-        raise ConfigError(
-            f"positions from {positions.min()} to {positions.max()} do not fit grids of {length} codes; "
-            f"they must be from 0 to {length}"
-        )
-    return positions
+__all__ = ["CachedSampler", "draw", "sample_naive"]
 
 
 class CachedSampler:
@@ -137,7 +32,8 @@ class CachedSampler:
     never applied, and nothing has a gradient.
 
     What is kept, per block: the inputs of the vertical stack in the last grid rows, its term of the horizontal
-    pre-activations in the current grid row, and the inputs of the horizontal stack in that row.
+    pre-activations in the current grid row, and the inputs of the horizontal stack in that row; per attention layer, a
+    key and a content for every position; and the condition's features.
 
     Args:
         prior: the network to draw from; the sampler keeps a reference to it.
@@ -177,6 +73,9 @@ class CachedSampler:
         temperature: float = 1.0,
         generator: torch.Generator | None = None,
         uniforms: Tensor | None = None,
+        condition: Tensor | None = None,
+        prefix_rows: int | Tensor | None = None,
+        stop_rows: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Draw the codes of whole grid rows, or continue given ones. Whatever `begin` started ends.
 
@@ -189,6 +88,9 @@ class CachedSampler:
             generator: source of the uniforms. One `torch.rand(B)` in float32 is drawn per position, in raster order
                 from the least `start` on, so that drawing code by code with the same generator gives the same codes.
             uniforms: (B, T) in [0, 1], used instead.
+            condition: (B, T') int64, what `PixelCNN.features` takes, for a network that has one.
+            prefix_rows: sets `start`, in grid rows.
+            stop_rows: sets `stop`, in grid rows.
 
         Returns:
             codes (B, stop) int64, and (B, stop) the log-probabilities of those drawn, at `temperature`; 0 where given.
@@ -196,58 +98,86 @@ class CachedSampler:
         Raises:
             ConfigError: an argument is out of range, or neither batch_size nor codes is given.
         """
-        request = _Request(self.prior, batch_size, codes, start, stop, temperature, generator, uniforms)
+        start = start if prefix_rows is None else prefix_rows * self.prior.width
+        stop = stop if stop_rows is None else stop_rows * self.prior.width
+        request = Request(self.prior, batch_size, codes, start, stop, temperature, generator, uniforms, condition)
         cache = self._cache_for(request.batch_size)
         self._position = None
         if request.begin < request.stop:
-            cache.fill(slice(None), request.codes, np.full(request.batch_size, request.begin))
+            cache.fill(slice(None), request.codes, np.full(request.batch_size, request.begin), request.condition)
         for position in range(request.begin, request.stop):
             row, column = divmod(position, self.prior.width)
             if column == 0 and position > request.begin:
                 cache.next_row(row)
-            cache.step(column)
+            cache.step(row, column)
             cache.put(request.draw(cache.logits, position), row, column)
         return request.result()
 
     @torch.no_grad()
-    def begin(self, codes: Tensor, position: int | Tensor) -> None:
+    def begin(self, codes: Tensor, position: int | Tensor, condition: Tensor | None = None) -> None:
         """Start drawing code by code.
 
         Args:
             codes: (B, T) int64, given before `position`; T is a whole number of grid rows.
             position: next position to draw, one for all or (B,) int64, from 0 to T (finished).
+            condition: (B, T') int64, what `PixelCNN.features` takes, for a network that has one.
 
         Raises:
-            ConfigError: T is not a whole number of grid rows, or a position is out of range.
+            ConfigError: T is not a whole number of grid rows, a position is out of range, or the condition is missing.
         """
         batch, length = codes.shape
-        _check_length(self.prior, length)
-        self._position = _host_positions(position, batch, length)
+        check_length(self.prior, length)
+        positions = host_positions(position, batch, length)
+        self.begin_finished(batch, length)
+        self._start(slice(None), codes, positions, condition)
+
+    def begin_finished(self, batch: int, length: int) -> None:
+        """`begin` with all of the batch finished: `rebuild` lets rows start. Computes nothing.
+
+        Args:
+            batch: B.
+            length: T, a whole number of grid rows.
+        """
+        self._cache_for(batch)
+        self._position = np.full(batch, length)
         self._length = length
-        self._stepped = False
-        self._cache_for(batch).fill(slice(None), codes, self._position)
 
     @torch.no_grad()
-    def rebuild(self, rows: Tensor, codes: Tensor, position: int | Tensor) -> None:
+    def rebuild(self, rows: Tensor, codes: Tensor, position: int | Tensor, condition: Tensor | None = None) -> None:
         """Let some rows of the batch start anew, from other prefixes.
 
         Args:
             rows: (n,) int64, which; none twice.
             codes: (n, T) int64, their grids, given before `position`; T as in `begin`.
             position: next position to draw, one for all or (n,) int64.
+            condition: (n, T') int64, what they are drawn for, for a network with a condition.
 
         Raises:
-            ConfigError: T differs from `begin`'s, or a position is out of range.
+            ConfigError: T differs from `begin`'s, a position is out of range, or the condition is missing.
         """
-        cache, positions = self._begun()
+        self._begun()
         if codes.shape[1] != self._length:
             raise ConfigError(f"rebuild: grids of {codes.shape[1]} codes; `begin` was given {self._length}")
-        if len(rows) == 0:
-            return
-        new = _host_positions(position, len(rows), self._length)
-        positions[rows.cpu().numpy()] = new
+        self._start(rows, codes, host_positions(position, len(rows), self._length), condition)
+
+    def _start(self, rows: Tensor | slice, codes: Tensor, starts: np.ndarray, condition: Tensor | None) -> None:
+        """Put rows at positions (n,), and fill the cache for those that have something left to draw."""
+        check_condition(self.prior, condition, len(codes))
+        cache, positions = self._begun()
+        positions[rows.cpu().numpy() if isinstance(rows, Tensor) else rows] = starts
         self._stepped = False
-        cache.fill(rows, codes, new)
+        active = np.flatnonzero(starts < self._length)
+        if len(active) == 0:
+            return
+        if len(active) < len(starts):
+            at = torch.as_tensor(active, device=codes.device)
+            rows = rows[at] if isinstance(rows, Tensor) else at
+            codes, condition = codes[at], None if condition is None else condition[at]
+        cache.fill(rows, codes, starts[active], condition)
+
+    def finish(self, rows: np.ndarray) -> None:
+        """Let rows (n,) of the batch, on the host, count as finished wherever they are."""
+        self._begun()[1][rows] = self._length
 
     def features(self) -> Tensor:
         """The PixelCNN's features (B, C) at each batch row's position; finished rows: meaningless but finite."""
@@ -301,33 +231,11 @@ class CachedSampler:
         """The cache, with features and logits of the current positions in it."""
         cache, positions = self._begun()
         if not self._stepped:
-            # A finished row goes through its last position once more, which changes nothing.
-            columns = np.minimum(positions, self._length - 1) % self.prior.width
+            # A finished row goes through the first position: what that spoils, only `rebuild` can use, and makes anew.
+            row, column = np.divmod(np.where(positions < self._length, positions, 0), self.prior.width)
             if (positions == positions[0]).all():
-                cache.step(int(columns[0]))
+                cache.step(int(row[0]), int(column[0]))
             else:
-                cache.step_at(columns)
+                cache.step_at(row, column)
             self._stepped = True
         return cache
-
-
-@torch.no_grad()
-def sample_naive(
-    prior: PixelCNN,
-    batch_size: int | None = None,
-    *,
-    codes: Tensor | None = None,
-    start: int | Tensor = 0,
-    stop: int | None = None,
-    temperature: float = 1.0,
-    generator: torch.Generator | None = None,
-    uniforms: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Draw like `CachedSampler.sample`, by a full pass per code: simple, slow, and what the cache is tested against."""
-    request = _Request(prior, batch_size, codes, start, stop, temperature, generator, uniforms)
-    training = prior.training
-    prior.eval()
-    for position in range(request.begin, request.stop):
-        request.codes[:, position] = request.draw(prior(request.codes)[:, position], position)
-    prior.train(training)
-    return request.result()

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+import io
+import tracemalloc
+from collections.abc import Sequence
 from pathlib import Path
 
+import lmdb
 import numpy as np
 import pytest
 from PIL import Image
@@ -51,3 +56,30 @@ def message_of(config: DataConfig, error: type[Exception] = DataError) -> str:
     text = str(caught.value)
     assert "\n" not in text
     return text
+
+
+def encoded(index: int, size: tuple[int, int] = (24, 20), kind: str = "png") -> bytes:
+    """The bytes of an image file in the colour of `index`."""
+    file = io.BytesIO()
+    Image.new("RGB", size, colour_of(index)).save(file, kind, lossless=True)
+    return file.getvalue()
+
+
+def write_lmdb(folder: Path, values: Sequence[bytes]) -> Path:
+    """An LMDB laid out as LSUN's: a key of 40 hexadecimal digits per encoded image; the order is `values`'."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with lmdb.open(str(folder), map_size=2**28) as environment, environment.begin(write=True) as transaction:
+        for index, value in enumerate(values):
+            transaction.put(f"{index:040x}".encode(), value)
+    return folder
+
+
+def peak_memory(config: DataConfig) -> int:
+    """Bytes that loading allocates at once, memory maps not counted."""
+    gc.collect()
+    tracemalloc.start()
+    try:
+        load(config)
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()

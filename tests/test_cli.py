@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ral_gym.cli import FINISHED, parse_train, train_main
+from ral_gym.cli import FINISHED, main, parse_train, train_main
 from ral_gym.errors import ConfigError
 from ral_gym.presets import PRESETS
 from ral_gym.run import Run, read_config
@@ -97,9 +97,16 @@ def test_settings_are_checked_before_anything_is_loaded() -> None:
 
 
 def test_help_and_mistakes_do_not_wait_for_torch() -> None:
-    code = "import sys, ral_gym.cli; ral_gym.cli.parse_train(['--seed', '1']); print('torch' in sys.modules)"
+    code = """if True:
+        import sys, ral_gym.cli
+        from ral_gym.commands.arguments import parse
+        ral_gym.cli.parse_train(["--seed", "1"])
+        parse(["sample", "runs/demo"])
+        ral_gym.cli.main(["presets"])
+        print("torch" in sys.modules)
+    """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
-    assert result.stdout.strip() == "False"
+    assert result.stdout.splitlines()[-1] == "False"
 
 
 # A finished run -----------------------------------------------------------------------------------------------------
@@ -132,6 +139,28 @@ def test_the_same_command_again_prints_the_table_without_training(train, smoke_r
     for picture in (smoke_run / "samples").glob("*.png"):
         assert f"  {picture}\n" in captured.out
     assert {path: path.stat().st_mtime_ns for path in smoke_run.rglob("*")} == before
+
+
+def test_evaluate_prints_the_table_of_a_measured_run(smoke_run, capsys) -> None:
+    assert main(["evaluate", str(smoke_run), "--device", "cpu"]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == "" and f"{rows(smoke_run)['ral']['nll_test']:.3f}" in captured.out
+
+
+def test_stages_one_at_a_time_are_the_same_run(smoke_options, smoke_run, tmp_path, capsys) -> None:
+    command = ["train", *smoke_options, "--runs", str(tmp_path)]
+    run = tmp_path / "smoke"
+    for stage, made in (("vqvae", ["vqvae"]), ("prior", ["codes", "prior", "prior_ema"])):
+        assert main([*command, "--stages", "ral"]) == 2
+        assert f"stage ral needs {made[0]}.safetensors" in capsys.readouterr().err
+        assert main([*command, "--stages", stage]) == 0
+        out = capsys.readouterr().out
+        for name in made:
+            assert (run / f"{name}.safetensors").read_bytes() == (smoke_run / f"{name}.safetensors").read_bytes()
+            assert f"  {run}/{name}.safetensors\n" in out
+    assert main([*command, "--stages", "evaluate"]) == 2
+    assert "stage evaluate needs prior_continued.safetensors, policy.safetensors" in capsys.readouterr().err
+    assert not (run / "policy.safetensors").exists()
 
 
 @pytest.mark.parametrize("name", ["critic", "policy_ema", "prior_ema"])

@@ -8,7 +8,7 @@ import torch
 
 from ral_gym.codes import CodeGrid, CodeSet, decode_codes, encode_images, encode_set
 from ral_gym.data import ImageSet, to_float
-from ral_gym.errors import RunError
+from ral_gym.errors import ConfigError, RunError
 from ral_gym.storage import save_tensors
 from ral_gym.vqvae import VQVAE
 
@@ -37,6 +37,64 @@ def code_set(new_people: bool = True) -> CodeSet:
 def test_the_grid_has_two_more_tokens() -> None:
     grid = CodeGrid(height=2, width=3, codebook_size=5)
     assert (grid.n_codes, grid.not_drawn, grid.never_drawn) == (6, 5, 6)
+
+
+# A name for every code of a grid of two levels: (level, row, column), by plain loops over the definition.
+TWO = CodeGrid(height=4, width=3, codebook_size=8, levels=2)
+PLACES = [(0, row, column) for row in range(4) for column in range(3)]
+PLACES += [(1, row, column) for row in range(8) for column in range(6)]
+
+
+def top_row(place: tuple[int, int, int]) -> int:
+    level, row, _ = place
+    return row // 2 if level else row
+
+
+def test_sizes_of_one_level_and_of_two() -> None:
+    one = CodeGrid(height=4, width=3, codebook_size=8)
+    assert (one.n_codes, one.level_sizes, one.shapes) == (12, (12,), ((4, 3),))
+    assert (TWO.n_codes, TWO.level_sizes, TWO.shapes) == (60, (12, 48), ((4, 3), (8, 6)))
+    assert [one.codes_of(rows) for rows in (1, 4)] == [3, 12] and [TWO.codes_of(rows) for rows in (1, 4)] == [15, 60]
+    assert [grid.rows_of(grid.codes_of(3)) for grid in (one, TWO)] == [3, 3]
+    with pytest.raises(ConfigError, match="a code grid of 3 levels: give 1 or 2"):
+        CodeGrid(4, 4, 8, levels=3)
+
+
+@pytest.mark.parametrize("length", [0, 12, 48, 61, 75])
+def test_lengths_that_are_no_whole_rows_are_refused(length: int) -> None:
+    with pytest.raises(ConfigError, match=rf"^{length} codes per image do not fit two levels of 12 \+ 48: "):
+        TWO.crop(np.zeros((1, length)), 1)
+
+
+@pytest.mark.parametrize(("prefix", "stop"), [(0, 4), (1, 4), (0, 2), (1, 3), (2, 2)])
+def test_the_mask_is_the_rows_of_both_levels(prefix: int, stop: int) -> None:
+    mask = TWO.mask(prefix, stop)
+    assert mask.tolist() == [prefix <= top_row(place) < stop for place in PLACES] and mask.dtype == bool
+    assert CodeGrid(4, 3, 8).mask(prefix, stop).tolist() == mask[:12].tolist()
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4])
+def test_an_images_first_rows_are_a_sequence_of_their_own(rows: int) -> None:
+    kept = [index for index, place in enumerate(PLACES) if top_row(place) < rows]
+    codes = np.arange(120).reshape(2, 60)
+    assert np.array_equal(TWO.crop(codes, rows), codes[:, kept])
+    assert torch.equal(TWO.crop(torch.from_numpy(codes), rows), torch.from_numpy(codes[:, kept]))
+    assert np.array_equal(TWO.crop(TWO.crop(codes, 3), min(rows, 3)), TWO.crop(codes, min(rows, 3)))
+    one = CodeGrid(4, 3, 8)
+    assert np.array_equal(one.crop(codes[:, :12], rows), codes[:, : 3 * rows])
+    # Where each of these codes has gone to.
+    positions = torch.tensor(kept)
+    assert TWO.short_position(positions, rows).tolist() == list(range(len(kept)))
+    assert TWO.short_position(positions.numpy(), rows).tolist() == list(range(len(kept)))
+    assert TWO.short_position(positions, torch.full_like(positions, rows)).tolist() == list(range(len(kept)))
+    assert [TWO.short_position(position, rows) for position in kept] == list(range(len(kept)))
+    assert [one.short_position(position, rows) for position in range(3 * rows)] == list(range(3 * rows))
+
+
+def test_a_sequence_is_split_into_its_levels() -> None:
+    codes = np.arange(30)[None]  # 2 rows
+    assert [level.tolist() for level in TWO.split(codes)] == [[list(range(6))], [list(range(6, 30))]]
+    assert CodeGrid(4, 3, 8).split(codes[:, :6])[0].shape == (1, 6)
 
 
 @pytest.mark.parametrize("new_people", [True, False])
@@ -85,7 +143,7 @@ def test_the_first_pass_encodes_the_images_as_they_are(vqvae) -> None:
     photos = images(10)
     codes = encode_images(vqvae, photos, passes=3, seed=1, batch_size=4, progress=False)
     assert codes.shape == (30, 16) and codes.dtype == np.int16
-    assert np.array_equal(codes[:10], vqvae.encode(to_float(torch.from_numpy(photos))).numpy())
+    assert np.array_equal(codes[:10], vqvae.encode(to_float(torch.from_numpy(photos)))[0].numpy())
     assert not np.array_equal(codes[10:20], codes[:10]) and not np.array_equal(codes[10:20], codes[20:])
 
 

@@ -24,7 +24,7 @@ def value_of(name: str) -> Any:
     return getattr(getattr(SMOKE, section) if section else SMOKE, field)
 
 
-LIMITED = {name: allowed for (allowed, _), names in _LIMITS.items() for name in names.split()}
+LIMITED = {name: allowed for (allowed, _), names in _LIMITS.items() for name in names}
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -50,6 +50,8 @@ def test_numbers_out_of_range_are_refused(name) -> None:
         ("vqvae.batch_size", -3),
         ("vqvae.training_steps", 0),
         ("vqvae.codebook_size", 32_767),
+        ("vqvae.levels", 0),
+        ("vqvae.levels", 3),
         ("vqvae.encoder_filter_size", 4),
         ("vqvae.decoder_filter_size", 3),
         ("vqvae.learning_rate", float("inf")),
@@ -58,6 +60,10 @@ def test_numbers_out_of_range_are_refused(name) -> None:
         ("prior.dropout", 1.0),
         ("prior.conv_filter_size", 4),
         ("prior.conv_filter_size", 1),
+        ("prior.attention_layers", -1),
+        ("bottom.attention_heads", 0),
+        ("bottom.dropout", 1.0),
+        ("bottom.conditioning_stack_layers", -1),
         ("critic.layers", 0),
         ("ral.n_envs", 0),
         ("ral.gamma", 1.01),
@@ -80,6 +86,7 @@ def test_the_edges_of_the_ranges(name, value) -> None:
         ("vqvae.codebook_size", 32_766),
         ("prior.dropout", 0.0),
         ("prior.output_stack_layers", 0),
+        ("bottom.conditioning_stack_layers", 0),
         ("critic.n_critic", 0),
         ("ral.gamma", 0.0),
         ("ral.gamma", 1.0),
@@ -99,6 +106,40 @@ def test_layers_that_do_not_fit_the_image_are_refused_before_training(name) -> N
         changed(name, 6).check()
 
 
+def test_the_second_level_needs_one_more_halving() -> None:
+    two = dataclasses.replace(SMOKE, vqvae=dataclasses.replace(SMOKE.vqvae, layers=4, levels=2))
+    two.check()
+    assert two.grid_size == 1
+    wrong = dataclasses.replace(two, vqvae=dataclasses.replace(two.vqvae, layers=5))
+    message = r"vqvae.layers is 5 \(one for the second level\): data.image_size 32 must be a multiple of 2\*\*6"
+    with pytest.raises(ConfigError, match=message):
+        wrong.check()
+
+
+@pytest.mark.parametrize("section", ["prior", "bottom"])
+def test_attention_must_fit_the_prior(section) -> None:
+    prior = dataclasses.replace(getattr(SMOKE, section), hidden_units=16, layers=2, attention_layers=2)
+    for change, message in (
+        ({"attention_layers": 3}, rf"{section}.attention_layers is 3: give at most {section}.layers, 2"),
+        ({"attention_heads": 3}, rf"{section}.attention_heads is 3: it must divide {section}.hidden_units, 16"),
+    ):
+        dataclasses.replace(SMOKE, **{section: prior}).check()
+        with pytest.raises(ConfigError, match=message):
+            dataclasses.replace(SMOKE, **{section: dataclasses.replace(prior, **change)}).check()
+    without = dataclasses.replace(prior, attention_layers=0, attention_heads=3)
+    dataclasses.replace(SMOKE, **{section: without}).check()
+
+
+def test_a_configuration_from_before_two_levels_is_read() -> None:
+    values = json.loads(SMOKE.to_json())
+    del values["bottom"], values["vqvae"]["levels"], values["ral"]["train_levels"], values["ral"]["per_level_discount"]
+    for name in ("attention_layers", "attention_heads", "conditioning_stack_layers"):
+        del values["prior"][name]
+    assert Config.from_dict(values) == SMOKE
+    with pytest.raises(TypeError, match="colour"):
+        Config.from_dict({**values, "bottom": {"colour": 1}})
+
+
 def test_every_number_has_a_range() -> None:
     # A new setting cannot be forgotten; those of the data are checked where the images are loaded.
     numbers = {
@@ -112,5 +153,5 @@ def test_every_number_has_a_range() -> None:
 
 
 def test_an_unknown_preset_is_named_with_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match=r"preset 'celebahq' is unknown: choose one of demo, celeba64, smoke"):
+    with pytest.raises(ConfigError, match=r"preset 'celebahq' is unknown: choose one of demo, .*, celebahq512, smoke$"):
         get_preset("celebahq")

@@ -13,7 +13,8 @@ from torch import Tensor
 from ral_gym.codes import CodeGrid
 from ral_gym.envs.core import Finished, GenerationCore
 from ral_gym.envs.resets import RESET_MODES
-from ral_gym.envs.worlds import World, run_world, toy_images, toy_world
+from ral_gym.envs.run_world import run_world
+from ral_gym.envs.worlds import World, toy_images, toy_world
 from ral_gym.storage import pack_state, unpack_state
 from tests.tiny import make_tiny_run
 

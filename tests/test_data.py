@@ -135,6 +135,8 @@ def test_damaged_zip_entry_is_skipped(tmp_path: Path) -> None:
         ("lsun:/data", "'lsun:/data'"),
         ("faces:/data", "'faces:/data'"),
         ("folder:", "folder:PATH"),
+        ("lsun:", "lsun:PATH"),
+        ("hf: ", "hf:NAME"),
         ("celeba: ", "celeba:PATH"),
         ("folder:/does/not/exist", "/does/not/exist"),
         ("celeba:/does/not/exist.zip", "/does/not/exist.zip"),

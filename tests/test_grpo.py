@@ -128,7 +128,7 @@ def test_groups_that_cannot_be_made_are_refused() -> None:
         make(reset_mode="continue", lockstep=False)
     model = make()
     rollout(model)
-    model.rollout_buffer._finished()[4][:] = np.arange(8)  # eight different starts
+    model.rollout_buffer.mask[np.tril_indices(8, -1)] = False  # as if eight different prefixes had been given
     with pytest.raises(ConfigError, match="all started from different grids"):
         model.train()
     for wrong in ({"ratio": "word"}, {"scale_advantage": "group"}, {"entropy_target": 2.0, "ent_coef": 0.1}):

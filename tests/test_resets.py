@@ -159,8 +159,10 @@ def test_nothing_is_continued_without_real_codes(options: dict[str, Any]) -> Non
 )
 def test_given_codes_are_continued(codes: Any, rest: dict[str, int], expected: list[int]) -> None:
     request = parse_options({"codes": codes, **rest}, distribution())
-    assert request.codes is not None and request.codes.tolist() == expected
-    assert request.stop_rows == rest.get("stop_rows", 6)
+    stop = rest.get("stop_rows", 6)
+    first = [*expected, *[8] * (4 * stop - len(expected)), *[9] * (4 * (6 - stop))]
+    assert request.codes is not None and request.codes.tolist() == first
+    assert request.stop_rows == stop
 
 
 NOT_DRAWN, NEVER = 8, 9

@@ -7,24 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from ral_gym import sampling_cache
+from ral_gym import packed_weights
 from ral_gym.errors import ConfigError
+from ral_gym.packed_weights import PackedWeights
 from ral_gym.pixelcnn import PixelCNN
 from ral_gym.sampler import CachedSampler, draw, sample_naive
 from ral_gym.sampling_cache import SamplingCache
-
-B, H, W, K = 5, 4, 5, 11
-T = H * W
-
-
-def small(**kwargs: Any) -> PixelCNN:
-    """A network with weights of all sizes, biases included, so that no part can be left out unnoticed."""
-    torch.manual_seed(0)
-    arguments = {"hidden_units": 12, "residual_units": 8, "layers": 3, "conv_filter_size": 3, "output_stack_layers": 2}
-    prior = PixelCNN(K, H, W, **{**arguments, **kwargs}).double()
-    for parameter in prior.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return prior.eval()
+from tests.sampling import B, Episodes, H, K, T, W, assert_same_draws, small
 
 
 @pytest.fixture
@@ -42,13 +31,6 @@ def codes() -> Tensor:
 def uniforms() -> Tensor:
     torch.manual_seed(2)
     return torch.rand(B, T, dtype=torch.float64)
-
-
-def assert_same_draws(prior: PixelCNN, **arguments: Any) -> None:
-    cached, cached_log_probs = CachedSampler(prior).sample(**arguments)
-    naive, naive_log_probs = sample_naive(prior, **arguments)
-    assert torch.equal(cached, naive)
-    torch.testing.assert_close(cached_log_probs, naive_log_probs, rtol=0, atol=1e-10)
 
 
 # ------------------------------------------------------------------------------------------------ against full passes
@@ -127,31 +109,6 @@ def test_not_drawn_tokens_behind_the_start_do_not_matter(prior: PixelCNN, codes:
 
 
 # ------------------------------------------------------------------------------------------------------ code by code
-
-
-class Episodes:
-    """Drives a sampler through codes of its own, and compares it with full passes at every position."""
-
-    def __init__(self, prior: PixelCNN, codes: Tensor, position: int | Tensor):
-        self.prior, self.codes = prior, codes.clone()
-        self.sampler = CachedSampler(prior)
-        self.sampler.begin(self.codes, position)
-        self.position = torch.zeros(len(codes), dtype=torch.int64) + position
-
-    def check(self) -> None:
-        assert torch.equal(self.sampler.position, self.position)
-        alive = self.position < self.codes.shape[1]
-        rows, at = torch.arange(len(self.codes))[alive], self.position[alive]
-        features = self.prior.features(self.codes)
-        torch.testing.assert_close(self.sampler.features()[alive], features[rows, at])
-        torch.testing.assert_close(self.sampler.logits()[alive], self.prior.logits(features)[rows, at])
-
-    def advance(self) -> None:
-        new = torch.randint(K, (len(self.codes),))
-        self.sampler.advance(new)
-        alive = self.position < self.codes.shape[1]
-        self.codes[alive, self.position[alive]] = new[alive]
-        self.position[alive] += 1
 
 
 @pytest.mark.parametrize("start", [0, 2, W, 2 * W + 3])
@@ -267,6 +224,16 @@ def test_every_weight_is_packed(prior: PixelCNN, codes: Tensor, uniforms: Tensor
             parameter.copy_(kept)
 
 
+def test_the_cache_is_counted_without_memory_behind_it() -> None:
+    setting: dict[str, Any] = {"attention_layers": 1, "attention_heads": 3, "condition": (H, W, K), "layers": 2}
+    with torch.device("meta"):
+        counted = SamplingCache(PackedWeights(PixelCNN(K, H, W, hidden_units=12, **setting).bfloat16()), 64)
+    cache = SamplingCache(PackedWeights(PixelCNN(K, H, W, hidden_units=12, **setting).bfloat16()), 64)
+    kept = {x.data_ptr(): x.nbytes for x in vars(cache).values() if isinstance(x, Tensor)}
+    assert cache.nbytes == counted.nbytes == sum(kept.values())
+    assert counted.features.is_meta
+
+
 def test_refresh_follows_the_dtype(prior: PixelCNN) -> None:
     sampler = CachedSampler(prior)
     sampler.sample(B)
@@ -286,7 +253,7 @@ def test_a_sampler_made_in_inference_mode_works_outside(prior: PixelCNN, uniform
 def test_blocked_kernels_change_nothing(uniforms: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     prior = small().float()
     codes, log_probs = CachedSampler(prior).sample(B, uniforms=uniforms)
-    monkeypatch.setattr(sampling_cache, "_can_block", lambda like: False)
+    monkeypatch.setattr(packed_weights, "_can_block", lambda like: False)
     plain, plain_log_probs = CachedSampler(prior).sample(B, uniforms=uniforms)
     assert torch.equal(codes, plain)
     torch.testing.assert_close(log_probs, plain_log_probs)

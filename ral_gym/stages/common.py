@@ -1,4 +1,7 @@
-"""What the training loops share: the device, the NaN stop, checkpoints by the clock, the exponential average."""
+"""What the training loops share: the device, the NaN stop, checkpoints by the clock, the exponential average.
+
+Several processes are `ral_gym.stages.processes`' subject.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ral_gym.errors import DeviceError, DivergedError
@@ -37,13 +39,6 @@ def resolve_device(name: str) -> torch.device:
     if int(name[5:] or 0) >= count:
         raise DeviceError(f"device '{name}' asked for, but {count} CUDA devices are visible; use --device cpu or auto")
     return torch.device(name)
-
-
-def make_accelerator(device: torch.device) -> Accelerator:
-    """An `accelerate` front end for the stage's model, optimizer and backward pass on `device`."""
-    if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)
-    return Accelerator(cpu=device.type == "cpu")
 
 
 def check_finite(loss: Tensor | float, stage: str, step: int, remedy: str) -> float:

@@ -66,7 +66,7 @@ class Evaluation:
         self.run, self.vqvae, self.codes, self.device = run, vqvae, codes, device
         config = run.config.evaluation
         self.n_samples, self.seed = config.n_samples, run.config.seed * 1000 + 6
-        encoder = EncoderFeatures(vqvae.encode_features, run.config.vqvae.codebook_dim)
+        encoder = EncoderFeatures(vqvae.encode_features, vqvae.num_features)
         self.extractor = make_extractor(config.extractor, encoder, device)
         picked = torch.randperm(len(codes.train), generator=torch.Generator().manual_seed(self.seed))[: self.n_samples]
         self.reference = decode_codes(vqvae, codes.train[picked.numpy()])  # (N, C, S, S)

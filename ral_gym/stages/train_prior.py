@@ -1,7 +1,8 @@
-"""Stage 2: codes -> PixelCNN by maximum likelihood (Section 3; the supplement's Table 4b), and the control.
+"""Stage 2: codes -> PixelCNN by maximum likelihood (Section 3; the supplement's Tables 4b to 10b), and the control.
 
 A small set is memorised within minutes, so the weights kept are those of the best held-out NLL, and a prior that
-does not beat the unigram there is said to be bad.
+does not beat the unigram there is said to be bad. With two levels there are two PixelCNNs, trained one after the
+other: of the top codes, and of the bottom codes given the top ones; the second one's files end in ``_bottom``.
 """
 
 from __future__ import annotations
@@ -10,40 +11,37 @@ import logging
 from dataclasses import dataclass, field
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from ral_gym.codes import CodeGrid, CodeSet
 from ral_gym.errors import DivergedError
-from ral_gym.metrics import nll, unigram_nll
+from ral_gym.metrics import unigram_nll
 from ral_gym.pixelcnn import PixelCNN
 from ral_gym.run import Run, seed_everything
-from ral_gym.stages.common import Clock, WeightAverage, check_finite, check_weights, make_accelerator
-from ral_gym.storage import config_arguments, load_module, save_module, weights_of
+from ral_gym.stages.common import Clock, WeightAverage, check_finite, check_weights
+from ral_gym.stages.levels import (
+    SECTIONS,
+    SUFFIXES,
+    LevelCodes,
+    Prior,
+    build_prior,
+    held_out_nll,
+    join_priors,
+    maximum_likelihood_loss,
+    split_prior,
+)
+from ral_gym.stages.processes import Compute, JointBatches, make_accelerator, partners
+from ral_gym.storage import load_module, save_module, weights_of
 
 STAGE = "prior"
 CONTROL = "prior_continued"
-CONTROL_REMEDY = "lower ral.learning_rate"
 LOG_EVERY = 10
-REMEDY = "lower prior.learning_rate"
 logger = logging.getLogger("ral_gym")
 
-
-def build_prior(run: Run, grid: CodeGrid) -> PixelCNN:
-    """The untrained model of the run's configuration."""
-    names = (
-        "hidden_units",
-        "residual_units",
-        "layers",
-        "conv_filter_size",
-        "dropout",
-        "output_stack_layers",
-        "position_embedding",
-    )
-    arguments = config_arguments(run.config.prior, names)
-    return PixelCNN(grid.codebook_size, grid.height, grid.width, **arguments)
+__all__ = ["CONTROL", "STAGE", "build_prior", "continue_prior", "maximum_likelihood_loss", "train_prior"]
 
 
 @dataclass
@@ -60,140 +58,224 @@ class _Best:
             self.weights[which] = weights_of(model)
 
 
-def maximum_likelihood_loss(prior: torch.nn.Module, codes: Tensor) -> Tensor:
-    """Mean negative log-likelihood in nats per code of code grids (B, T)."""
-    return F.cross_entropy(prior(codes).flatten(0, 1), codes.flatten())
+@dataclass
+class _HeldOut:
+    """Measures while training, and remembers the best weights."""
+
+    test: LevelCodes
+    new_people: LevelCodes | None
+    every: int
+    best: _Best = field(default_factory=_Best)
+
+    def measure(self, prior: PixelCNN, average: WeightAverage, step: int) -> dict[str, float]:
+        """Held-out figures of the live and the averaged weights."""
+        prior.eval()
+        figures = {"nll_test": held_out_nll(prior, self.test)}
+        if self.new_people is not None:
+            figures["nll_new_people"] = held_out_nll(prior, self.new_people)
+        self.best.offer("live", figures["nll_test"], step, prior)
+        with average.applied(prior):
+            figures["nll_test_ema"] = held_out_nll(prior, self.test)
+            self.best.offer("ema", figures["nll_test_ema"], step, prior)
+        prior.train()
+        return figures
 
 
-def train_prior(run: Run, codes: CodeSet, grid: CodeGrid, device: torch.device, progress: bool = True) -> PixelCNN:
-    """Train, or continue, or load what is there.
+@dataclass(frozen=True)
+class _Task:
+    """What the loop is to do: maximum likelihood from scratch, or the control."""
+
+    stage: str
+    label: str
+    remedy: str
+    batch_size: int
+    batch_setting: str
+    steps: int
+    max_grad_norm: float
+
+
+def train_prior(
+    run: Run,
+    codes: CodeSet,
+    grid: CodeGrid,
+    device: torch.device,
+    progress: bool = True,
+    compute: Compute | None = None,
+) -> Prior:
+    """Train, or continue, or load what is there; all processes together where there are several.
 
     Logged: `nll_train` (of the batch, dropout on), and every `evaluate_every` steps `nll_test`, `nll_new_people` and
-    `nll_test_ema`, all in nats per code.
+    `nll_test_ema`, all in nats per code; with two levels, of each level's own codes.
 
     Raises:
+        ConfigError: the batch cannot be shared out evenly.
         DivergedError: the loss became NaN or infinite.
+        RunError: another process is gone.
     """
-    file = run.file("prior.safetensors")
-    if file.exists() and run.has("prior_ema.safetensors"):
-        return load_module(file, PixelCNN, device, build_prior(run, grid).config)
-    config = run.config.prior
-    seed_everything(run.config.seed * 1000 + 2)
-    accelerator = make_accelerator(device)
-    prior = build_prior(run, grid)
+    levels = range(grid.levels)
+    return join_priors([_train_level(run, codes, grid, level, device, progress, compute) for level in levels])
+
+
+@partners()
+def _train_level(
+    run: Run, codes: CodeSet, grid: CodeGrid, level: int, device: torch.device, progress: bool, compute: Compute | None
+) -> PixelCNN:
+    """Train, or continue, or load one level's PixelCNN."""
+    suffix, section = SUFFIXES[level], SECTIONS[level]
+    file = run.file(f"prior{suffix}.safetensors")
+    if file.exists() and run.has(f"prior_ema{suffix}.safetensors"):
+        return load_module(file, PixelCNN, device, build_prior(run, grid, level).config)
+    config = getattr(run.config, section)
+    seed_everything(run.config.seed * 1000 + 2 + 20 * level)
+    accelerator = make_accelerator(device, compute)
+    prior = build_prior(run, grid, level).to(accelerator.device)
     optimizer = torch.optim.Adam(prior.parameters(), lr=config.learning_rate)
-    prior, optimizer = accelerator.prepare(prior, optimizer)
     average = WeightAverage(prior, config.ema_decay, warm_up=True)
-    best = _Best()
-    start = _resume(run, STAGE, prior, optimizer, average, best)
-    run.forget_after(STAGE, start)
-    train = torch.from_numpy(codes.train)
-    clock = Clock(run, STAGE)
-    writer = SummaryWriter(str(run.file("tensorboard")), purge_step=start)
+    new_people = None if codes.new_people is None else LevelCodes.of(codes.new_people, grid, level)
+    held_out = _HeldOut(LevelCodes.of(codes.test, grid, level), new_people, config.evaluate_every)
+    task = _Task(
+        stage=STAGE + suffix,
+        label="2 PixelCNN" + suffix.replace("_", " "),
+        remedy=f"lower {section}.learning_rate",
+        batch_size=config.batch_size,
+        batch_setting=f"{section}.batch_size",
+        steps=config.training_steps,
+        max_grad_norm=1.0,
+    )
+    data = LevelCodes.of(codes.train, grid, level)
+    n_parts = compute.gradient_accumulation if compute else 1
+    clock = _fit(run, task, prior, optimizer, average, data, held_out, accelerator, n_parts, progress)
+    if accelerator.is_main_process:
+        _finish(run, task, prior, data, held_out, grid, suffix)
+        clock.book()
+    accelerator.wait_for_everyone()
+    return load_module(file, PixelCNN, device)
+
+
+def _fit(
+    run: Run,
+    task: _Task,
+    prior: PixelCNN,
+    optimizer: torch.optim.Optimizer,
+    average: WeightAverage,
+    data: LevelCodes,
+    held_out: _HeldOut | None,
+    accelerator: Accelerator,
+    n_parts: int,
+    progress: bool,
+) -> Clock:
+    """The loop of both tasks, from its checkpoint if there is one; without `held_out` nothing is measured or logged."""
+    main = accelerator.is_main_process
+    model, optimizer = accelerator.prepare(prior, optimizer)
+    batches = JointBatches(accelerator, len(data.codes), task.batch_size, n_parts, task.batch_setting)
+    start = _resume(run, task, prior, optimizer, average, batches, held_out)
+    clock, writer = Clock(run, task.stage), None
+    if main and held_out is not None:
+        run.forget_after(task.stage, start)
+        writer = SummaryWriter(str(run.file("tensorboard")), purge_step=start)
     steps = tqdm(
-        range(start + 1, config.training_steps + 1),
-        desc="2 PixelCNN",
+        range(start + 1, task.steps + 1),
+        desc=task.label,
         initial=start,
-        total=config.training_steps,
-        disable=not progress,
+        total=task.steps,
+        disable=not (progress and main),
         unit="step",
     )
     prior.train()
     for step in steps:
-        batch = train[torch.randint(len(train), (config.batch_size,))].long().to(accelerator.device)  # (B, T)
-        loss = maximum_likelihood_loss(prior, batch)
-        check_finite(loss, STAGE, step, REMEDY)
         optimizer.zero_grad()
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(prior.parameters(), 1.0)
+        losses = []
+        for number, rows in enumerate(batches.draw()):
+            batch = data[rows].to(accelerator.device)  # (B, T')
+            with batches.part(model, number):
+                loss = maximum_likelihood_loss(model, batch.codes, batch.condition)
+                check_finite(loss, task.stage, step, task.remedy)
+                accelerator.backward(loss / n_parts)
+            losses.append(loss.detach())
+        accelerator.clip_grad_norm_(model.parameters(), task.max_grad_norm)
         optimizer.step()
         average.update(prior)
-        figures = {"nll_train": loss.item()} if step % LOG_EVERY == 0 else {}
-        if step % config.evaluate_every == 0 or step == config.training_steps:
-            figures |= _evaluate(prior, average, codes, best, step)
-            steps.set_postfix(train=f"{loss.item():.2f}", test=f"{figures['nll_test']:.2f}")
-        if figures:
-            run.log(STAGE, step, figures)
-            for name, figure in figures.items():
-                writer.add_scalar(f"prior/{name}", figure, step)
-        if clock.due():
-            _save(run, STAGE, step, prior, optimizer, average, best)
+        if held_out is not None:
+            figures = {"nll_train": batches.mean(losses)} if step % LOG_EVERY == 0 else {}
+            if main and (step % held_out.every == 0 or step == task.steps):
+                figures |= held_out.measure(prior, average, step)
+                steps.set_postfix(train=f"{loss.item():.2f}", test=f"{figures['nll_test']:.2f}")
+            if writer is not None and figures:
+                run.log(task.stage, step, figures)
+                for name, figure in figures.items():
+                    writer.add_scalar(f"{task.stage}/{name}", figure, step)
+        if main and clock.due():
+            _save(run, task, step, prior, optimizer, average, batches, held_out)
             clock.book()
-    writer.close()
-    _finish(run, prior, codes, grid, best)
-    clock.book()
-    return load_module(file, PixelCNN, device)
+    if writer is not None:
+        writer.close()
+    return clock
 
 
-def _evaluate(prior: PixelCNN, average: WeightAverage, codes: CodeSet, best: _Best, step: int) -> dict[str, float]:
-    """Held-out figures of the live and the averaged weights; remembers the best of each."""
-    prior.eval()
-    figures = {"nll_test": nll(prior, torch.from_numpy(codes.test))}
-    if codes.new_people is not None:
-        figures["nll_new_people"] = nll(prior, torch.from_numpy(codes.new_people))
-    best.offer("live", figures["nll_test"], step, prior)
-    with average.applied(prior):
-        figures["nll_test_ema"] = nll(prior, torch.from_numpy(codes.test))
-        best.offer("ema", figures["nll_test_ema"], step, prior)
-    prior.train()
-    return figures
-
-
-def _finish(run: Run, prior: PixelCNN, codes: CodeSet, grid: CodeGrid, best: _Best) -> None:
+def _finish(
+    run: Run, task: _Task, prior: PixelCNN, data: LevelCodes, held_out: _HeldOut, grid: CodeGrid, suffix: str
+) -> None:
     """Write the best weights, and say so if they are no better than code frequencies."""
+    best = held_out.best
     if len(best.weights) < len(best.nll):
-        raise DivergedError(f"stage {STAGE}: no held-out NLL was finite; the last good checkpoint is kept; {REMEDY}")
-    unigram = unigram_nll(torch.from_numpy(codes.train), torch.from_numpy(codes.test), grid.codebook_size)
+        raise DivergedError(
+            f"stage {task.stage}: no held-out NLL was finite; the last good checkpoint is kept; {task.remedy}"
+        )
+    unigram = unigram_nll(data.codes, held_out.test.codes, grid.codebook_size)
     if best.nll["live"] >= unigram:
         logger.warning(
-            "the prior's held-out NLL %.3f does not beat the unigram's %.3f nats per code: it has memorised or not "
+            "the%s prior's held-out NLL %.3f does not beat the unigram's %.3f nats per code: it has memorised or not "
             "learnt; use more images, more augmented passes or fewer steps",
+            suffix.replace("_", " "),
             best.nll["live"],
             unigram,
         )
     facts = {"unigram_nll": unigram}
     for which, name in (("ema", "prior_ema"), ("live", "prior")):
         facts |= {"nll_test": best.nll[which], "step": best.step[which]}
-        save_module(run.file(f"{name}.safetensors"), prior, best.weights[which], **facts)
+        save_module(run.file(f"{name}{suffix}.safetensors"), prior, best.weights[which], **facts)
 
 
 def _save(
     run: Run,
-    stage: str,
+    task: _Task,
     step: int,
     prior: PixelCNN,
     optimizer: torch.optim.Optimizer,
     average: WeightAverage,
-    best: _Best | None = None,
+    batches: JointBatches,
+    held_out: _HeldOut | None,
 ) -> None:
     """Write the stage's checkpoint."""
-    check_weights(prior, stage, step, REMEDY if stage == STAGE else CONTROL_REMEDY)
+    check_weights(prior, task.stage, step, task.remedy)
     state = {"step": step, "model": prior.state_dict(), "optimizer": optimizer.state_dict()}
-    state |= {"average": average.state_dict(), "best": {} if best is None else vars(best)}
-    run.save_checkpoint(stage, state)
+    state |= {"average": average.state_dict(), "best": {} if held_out is None else vars(held_out.best)}
+    run.save_checkpoint(task.stage, state | batches.state_dict())
 
 
 def _resume(
     run: Run,
-    stage: str,
+    task: _Task,
     prior: PixelCNN,
     optimizer: torch.optim.Optimizer,
     average: WeightAverage,
-    best: _Best | None = None,
+    batches: JointBatches,
+    held_out: _HeldOut | None,
 ) -> int:
     """Load the stage's checkpoint, if any; the step it was taken at."""
-    state = run.load_checkpoint(stage)
+    state = run.load_checkpoint(task.stage)
     if state is None:
         return 0
     prior.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     average.load_state_dict(state["average"], prior)
-    if best is not None:
-        vars(best).update(state["best"])
+    batches.load_state_dict(state)
+    if held_out is not None:
+        vars(held_out.best).update(state["best"])
     return state["step"]
 
 
-def continue_prior(run: Run, prior: PixelCNN, codes: CodeSet, device: torch.device, progress: bool = True) -> PixelCNN:
+def continue_prior(run: Run, prior: Prior, codes: CodeSet, device: torch.device, progress: bool = True) -> Prior:
     """The control `mle_continued`: maximum likelihood for as many updates as RAL, everything else alike.
 
     Same starting weights, batch size (`ral.n_envs`), learning rate, Adam moments, gradient clipping, number of
@@ -202,41 +284,43 @@ def continue_prior(run: Run, prior: PixelCNN, codes: CodeSet, device: torch.devi
     Raises:
         DivergedError: the loss became NaN or infinite.
     """
-    file = run.file("prior_continued.safetensors")
+    priors = split_prior(prior)
+    return join_priors(
+        [
+            _continue_level(run, level_prior, codes, prior.grid, level, device, progress)
+            for level, level_prior in enumerate(priors)
+        ]
+    )
+
+
+def _continue_level(
+    run: Run, prior: PixelCNN, codes: CodeSet, grid: CodeGrid, level: int, device: torch.device, progress: bool
+) -> PixelCNN:
+    """Continue one level's PixelCNN, or load what is there."""
+    suffix = SUFFIXES[level]
+    file = run.file(f"prior_continued{suffix}.safetensors")
     if file.exists():
         return load_module(file, PixelCNN, device, prior.config)
     config = run.config.ral
-    seed_everything(run.config.seed * 1000 + 3)
-    model = PixelCNN(**prior.config).to(device)
+    seed_everything(run.config.seed * 1000 + 3 + 20 * level)
+    accelerator = make_accelerator(device)
+    model = PixelCNN(**prior.config).to(accelerator.device)
     model.load_state_dict(prior.state_dict())
     betas = (config.adam_beta1, config.adam_beta2)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate, betas=betas)
     average = WeightAverage(model, config.ema_decay)
-    start = _resume(run, CONTROL, model, optimizer, average)
-    train = torch.from_numpy(codes.train)
-    clock = Clock(run, CONTROL)
-    model.train()
-    steps = tqdm(
-        range(start + 1, config.n_updates + 1),
-        desc="  MLE continued",
-        initial=start,
-        total=config.n_updates,
-        disable=not progress,
-        unit="step",
+    task = _Task(
+        stage=CONTROL + suffix,
+        label="  MLE continued" + suffix.replace("_", " "),
+        remedy="lower ral.learning_rate",
+        batch_size=config.n_envs,
+        batch_setting="ral.n_envs",
+        steps=config.n_updates,
+        max_grad_norm=config.max_grad_norm,
     )
-    for step in steps:
-        batch = train[torch.randint(len(train), (config.n_envs,))].long().to(device)  # (B, T)
-        loss = maximum_likelihood_loss(model, batch)
-        check_finite(loss, CONTROL, step, CONTROL_REMEDY)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-        optimizer.step()
-        average.update(model)
-        if clock.due():
-            _save(run, CONTROL, step, model, optimizer, average)
-            clock.book()
-    check_weights(model, CONTROL, config.n_updates, CONTROL_REMEDY)
+    data = LevelCodes.of(codes.train, grid, level)
+    clock = _fit(run, task, model, optimizer, average, data, None, accelerator, 1, progress)
+    check_weights(model, task.stage, task.steps, task.remedy)
     save_module(file, model, average.weights)
     clock.book()
     return load_module(file, PixelCNN, device)

@@ -1,18 +1,23 @@
-"""Stage 1: images -> VQ-VAE (Section 3; the supplement's Table 4c)."""
+"""Stage 1: images -> VQ-VAE, or VQ-VAE-2 of two levels (Section 3; the supplement's Tables 4c to 10c)."""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from ral_gym.codes import CodeGrid
+from ral_gym.config import Config
 from ral_gym.data import ImageSet, augment, to_float
 from ral_gym.metrics import perplexity
 from ral_gym.run import Run, seed_everything
-from ral_gym.stages.common import Clock, check_finite, check_weights, make_accelerator
+from ral_gym.stages.common import Clock, check_finite, check_weights
+from ral_gym.stages.processes import Compute, JointBatches, make_accelerator, partners
 from ral_gym.storage import config_arguments, load_module, save_module
 from ral_gym.vqvae import VQVAE
+from ral_gym.vqvae2 import vqvae_class
 
 STAGE = "vqvae"
 LOG_EVERY = 10
@@ -21,6 +26,11 @@ REMEDY = "lower vqvae.learning_rate"
 
 def build_vqvae(run: Run, images: ImageSet) -> VQVAE:
     """The untrained model of the run's configuration."""
+    return vqvae_of(run.config, images.image_size, images.channels)
+
+
+def vqvae_of(config: Config, image_size: int, channels: int) -> VQVAE:
+    """The untrained model of a configuration, for such images."""
     names = (
         "codebook_size",
         "codebook_dim",
@@ -34,82 +44,114 @@ def build_vqvae(run: Run, images: ImageSet) -> VQVAE:
         "decay",
         "threshold_ema_dead_code",
     )
-    return VQVAE(images.image_size, images.channels, **config_arguments(run.config.vqvae, names))
+    cls = vqvae_class(config.vqvae.levels)
+    return cls(image_size, channels, **config_arguments(config.vqvae, names))
 
 
-def train_vqvae(run: Run, images: ImageSet, device: torch.device, progress: bool = True) -> VQVAE:
-    """Train, or continue, or load what is there.
+@partners()
+def train_vqvae(
+    run: Run, images: ImageSet, device: torch.device, progress: bool = True, compute: Compute | None = None
+) -> VQVAE:
+    """Train, or continue, or load what is there; all processes together where there are several.
 
     The loss is the mean squared error plus the commitment loss (weight beta); the codebook moves by its own
     exponential average. Logged every 10 steps: `loss`, `reconstruction_error` (mean squared error), `perplexity` and
-    `code_usage` (share of the codebook used) of the batch.
+    `code_usage` (share of the codebook used; of both, with two levels) of the batch.
 
     Raises:
+        ConfigError: the batch cannot be shared out evenly.
         DivergedError: the loss became NaN or infinite.
+        RunError: another process is gone.
     """
-    file = run.file("vqvae.safetensors")
+    file, config, compute = run.file("vqvae.safetensors"), run.config.vqvae, compute or Compute()
+    cls = vqvae_class(config.levels)
     if file.exists():
-        return load_module(file, VQVAE, device, build_vqvae(run, images).config)
-    config = run.config.vqvae
+        return load_module(file, cls, device, build_vqvae(run, images).config)
     seed_everything(run.config.seed * 1000 + 1)
-    accelerator = make_accelerator(device)
+    accelerator = make_accelerator(device, compute)  # before the model: a codebook asks whether there are processes
+    main = accelerator.is_main_process
     vqvae = build_vqvae(run, images)
     optimizer = torch.optim.Adam(vqvae.parameters(), lr=config.learning_rate)
-    vqvae, optimizer = accelerator.prepare(vqvae, optimizer)
-    start = _resume(run, vqvae, optimizer)
-    run.forget_after(STAGE, start)
+    model, optimizer = accelerator.prepare(vqvae, optimizer)
+    n_parts = compute.gradient_accumulation
+    batches = JointBatches(accelerator, len(images.train), config.batch_size, n_parts, "vqvae.batch_size")
+    batches.join_codebooks(vqvae)
+    start = _resume(run, vqvae, optimizer, batches)
     clock = Clock(run, STAGE)
-    writer = SummaryWriter(str(run.file("tensorboard")), purge_step=start)
+    writer = None
+    if main:
+        run.forget_after(STAGE, start)
+        writer = SummaryWriter(str(run.file("tensorboard")), purge_step=start)
     steps = tqdm(
         range(start + 1, config.training_steps + 1),
         desc="1 VQ-VAE",
         initial=start,
         total=config.training_steps,
-        disable=not progress,
+        disable=not (progress and main),
         unit="step",
     )
     vqvae.train()
     for step in steps:
-        rows = torch.randint(len(images.train), (config.batch_size,))  # (B,)
-        batch = to_float(torch.from_numpy(images.train[rows.numpy()]))  # (B, C, S, S)
-        if config.augment:
-            batch = augment(batch, torch.default_generator)
-        batch = batch.to(accelerator.device)
-        reconstruction, codes, commitment = vqvae(batch)
-        error = F.mse_loss(reconstruction, batch)
-        loss = error + commitment
-        check_finite(loss, STAGE, step, REMEDY)
         optimizer.zero_grad()
-        accelerator.backward(loss)
+        parts: list[tuple[Tensor, Tensor, Tensor]] = []
+        for number, rows in enumerate(batches.draw()):
+            batch = to_float(torch.from_numpy(images.train[rows.numpy()]))  # (B, C, S, S)
+            if config.augment:
+                batch = augment(batch, torch.default_generator)
+            batch = batch.to(accelerator.device)
+            with batches.part(model, number):
+                reconstruction, codes, commitment = model(batch)
+                error = F.mse_loss(reconstruction, batch)
+                loss = error + commitment
+                check_finite(loss, STAGE, step, REMEDY)
+                accelerator.backward(loss / n_parts)
+            parts.append((loss.detach(), error.detach(), codes))
         optimizer.step()
         if step % LOG_EVERY == 0:
-            figures = {"loss": loss.item(), "reconstruction_error": error.item()}
-            figures["perplexity"] = perplexity(codes, config.codebook_size)
-            figures["code_usage"] = codes.unique().numel() / config.codebook_size
-            run.log(STAGE, step, figures)
-            for name, figure in figures.items():
-                writer.add_scalar(f"vqvae/{name}", figure, step)
-            steps.set_postfix(error=f"{error.item():.4f}", perplexity=f"{figures['perplexity']:.0f}")
-        if clock.due():
-            _save(run, step, vqvae, optimizer)
+            figures = _figures(batches, parts, vqvae.grid)
+            if writer is not None:
+                run.log(STAGE, step, figures)
+                for name, figure in figures.items():
+                    writer.add_scalar(f"vqvae/{name}", figure, step)
+                error_text = f"{figures['reconstruction_error']:.4f}"
+                steps.set_postfix(error=error_text, perplexity=f"{figures['perplexity']:.0f}")
+        if main and clock.due():
+            _save(run, step, vqvae, optimizer, batches)
             clock.book()
-    writer.close()
-    check_weights(vqvae, STAGE, config.training_steps, REMEDY)
-    save_module(file, accelerator.unwrap_model(vqvae), images=images.description)
-    clock.book()
-    return load_module(file, VQVAE, device)
+    if writer is not None:
+        writer.close()
+        check_weights(vqvae, STAGE, config.training_steps, REMEDY)
+        save_module(file, vqvae, images=images.description)
+        clock.book()
+    accelerator.wait_for_everyone()
+    return load_module(file, cls, device)
 
 
-def _save(run: Run, step: int, vqvae: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def _figures(batches: JointBatches, parts: list[tuple[Tensor, Tensor, Tensor]], grid: CodeGrid) -> dict[str, float]:
+    """What is logged of a step: the means of (loss, reconstruction error, codes (B, T)), of all parts and processes."""
+    losses, errors, codes = zip(*parts, strict=True)
+    levels = grid.split(batches.gather(list(codes)))
+    size, n = grid.codebook_size, grid.levels
+    return {
+        "loss": batches.mean(list(losses)),
+        "reconstruction_error": batches.mean(list(errors)),
+        "perplexity": sum(perplexity(level, size) for level in levels) / n,
+        "code_usage": sum(level.unique().numel() for level in levels) / (n * size),
+    }
+
+
+def _save(run: Run, step: int, vqvae: torch.nn.Module, optimizer: torch.optim.Optimizer, batches: JointBatches) -> None:
     check_weights(vqvae, STAGE, step, REMEDY)
-    run.save_checkpoint(STAGE, {"step": step, "model": vqvae.state_dict(), "optimizer": optimizer.state_dict()})
+    state = {"step": step, "model": vqvae.state_dict(), "optimizer": optimizer.state_dict()}
+    run.save_checkpoint(STAGE, state | batches.state_dict())
 
 
-def _resume(run: Run, vqvae: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
+def _resume(run: Run, vqvae: torch.nn.Module, optimizer: torch.optim.Optimizer, batches: JointBatches) -> int:
     """Load the stage's checkpoint, if any; the step it was taken at."""
     state = run.load_checkpoint(STAGE)
     if state is None:
         return 0
     vqvae.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
+    batches.load_state_dict(state)
     return state["step"]

@@ -1,0 +1,138 @@
+"""The world of a run folder: a trained VQ-VAE, the codes of its images and a critic, loaded once per process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from ral_gym.codes import CodeGrid, CodeSet, decode_codes
+from ral_gym.critic import PatchCritic
+from ral_gym.envs.worlds import World, check_device, check_reward, make_masks
+from ral_gym.errors import RunError
+from ral_gym.pixelcnn import PixelCNN
+from ral_gym.rewards import CriticScorer, ScoreNormalizer
+from ral_gym.run import read_config
+from ral_gym.storage import load_module, load_tensors
+from ral_gym.two_level import Prior, TwoLevelPrior
+from ral_gym.vqvae import VQVAE
+from ral_gym.vqvae2 import vqvae_class
+
+
+def run_world(
+    run: str,
+    reward: str = "single",
+    device: str = "cpu",
+    forbidden_codes: Sequence[int] = (),
+    top_k: int | None = None,
+) -> World:
+    """The world of a run folder: its VQ-VAE, its training images' codes and its critic, frozen.
+
+    Args:
+        run: path of the folder, with stages 1 and 2 done (and stage 3, unless `reward` is `none`).
+        reward: `single`, `intermediate`, or `none`: rewards are 0, for a callback that writes them.
+        device: `cpu`, `cuda` or `cuda:N`.
+        forbidden_codes: see `Masks`.
+        top_k: see `Masks`; the prior is the run's.
+
+    Raises:
+        ValueError: unknown reward, or masks that leave nothing to draw.
+        DeviceError: a device that does not exist here.
+        RunError: the folder lacks a stage, a file is damaged, or its files do not belong together.
+    """
+    check_reward(reward)
+    where = check_device(device)
+    folder = Path(run)
+    config = read_config(folder)
+    vqvae = load_frozen(folder / "vqvae.safetensors", vqvae_class(config.vqvae.levels), device)
+    grid = vqvae.grid
+    codes = load_real_codes(folder / "codes.safetensors", grid)
+    scorer = None if reward == "none" else _critic_scorer(folder / "critic.safetensors", vqvae, reward, device)
+    prior = None if top_k is None else run_prior(folder, config.vqvae.levels, device)
+    map_size = vqvae.image_size // 2**config.critic.layers
+    return World(
+        grid=grid,
+        decode=partial(decode_codes, vqvae),
+        scorer=scorer,
+        real_codes=codes,
+        row_multiple=max(1, vqvae.height // map_size),
+        device=where,
+        masks=make_masks(grid.codebook_size, forbidden_codes, top_k, prior),
+        recipe=(run_world, (run, reward, device, tuple(forbidden_codes), top_k)),
+    )
+
+
+def _critic_scorer(path: Path, vqvae: VQVAE, reward: str, device: str) -> CriticScorer:
+    critic, normalizer = _load(path, _load_critic, device)
+    expected = {"image_size": vqvae.image_size, "channels": vqvae.channels}
+    found = {name: critic.config[name] for name in expected}
+    if found != expected:
+        raise RunError(f"{path} scores images of {found}, but the VQ-VAE beside it decodes {expected}; train it again")
+    return CriticScorer(vqvae, critic, reward, normalizer)  # type: ignore[arg-type]
+
+
+def run_prior(folder: Path, levels: int, device: str) -> Prior:
+    """A run's maximum-likelihood generator, frozen: its PixelCNN, or those of two levels as one.
+
+    Raises:
+        RunError: see `load_module`.
+    """
+    files = ["prior.safetensors", "prior_bottom.safetensors"][:levels]
+    networks = [load_frozen(folder / file, PixelCNN, device) for file in files]
+    return networks[0] if levels == 1 else TwoLevelPrior(*networks).eval()
+
+
+def load_frozen(path: Path, cls: type[nn.Module], device: str) -> Any:
+    """A network from its file, in evaluation mode and without gradients, once per process.
+
+    Raises:
+        RunError: see `load_module`.
+    """
+    return _load(path, _load_network, (cls, device))
+
+
+def _load_network(path: Path, what: tuple[type[nn.Module], str]) -> nn.Module:
+    cls, device = what
+    return load_module(path, cls, device)
+
+
+def load_real_codes(path: Path, grid: CodeGrid) -> np.ndarray:
+    """The codes (N, T) int16 of the real images in a code file, once per process.
+
+    Raises:
+        RunError: see `CodeSet.load`.
+    """
+    return _load(path, _load_codes, grid)
+
+
+def _load_codes(path: Path, grid: CodeGrid) -> np.ndarray:
+    """The codes of the training images as they are, without augmented passes: (N, T) int16."""
+    codes = CodeSet.load(path, grid)
+    return codes.train[: codes.clean]
+
+
+def _load_critic(path: Path, device: str) -> tuple[PatchCritic, ScoreNormalizer]:
+    """The critic and the scale it was saved with."""
+    critic = load_module(path, PatchCritic, device)
+    _, metadata = load_tensors(path)
+    try:
+        normalizer = ScoreNormalizer(metadata["normalization"])
+        normalizer.shift, normalizer.scale = metadata["shift"], metadata["scale"]
+    except KeyError as error:
+        raise RunError(f"{path} lacks {error}, the scale of its scores; train it again") from error
+    return critic, normalizer
+
+
+def _load(path: Path, load: Callable[[Path, Any], Any], argument: Any) -> Any:
+    """What ``load(path, argument)`` reads, once per process; a file that was written again is read again."""
+    version = (path.stat().st_mtime_ns, path.stat().st_size) if path.exists() else None
+    return _load_once(path, path.absolute(), version, load, argument)
+
+
+@lru_cache(maxsize=16)
+def _load_once(path: Path, absolute: Path, version: Any, load: Callable[[Path, Any], Any], argument: Any) -> Any:
+    return load(path, argument)

@@ -1,0 +1,7 @@
+"""``python -m ral_gym``: the same as ``ral-gym``."""
+
+import sys
+
+from ral_gym.cli import main
+
+sys.exit(main())

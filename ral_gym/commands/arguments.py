@@ -1,0 +1,188 @@
+"""The arguments of every command, as dataclasses that tyro turns into flags; nothing here imports torch."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Union, cast
+
+import tyro
+
+from ral_gym.config import Config
+from ral_gym.errors import ConfigError
+from ral_gym.presets import PRESETS, get_preset
+
+Stage = Literal["vqvae", "prior", "ral", "evaluate"]
+STAGES: tuple[Stage, ...] = ("vqvae", "prior", "ral", "evaluate")
+Generator = Literal["prior", "prior_ema", "prior_continued", "policy", "policy_ema"]
+RunFolder = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+ImageFile = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE")]
+
+
+@dataclass
+class TrainArguments:
+    """Train a VQ-VAE, a PixelCNN and RAL on a set of images, and compare the generators.
+
+    The same command run again continues where it stopped; a finished run prints its table.
+    """
+
+    config: Annotated[Config, tyro.conf.arg(name="")]
+    """The stages' settings; the defaults are the preset's."""
+    data: str | None = None
+    """Images: `faces`, `celeba:PATH`, `folder:PATH`, `lsun:PATH` or `hf:NAME`. Short for --data.source."""
+    algo: str | None = None
+    """Algorithm of stage 3: reinforce, ppo, a2c, trpo, grpo or maskable_ppo. Short for --ral.algo."""
+    stages: tuple[Stage, ...] = STAGES
+    """Only these stages, for instance `--stages vqvae prior`; each needs the files of those before it."""
+    dry_run: bool = False
+    """Print parameters, codes, memory and operations of every stage, and train nothing."""
+    name: str | None = None
+    """Name of the run folder. None: the preset's, with the algorithm and the seed where they are not the default."""
+    runs: str = "runs"
+    """Folder that holds the run folders."""
+    device: str = "auto"
+    """`auto` (CUDA when present), `cpu`, `cuda` or `cuda:N`."""
+    mixed_precision: Literal["no", "bf16"] = "no"
+    """Stages 1 and 2: `bf16` computes in 16 bits; weights and optimizer stay in 32."""
+    gradient_accumulation: int = 1
+    """Stages 1 and 2: work through each batch in this many parts, for less memory; the step stays the same."""
+    quiet: bool = False
+    """No progress bars."""
+
+
+@dataclass
+class SampleArguments:
+    """Draw images from a trained generator: a picture, and their codes where wanted."""
+
+    run: RunFolder
+    """The run folder, for instance runs/demo."""
+    n: int = 64
+    """How many images."""
+    generator: Generator | None = None
+    """Which generator. None: policy_ema, or prior where RAL has not been trained."""
+    temperature: float = 1.0
+    """Divides the logits; below 1 sharper and less diverse."""
+    seed: int = 0
+    """Seeds the drawing; generators with equal seeds draw from the same uniforms."""
+    output: str | None = None
+    """PNG file. None: RUN/samples/sample_GENERATOR.png."""
+    codes: str | None = None
+    """Also write the codes, int16 (n, T), to this .npz file."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda` or `cuda:N`."""
+
+
+@dataclass
+class CompleteArguments:
+    """Hide the lower rows of an image and let MLE and RAL draw them anew (Section 5.5, Figure 7)."""
+
+    run: RunFolder
+    """The run folder, for instance runs/demo."""
+    image: ImageFile
+    """An image file; it is cut and resized as the run's images were."""
+    visible_rows: float = 0.5
+    """Share of the image's rows that stays visible, above 0 and below 1; rounded to whole rows of codes."""
+    seeds: int = 4
+    """How many completions of each generator."""
+    temperature: float = 1.0
+    """Divides the logits; below 1 sharper and less diverse."""
+    seed: int = 0
+    """The first seed; completions use this one and those after it."""
+    output: str | None = None
+    """PNG file. None: RUN/samples/complete_IMAGE.png."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda` or `cuda:N`."""
+
+
+@dataclass
+class EvaluateArguments:
+    """Measure a trained run's generators, and draw its pictures; a measured run prints its table."""
+
+    run: RunFolder
+    """The run folder, for instance runs/demo."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda` or `cuda:N`."""
+    quiet: bool = False
+    """No progress bars."""
+
+
+@dataclass
+class PresetsArguments:
+    """List the presets, or all settings of one."""
+
+    name: Annotated[str | None, tyro.conf.Positional] = None
+    """A preset; None: all of them, in a table."""
+
+
+Arguments = TrainArguments | SampleArguments | CompleteArguments | EvaluateArguments | PresetsArguments
+
+
+def parse(argv: Sequence[str]) -> Arguments:
+    """Arguments of ``ral-gym COMMAND ...``.
+
+    Raises:
+        ConfigError: an unknown preset, or a setting out of range.
+        SystemExit: wrong arguments (2) or --help (0), by tyro.
+    """
+    train: Any = tyro.conf.subcommand("train", default=TrainArguments(_preset(argv)), description=_training_help())
+    commands: Any = Union[  # noqa: UP007 (made at run time)
+        Annotated[TrainArguments, train],
+        Annotated[SampleArguments, tyro.conf.subcommand("sample")],
+        Annotated[CompleteArguments, tyro.conf.subcommand("complete")],
+        Annotated[EvaluateArguments, tyro.conf.subcommand("evaluate")],
+        Annotated[PresetsArguments, tyro.conf.subcommand("presets")],
+    ]
+    arguments = cast(
+        Arguments,
+        tyro.cli(
+            commands,
+            prog="ral-gym",
+            description="Images -> VQ-VAE -> PixelCNN -> reinforced adversarial learning.",
+            args=list(argv),
+            config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.AvoidSubcommands),
+        ),
+    )
+    return _complete(arguments) if isinstance(arguments, TrainArguments) else arguments
+
+
+def parse_train(argv: Sequence[str]) -> TrainArguments:
+    """Arguments of the training command alone; `--preset` chooses the defaults of all others.
+
+    Raises:
+        ConfigError: an unknown preset, or a setting out of range.
+        SystemExit: wrong arguments (2) or --help (0), by tyro.
+    """
+    default = TrainArguments(_preset(argv))
+    return _complete(tyro.cli(TrainArguments, args=list(argv), default=default, description=_training_help()))
+
+
+def _preset(argv: Sequence[str]) -> Config:
+    """The preset that the arguments ask for."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", default="demo")
+    return get_preset(first.parse_known_args(argv)[0].preset)
+
+
+def _training_help() -> str:
+    return f"{TrainArguments.__doc__}\nPresets: {', '.join(PRESETS)}."
+
+
+def _complete(arguments: TrainArguments) -> TrainArguments:
+    """Apply the short flags, check the settings and name the run."""
+    config = arguments.config
+    if arguments.data is not None:
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, source=arguments.data))
+    if arguments.algo is not None:
+        config = dataclasses.replace(config, ral=dataclasses.replace(config.ral, algo=arguments.algo))
+    config.check()
+    if not arguments.stages:
+        raise ConfigError(f"--stages names no stage: give one or more of {' '.join(STAGES)}")
+    if arguments.gradient_accumulation < 1:
+        raise ConfigError(f"--gradient-accumulation is {arguments.gradient_accumulation}: give 1 or more")
+    arguments.config = config
+    if arguments.name is None:
+        parts = [config.preset, *([config.ral.algo] if config.ral.algo != "reinforce" else [])]
+        arguments.name = "-".join(parts + ([f"seed{config.seed}"] if config.seed else []))
+    return arguments

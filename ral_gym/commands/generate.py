@@ -1,0 +1,128 @@
+"""`ral-gym sample` and `ral-gym complete`: pictures from the generators of a run."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+
+from ral_gym.codes import decode_codes
+from ral_gym.commands.arguments import CompleteArguments, SampleArguments
+from ral_gym.completion import complete, read_image, save_completion
+from ral_gym.errors import ConfigError, RunError
+from ral_gym.figures import save_grid
+from ral_gym.run import Run, read_config
+from ral_gym.stages.common import resolve_device
+from ral_gym.stages.levels import GENERATORS, load_generator, load_vqvae
+from ral_gym.stages.pictures import sample_codes
+from ral_gym.storage import write_atomic
+
+COMPLETED_BY = {"MLE": "prior", "RAL": "policy_ema"}
+"""The generators that a completion compares, as in Figure 7."""
+
+
+def open_run(path: str) -> Run:
+    """An existing run folder, whatever its configuration.
+
+    Raises:
+        RunError: it is none.
+    """
+    if not (Path(path) / "config.json").is_file():
+        raise RunError(f"{path} is not a run folder (no config.json in it): give one that ral-gym train has made")
+    return Run(path, read_config(path))
+
+
+def need(run: Run, names: list[str], remedy: str) -> None:
+    """Refuse to go on without files of the run.
+
+    Raises:
+        RunError: which are missing, and what makes them.
+    """
+    missing = [name for name in names if not run.has(name)]
+    if missing:
+        raise RunError(f"{run.path} has no {', '.join(missing)}: {remedy}")
+
+
+def generator_files(run: Run, name: str) -> list[str]:
+    """The files of a generator."""
+    bottom = [f"{name}_bottom.safetensors"] if run.config.vqvae.levels == 2 and name.startswith("prior") else []
+    return [f"{name}.safetensors", *bottom]
+
+
+def sample(arguments: SampleArguments, console: Console) -> Path:
+    """Draw images; the picture's path.
+
+    Raises:
+        ConfigError: n or the temperature is out of range.
+        RunError: no run folder, or the generator has not been trained.
+    """
+    if arguments.n < 1 or not 0 < arguments.temperature < math.inf:
+        raise ConfigError(
+            f"{arguments.n} images at temperature {arguments.temperature}: give 1 or more, and a temperature above 0"
+        )
+    device, run = resolve_device(arguments.device), open_run(arguments.run)
+    trained = run.has("policy_ema.safetensors")
+    name = arguments.generator or ("policy_ema" if trained else "prior")
+    need(run, ["vqvae.safetensors", *generator_files(run, name)], f"train it ({GENERATORS[name]}) with ral-gym train")
+    vqvae, prior = load_vqvae(run, device), load_generator(run, name, device)
+    codes = sample_codes(prior, arguments.n, arguments.seed, arguments.temperature)  # (n, T)
+    path = Path(arguments.output or run.file(f"samples/sample_{name}.png"))
+    caption = f"{GENERATORS[name]}; not selected; temperature {arguments.temperature:g}, seed {arguments.seed}"
+    columns = math.ceil(math.sqrt(arguments.n))
+    title = f"{arguments.n} samples of {run.path.name}, {name}"
+    save_grid(path, decode_codes(vqvae, codes), columns=columns, title=title, caption=caption)
+    _say(console, f"{name}: {GENERATORS[name]}", f"  {path}")
+    if arguments.codes is not None:
+        _save_codes(Path(arguments.codes), codes.numpy().astype(np.int16), run)
+        _say(console, f"  {arguments.codes}")
+    return path
+
+
+def complete_image(arguments: CompleteArguments, console: Console) -> Path:
+    """Complete an image with MLE and RAL; the picture's path.
+
+    Raises:
+        ConfigError: the visible share, the number of seeds or the temperature is out of range.
+        DataError: the image cannot be read.
+        RunError: no run folder, or it has not come so far.
+    """
+    if not 0 < arguments.visible_rows < 1:
+        raise ConfigError(f"--visible-rows is {arguments.visible_rows}: give a share above 0 and below 1, such as 0.5")
+    device, run = resolve_device(arguments.device), open_run(arguments.run)
+    files = [file for name in COMPLETED_BY.values() for file in generator_files(run, name)]
+    need(run, ["vqvae.safetensors", *files], "train all of its stages with ral-gym train")
+    vqvae = load_vqvae(run, device)
+    image, said = read_image(Path(arguments.image), vqvae, run.config.data)
+    if said:
+        _say(console, said)
+    generators = {label: load_generator(run, name, device) for label, name in COMPLETED_BY.items()}
+    completion = complete(
+        vqvae, generators, image, arguments.visible_rows, arguments.seeds, arguments.seed, arguments.temperature
+    )
+    share = f"{completion.rows} of {vqvae.height} rows of codes are visible ({completion.rows / vqvae.height:.0%})"
+    path = Path(arguments.output or run.file(f"samples/complete_{Path(arguments.image).stem}.png"))
+    last = arguments.seed + arguments.seeds - 1
+    caption = f"{share}; not selected; temperature {arguments.temperature:g}, seeds {arguments.seed} to {last}"
+    title = f"{Path(arguments.image).name} completed by {run.path.name}: MLE and RAL"
+    save_completion(path, completion, title=title, caption=caption)
+    _say(console, share, f"  {path}")
+    return path
+
+
+def _save_codes(path: Path, codes: np.ndarray, run: Run) -> None:
+    """Codes and what they fit, as a compressed npz file."""
+    config = run.config
+    facts = {"codebook_size": config.vqvae.codebook_size, "height": config.grid_size, "levels": config.vqvae.levels}
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            np.savez_compressed(file, codes=codes, **facts)  # type: ignore[arg-type]
+
+    write_atomic(path, write)
+
+
+def _say(console: Console, *lines: str) -> None:
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True, markup=False)

@@ -1,0 +1,130 @@
+"""`ral-gym presets` and `ral-gym train --dry-run`: what there is, and what it costs."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from ral_gym.commands.arguments import PresetsArguments, TrainArguments
+from ral_gym.config import Config
+from ral_gym.presets import PRESETS, get_preset
+
+
+def show_presets(arguments: PresetsArguments, console: Console) -> None:
+    """All presets in one table, or every setting of one.
+
+    Raises:
+        ConfigError: there is no such preset.
+    """
+    console.print(_all_presets() if arguments.name is None else _one_preset(get_preset(arguments.name)))
+    if arguments.name is None:
+        console.print("One with all its settings: ral-gym presets NAME", highlight=False)
+
+
+def _table(title: str, *columns: str, left: int = 1) -> Table:
+    table = Table(title=title, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number < left else "right", no_wrap=True)
+    return table
+
+
+def _all_presets() -> Table:
+    """Images, codes, PixelCNNs and training steps of every preset; it fits 80 columns."""
+    table = _table("Presets", "preset", "data", "pixels", "codes", "K", "PixelCNN", "steps 1, 2", left=2)
+    for name, config in PRESETS.items():
+        two = config.vqvae.levels == 2
+        sides = [config.grid_size, *([2 * config.grid_size] if two else [])]
+        priors = [config.prior, *([config.bottom] if two else [])]
+        steps = [config.vqvae.training_steps, *(prior.training_steps for prior in priors)]
+        table.add_row(
+            name,
+            config.data.source.partition(":")[0],
+            str(config.data.image_size),
+            " + ".join(f"{side}²" for side in sides),
+            str(config.vqvae.codebook_size),
+            "\n".join(_network(prior.hidden_units, prior.layers, prior.attention_layers) for prior in priors),
+            "\n".join([", ".join(f"{step:,}" for step in steps[:2]), *(f"{step:,}" for step in steps[2:])]),
+        )
+    table.caption = "PixelCNN: units x layers, a: attention layers; two levels: top above bottom"
+    return table
+
+
+def _network(units: int, layers: int, attention: int) -> str:
+    return f"{units} x {layers}" + (f", {attention}a" if attention else "")
+
+
+def _one_preset(config: Config) -> Table:
+    """Every setting of a preset."""
+    table = _table(f"Preset {config.preset}", "setting", "value", left=2)
+    for section in dataclasses.fields(config):
+        value: Any = getattr(config, section.name)
+        if section.name == "bottom" and config.vqvae.levels == 1:
+            continue
+        if not dataclasses.is_dataclass(value):
+            table.add_row(section.name, str(value))
+            continue
+        for number, field in enumerate(dataclasses.fields(value)):
+            last = number == len(dataclasses.fields(value)) - 1
+            table.add_row(f"{section.name}.{field.name}", str(getattr(value, field.name)), end_section=last)
+    return table
+
+
+def show_dry_run(arguments: TrainArguments, console: Console) -> None:
+    """Parameters, codes, memory and operations of every stage.
+
+    Raises:
+        ConfigError: the settings do not fit one another.
+    """
+    from ral_gym.dry_run import dry_run
+    from ral_gym.stages.processes import Compute, process_count
+
+    config = arguments.config
+    compute = Compute(arguments.mixed_precision, arguments.gradient_accumulation)
+    result = dry_run(config, compute, process_count())
+    sides = " + ".join(f"{height}x{width}" for height, width in result.grid.shapes)
+    size = config.data.image_size
+    console.print(
+        f"{config.preset}: {size}x{size} images with {result.channels} channel(s), {sides} codes of "
+        f"{result.grid.codebook_size}: T = {result.grid.n_codes:,} per image",
+        highlight=False,
+        soft_wrap=True,
+    )
+    table = _table("Dry run", "stage", "parameters", "batch", "steps", "FLOPs/step", "FLOPs", "memory")
+    for stage in result.stages:
+        table.add_row(
+            stage.stage,
+            f"{stage.parameters:,}",
+            f"{stage.batch_size:,}",
+            f"{stage.steps:,}",
+            _flops(stage.flops_per_step),
+            _flops(stage.flops_per_step * stage.steps),
+            _memory(stage.memory),
+        )
+    console.print(table)
+    for stage in result.stages:
+        parts = ", ".join(f"{name} {_flops(count)}" for name, count in stage.parts.items())
+        console.print(f"{stage.stage}: forward, per image: {parts}", highlight=False, soft_wrap=True)
+    console.print(
+        "Estimates: products and convolutions only; memory per process, without a framework's own; stage 3 as whole "
+        "images with one pass over each. Nothing was trained.",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _flops(count: int) -> str:
+    """Operations with three digits and a unit: 1.23 T."""
+    value, units = float(count), ("", "k", "M", "G", "T", "P", "E", "Z")
+    for unit in units:
+        if value < 999.5:
+            return f"{value:.3g} {unit}".strip()
+        value /= 1000
+    return f"{value:.3g} Y"
+
+
+def _memory(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"

@@ -1,0 +1,112 @@
+"""What conditions the bottom prior of a two-level model: its own stack of residual blocks on the top codes.
+
+Follows "Generating Diverse High-Fidelity Images with VQ-VAE-2" (Razavi et al., 2019): p(bottom | top) is a PixelCNN
+without attention that sees the top codes through 20 residual blocks ("Conditioning Output stack layers" in the
+supplement's Tables 8 to 10). Not drawn top codes read as a learned token, so that an image may have fewer rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ral_gym.errors import ConfigError
+
+
+def upsample(x: Tensor, factor: int) -> Tensor:
+    """Repeat rows and columns: (B, h, w, C) to (B, factor h, factor w, C)."""
+    return x.repeat_interleave(factor, dim=1).repeat_interleave(factor, dim=2)
+
+
+class ResidualBlock(nn.Module):
+    """x + 1x1(relu(3x3(relu(x)))) on grids (B, C, H, W).
+
+    Args:
+        hidden_units: C.
+        residual_units: channels between the two convolutions.
+        dropout: probability, before the second one.
+    """
+
+    def __init__(self, hidden_units: int, residual_units: int, dropout: float):
+        super().__init__()
+        self.inner = nn.Conv2d(hidden_units, residual_units, 3, padding=1)
+        self.dropout = nn.Dropout(dropout)
+        self.out = nn.Conv2d(residual_units, hidden_units, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) to the same."""
+        return x + self.out(self.dropout(F.relu(self.inner(F.relu(x)))))
+
+
+class ConditioningStack(nn.Module):
+    """Embeds a grid of codes and lets every position see its surroundings, later codes included.
+
+    Args:
+        codebook_size: K of these codes.
+        height: H, rows of their grid.
+        width: W, columns of their grid.
+        hidden_units: C, channels of the result.
+        residual_units: channels inside a residual block.
+        layers: residual blocks.
+        dropout: probability inside them.
+    """
+
+    def __init__(
+        self,
+        codebook_size: int,
+        height: int,
+        width: int,
+        hidden_units: int,
+        residual_units: int,
+        layers: int,
+        dropout: float,
+    ):
+        super().__init__()
+        self.codebook_size, self.height, self.width = codebook_size, height, width
+        self.embedding = nn.Embedding(codebook_size + 1, hidden_units)  # the last one: no code here
+        blocks = (ResidualBlock(hidden_units, residual_units, dropout) for _ in range(layers))
+        self.blocks = cast(Sequence[ResidualBlock], nn.ModuleList(blocks))
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """Codes to the features that condition another grid.
+
+        The whole grid is always run, so that what an image's codes imply does not depend on its neighbours' heights.
+
+        Args:
+            codes: (B, r W) int64, r from 1 to H; entries of K and more, and the rows left out, are absent.
+
+        Returns:
+            (B, H, W, C).
+
+        Raises:
+            ConfigError: the codes are no whole rows of the grid.
+        """
+        batch, length = codes.shape
+        full = self.height * self.width
+        if length % self.width or not 0 < length <= full:
+            raise ConfigError(
+                f"a condition of {length} codes does not fit the PixelCNN: pass whole rows of the top grid, a multiple "
+                f"of {self.width} from {self.width} to {full}"
+            )
+        codes = F.pad(codes, (0, full - length), value=self.codebook_size).clamp(max=self.codebook_size)
+        x = self.embedding(codes.view(batch, self.height, self.width)).permute(0, 3, 1, 2)  # (B, C, H, W)
+        for block in self.blocks:
+            x = block(x)
+        return x.permute(0, 2, 3, 1)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Initialise so that each of N blocks adds about 1 / N of the variance; "no code" starts as zeros."""
+        nn.init.normal_(self.embedding.weight, std=0.1)
+        self.embedding.weight[-1] = 0
+        for block in self.blocks:
+            nn.init.normal_(block.inner.weight, std=1 / math.sqrt(block.inner.weight[0].numel()))
+            nn.init.normal_(block.out.weight, std=2 / math.sqrt(block.out.in_channels * len(self.blocks)))
+            for layer in (block.inner, block.out):
+                assert layer.bias is not None
+                nn.init.zeros_(layer.bias)

@@ -1,0 +1,147 @@
+"""The PixelCNNs of a run: one, or with two levels one of the top codes and one of the bottom codes given the top ones.
+
+Each level is trained on its own codes and has its own settings and files (`SECTIONS`, `SUFFIXES`); together they are
+one generator of whole images, a `PixelCNN` or a `TwoLevelPrior`. After RAL that is one file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ral_gym.codes import CodeGrid
+from ral_gym.config import Config
+from ral_gym.errors import RunError
+from ral_gym.metrics import nll
+from ral_gym.pixelcnn import PixelCNN
+from ral_gym.run import Run
+from ral_gym.storage import config_arguments, load_module
+from ral_gym.two_level import TwoLevelPrior
+from ral_gym.vqvae import VQVAE
+from ral_gym.vqvae2 import vqvae_class
+
+Prior = PixelCNN | TwoLevelPrior
+SUFFIXES = ("", "_bottom")
+"""What the files and the stage of each level's PixelCNN end in."""
+SECTIONS = ("prior", "bottom")
+"""The settings of each level's PixelCNN."""
+NLL_BATCH = 256
+GENERATORS = {
+    "prior": "maximum likelihood, the weights of the best held-out NLL",
+    "prior_ema": "their exponential average",
+    "prior_continued": "maximum likelihood for as many more updates as RAL",
+    "policy": "RAL, the live policy",
+    "policy_ema": "RAL, the exponential average",
+}
+"""The generators of a finished run, by the names of their files."""
+
+
+def build_prior(run: Run, grid: CodeGrid, level: int = 0) -> PixelCNN:
+    """The untrained model of the run's configuration: the only one or the top one (0), or the bottom one (1)."""
+    return prior_of(run.config, grid, level)
+
+
+def prior_of(config: Config, grid: CodeGrid, level: int = 0) -> PixelCNN:
+    """The untrained model of a configuration; see `build_prior`."""
+    names = [
+        "hidden_units",
+        "residual_units",
+        "layers",
+        "conv_filter_size",
+        "dropout",
+        "output_stack_layers",
+        "position_embedding",
+        "attention_layers",
+        "attention_heads",
+        *(["conditioning_stack_layers"] if level else []),
+    ]
+    arguments = config_arguments(getattr(config, SECTIONS[level]), tuple(names))
+    if level:
+        arguments["condition"] = (*grid.shapes[0], grid.codebook_size)
+    return PixelCNN(grid.codebook_size, *grid.shapes[level], **arguments)
+
+
+def join_priors(priors: list[PixelCNN]) -> Prior:
+    """The generator of whole images: the only PixelCNN, or top and bottom ones as one."""
+    return priors[0] if len(priors) == 1 else TwoLevelPrior(*priors)
+
+
+def split_prior(prior: Prior) -> list[PixelCNN]:
+    """The inverse of `join_priors`."""
+    return [prior.top, prior.bottom] if isinstance(prior, TwoLevelPrior) else [prior]
+
+
+@dataclass(frozen=True)
+class LevelCodes:
+    """What one PixelCNN models: its codes (N, T') and, for the bottom one, the top codes (N, H * W) they belong to."""
+
+    codes: Tensor
+    condition: Tensor | None = None
+
+    @classmethod
+    def of(cls, codes: np.ndarray, grid: CodeGrid, level: int) -> LevelCodes:
+        """Level `level` of whole sequences (N, T)."""
+        levels = grid.split(torch.from_numpy(codes))
+        return cls(levels[level], levels[0] if level else None)
+
+    def __getitem__(self, rows: Tensor | slice) -> LevelCodes:
+        """Some of the images."""
+        return LevelCodes(self.codes[rows], None if self.condition is None else self.condition[rows])
+
+    def to(self, device: torch.device) -> LevelCodes:
+        """As int64 on a device."""
+        return LevelCodes(
+            self.codes.long().to(device), None if self.condition is None else self.condition.long().to(device)
+        )
+
+
+def maximum_likelihood_loss(prior: torch.nn.Module, codes: Tensor, condition: Tensor | None = None) -> Tensor:
+    """Mean negative log-likelihood in nats per code of code grids (B, T), given the condition (B, T'') if any."""
+    logits = prior(codes) if condition is None else prior(codes, condition)  # (B, T, K)
+    return F.cross_entropy(logits.flatten(0, 1), codes.flatten())
+
+
+def held_out_nll(prior: PixelCNN, data: LevelCodes) -> float:
+    """Nats per code of one level's held-out codes, teacher-forced."""
+    device = next(prior.parameters()).device
+    if data.condition is None:
+        return nll(prior, data.codes, device=device)
+    total = 0.0
+    for start in range(0, len(data.codes), NLL_BATCH):
+        batch = data[start : start + NLL_BATCH].to(device)
+        total += len(batch.codes) * nll(partial(prior, condition=batch.condition), batch.codes)
+    return total / len(data.codes)
+
+
+def load_vqvae(run: Run, device: torch.device | str = "cpu") -> VQVAE:
+    """The run's trained VQ-VAE, of one level or two.
+
+    Raises:
+        RunError: the file is missing or damaged.
+    """
+    return load_module(run.file("vqvae.safetensors"), vqvae_class(run.config.vqvae.levels), device)
+
+
+def load_generator(run: Run, name: str, device: torch.device | str = "cpu") -> Prior:
+    """A trained generator of the run, of one level or two.
+
+    Args:
+        run: the run folder.
+        name: one of `GENERATORS`.
+        device: where it goes.
+
+    Raises:
+        RunError: there is no such generator, or its file is missing or damaged.
+    """
+    if name not in GENERATORS:
+        raise RunError(f"generator '{name}' is unknown: choose one of {', '.join(GENERATORS)}")
+    levels = run.config.vqvae.levels
+    if name.startswith("policy") and levels == 2:
+        return load_module(run.file(f"{name}.safetensors"), TwoLevelPrior, device)
+    files = [run.file(f"{name}{suffix}.safetensors") for suffix in SUFFIXES[:levels]]
+    return join_priors([load_module(file, PixelCNN, device) for file in files])

@@ -1,0 +1,221 @@
+"""How stages 1 and 2 compute: one process or several, in which precision, a batch at once or in parts.
+
+All processes together take the steps that one would take: every one draws the same rows for the joint batch and works
+on its share, gradients are averaged, and the codebook's statistics are summed (`vector-quantize-pytorch` does that
+once a process group exists). A batch in N parts is the same batch too: gradients and codebook statistics add up, and
+only the last part moves anything. So none of this belongs to what a run is: `config.json` does not name it, and a run
+may continue with other values. What does differ is noise: dropout and augmentation are drawn per process, the order of
+sums changes, and bf16 rounds activations (weights, optimizer and codebook stay in 32 bits).
+
+Start several with ``torchrun --nproc-per-node N`` or ``accelerate launch``. Process 0 alone prints, logs and writes.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
+from torch import Tensor, nn
+from vector_quantize_pytorch import VectorQuantize
+
+from ral_gym.errors import ConfigError, DeviceError, RunError
+
+LOST = re.compile(r"connection|gloo|nccl|timed out|timeout|peer|socket|store", re.IGNORECASE)
+"""Words in what the communication library says when another process is gone."""
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Time and memory of stages 1 and 2, without a part in what they learn."""
+
+    mixed_precision: Literal["no", "bf16"] = "no"
+    """`bf16`: activations and products in 16 bits; weights, optimizer and codebook stay in 32."""
+    gradient_accumulation: int = 1
+    """Each step's batch is worked through in this many parts: less memory, the same step."""
+
+    def check(self) -> None:
+        """Refuse what is out of range.
+
+        Raises:
+            ConfigError: how it must be.
+        """
+        if self.gradient_accumulation < 1:
+            raise ConfigError(f"gradient_accumulation is {self.gradient_accumulation}: give an integer of 1 or more")
+
+
+def process_index() -> int:
+    """This process's number among those of the run, as torchrun or accelerate gave it out."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def process_count() -> int:
+    """How many processes torchrun or accelerate started for the run."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def make_accelerator(device: torch.device, compute: Compute | None = None) -> Accelerator:
+    """An `accelerate` front end for the stage's model, optimizer and backward pass on `device`.
+
+    Raises:
+        ConfigError: a setting of `compute` is out of range.
+        DeviceError: one CUDA device for several processes, or bf16 where it cannot be had.
+    """
+    compute = compute or Compute()
+    compute.check()
+    if device.type == "cuda" and device.index is not None:
+        if process_count() > 1:
+            raise DeviceError(f"device '{device}' for {process_count()} processes: use --device cuda, one each")
+        torch.cuda.set_device(device)
+    if compute.mixed_precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise DeviceError("this CUDA device has no bf16: leave --mixed-precision out")
+    if _made_for_another(device, compute):
+        AcceleratorState._reset_state(reset_partial_state=process_count() == 1)
+    return Accelerator(cpu=device.type == "cpu", mixed_precision=compute.mixed_precision)
+
+
+def _made_for_another(device: torch.device, compute: Compute) -> bool:
+    """Whether accelerate's state, one per Python process, is of a run with another device or precision."""
+    if not AcceleratorState._shared_state:
+        return False
+    state = AcceleratorState()
+    return state.mixed_precision != compute.mixed_precision or state.device.type != device.type
+
+
+@contextmanager
+def partners() -> Iterator[None]:
+    """Say in one line that another process is gone, where this one would show its communication library's error.
+
+    Raises:
+        RunError: what to do.
+    """
+    try:
+        yield
+    except RuntimeError as error:  # of torch; gloo has no class of its own
+        if process_count() == 1 or not (isinstance(error, torch.distributed.DistError) or LOST.search(str(error))):
+            raise
+        raise RunError(
+            f"process {process_index()} of {process_count()} lost another one (it died, or was stopped; its own lines "
+            "say why); what was saved is kept: run the same command again to continue"
+        ) from error
+
+
+@contextmanager
+def main_process_first(device: torch.device) -> Iterator[None]:
+    """Process 0 does what is in the block, then the others, who find what it made.
+
+    Raises:
+        RunError: another process is gone.
+    """
+    if process_count() == 1:
+        yield
+        return
+    with partners(), make_accelerator(device).main_process_first():
+        yield
+
+
+def _in_full_precision(forward: Callable[..., Any], device: str) -> Callable[..., Any]:
+    """A forward pass that autocast leaves alone."""
+
+    def full(x: Tensor, *arguments: Any, **options: Any) -> Any:
+        with torch.autocast(device, enabled=False):
+            return forward(x.float(), *arguments, **options)
+
+    return full
+
+
+def end_processes() -> bool:
+    """After the last joint stage: wait for all, part, and go on as a single process.
+
+    Returns:
+        whether this is process 0, which alone goes on.
+    """
+    main = process_index() == 0
+    if process_count() > 1:
+        with partners():
+            PartialState().wait_for_everyone()
+        PartialState().destroy_process_group()
+        AcceleratorState._reset_state(reset_partial_state=True)
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+            os.environ.pop(name, None)
+    return main
+
+
+class JointBatches:
+    """Draws every step's batch and says which part of it this process works on, and when.
+
+    Args:
+        accelerator: knows the processes.
+        n_rows: how many images or code grids there are to draw from.
+        batch_size: rows per step, over all processes and parts.
+        parts: parts in which a process works through its share.
+        setting: name of the batch size, for the message.
+
+    Raises:
+        ConfigError: the batch size is no multiple of processes times parts.
+    """
+
+    def __init__(self, accelerator: Accelerator, n_rows: int, batch_size: int, parts: int, setting: str) -> None:
+        shares = accelerator.num_processes * parts
+        if batch_size % shares:
+            raise ConfigError(
+                f"{setting} is {batch_size}: it must be a multiple of {shares} "
+                f"({accelerator.num_processes} processes x {parts} parts); change one of them"
+            )
+        self.accelerator, self.n_rows, self.batch_size, self.parts = accelerator, n_rows, batch_size, parts
+        # One process draws everything from the global generator. Several need one that stays alike in all of them.
+        self.generator = torch.Generator() if accelerator.num_processes > 1 else None
+        self.part_of_later = False
+        self.load_state_dict({})
+
+    def draw(self) -> list[Tensor]:
+        """This process's rows of the next batch, part by part: int64 (batch_size / processes / parts,) each."""
+        rows = torch.randint(self.n_rows, (self.batch_size,), generator=self.generator)  # (B,)
+        mine = rows.chunk(self.accelerator.num_processes)[self.accelerator.process_index]
+        return list(mine.chunk(self.parts))
+
+    def part(self, model: nn.Module, number: int) -> AbstractContextManager[Any]:
+        """Around the forward and the backward pass of part `number`: only the last one is shared with the others."""
+        self.part_of_later = number < self.parts - 1
+        return self.accelerator.no_sync(model) if self.part_of_later else nullcontext()
+
+    def join_codebooks(self, model: nn.Module) -> None:
+        """Let the codebooks of `model` collect what all parts say, in 32 bits, and move once, with the last part."""
+
+        def collect(module: nn.Module, arguments: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            return arguments, options | {"accum_ema_update": self.part_of_later and module.training}
+
+        for module in model.modules():
+            if isinstance(module, VectorQuantize):
+                if self.parts > 1:
+                    module.register_forward_pre_hook(collect, with_kwargs=True)
+                if self.accelerator.mixed_precision != "no":
+                    module.forward = _in_full_precision(module.forward, self.accelerator.device.type)
+
+    def mean(self, values: list[Tensor]) -> float:
+        """The mean over parts and processes, all of equal size; every process must ask."""
+        value = torch.stack([value.detach().float() for value in values]).mean()
+        return self.accelerator.reduce(value, "mean").item()
+
+    def gather(self, tensors: list[Tensor]) -> Tensor:
+        """The rows of all parts and processes; every process must ask."""
+        return self.accelerator.gather(torch.cat(tensors))
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {} if self.generator is None else {"batches": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """From a checkpoint, whose random state is process 0's: the others get their own dropout and augmentation."""
+        if self.generator is None:
+            return
+        self.generator.set_state(state.get("batches", torch.get_rng_state()))
+        if self.accelerator.process_index:
+            fresh = int(torch.randint(2**40, (), generator=self.generator.clone_state()))
+            torch.manual_seed(fresh + self.accelerator.process_index)

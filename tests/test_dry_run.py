@@ -1,0 +1,165 @@
+"""The dry run against the real models: parameters, operations and memory without computing anything."""
+
+import dataclasses
+import resource
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from ral_gym.config import Config
+from ral_gym.critic import PatchCritic, gradient_penalty
+from ral_gym.dry_run import PENALTY_PASSES, StageCost, dry_run
+from ral_gym.errors import ConfigError
+from ral_gym.presets import PRESETS, SMOKE, get_preset
+from ral_gym.stages.levels import prior_of
+from ral_gym.stages.processes import Compute
+from ral_gym.stages.train_vqvae import vqvae_of
+
+TWO = dataclasses.replace(
+    SMOKE,
+    vqvae=dataclasses.replace(SMOKE.vqvae, layers=2, levels=2),
+    bottom=dataclasses.replace(SMOKE.prior, hidden_units=8, residual_units=8, conditioning_stack_layers=1),
+    ral=dataclasses.replace(SMOKE.ral, train_levels="bottom"),
+)
+
+
+def stage(config: Config, number: int, **options: Any) -> StageCost:
+    return dry_run(config, **options).stages[number]
+
+
+def parameters(module: torch.nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "length", "sides"),
+    [
+        ("celeba64", 64, ((8, 8),)),
+        ("celeba128", 1280, ((16, 16), (32, 32))),
+        ("celebahq512", 5120, ((32, 32), (64, 64))),
+    ],
+)
+def test_the_papers_sizes(name, length, sides) -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    result = dry_run(get_preset(name))
+    # Nothing was allocated: the weights of the larger ones alone are gigabytes.
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000
+    assert result.grid.n_codes == length and result.grid.shapes == sides
+    assert [cost.steps for cost in result.stages[: len(sides) + 1]] == [
+        get_preset(name).vqvae.training_steps,
+        *(prior.training_steps for prior in (get_preset(name).prior, get_preset(name).bottom)[: len(sides)]),
+    ]
+    assert all(cost.flops_per_step > 0 and cost.memory > 4 * cost.parameters for cost in result.stages)
+
+
+def test_parameters_are_those_of_the_models() -> None:
+    config = get_preset("demo")
+    costs = dry_run(config).stages
+    vqvae = vqvae_of(config, 64, 1)
+    assert costs[0].parameters == parameters(vqvae)
+    assert costs[1].parameters == costs[2].parameters == parameters(prior_of(config, vqvae.grid))
+    colour = dataclasses.replace(config, data=dataclasses.replace(config.data, source="folder:x"))
+    assert stage(colour, 0).parameters == parameters(vqvae_of(colour, 64, 3))
+
+
+def test_operations_of_a_prior_are_those_of_a_real_step() -> None:
+    config = TWO
+    grid = vqvae_of(config, 32, 1).grid
+    for level in range(2):
+        prior = prior_of(config, grid, level)
+        codes = [torch.zeros(16, size, dtype=torch.int64) for size in grid.level_sizes]
+        with FlopCounterMode(display=False) as counter:
+            logits = prior(codes[0]) if level == 0 else prior(codes[1], codes[0])
+            logits.sum().backward()
+        assert stage(config, 1 + level).flops_per_step == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("config", [SMOKE, TWO], ids=["one level", "two levels"])
+def test_operations_of_the_vq_vae_are_encoder_lookup_and_decoder(config) -> None:
+    vqvae, cost = vqvae_of(config, 32, 1), stage(config, 0)
+    images = torch.zeros(1, 1, 32, 32)
+    with FlopCounterMode(display=False) as counter:
+        vqvae.encode_features(images)
+    encoder = counter.get_total_flops()
+    maps = vqvae.lookup([torch.zeros(1, size, dtype=torch.int64) for size in vqvae.grid.level_sizes])
+    with FlopCounterMode(display=False) as counter:
+        vqvae.paint(maps)
+    assert cost.parts["decoder"] == counter.get_total_flops()
+    lookup_of_encode = 2 * 16 * 8 * vqvae.grid.level_sizes[0]  # `encode_features` looks the top codes up
+    assert cost.parts["encoder"] in (encoder, encoder - lookup_of_encode)
+    assert cost.parts["lookup"] == 2 * 16 * 8 * vqvae.grid.n_codes
+    forward = 16 * (cost.parts["encoder"] + cost.parts["decoder"])
+    assert 2 * forward < cost.flops_per_step < 3 * forward + 16 * cost.parts["lookup"] + 1
+
+
+def test_a_gradient_penalty_costs_six_forward_passes(monkeypatch) -> None:
+    critic = PatchCritic(64, 3, hidden_units=64, layers=4)
+    images = torch.rand(2, 3, 64, 64)
+
+    def count(run: Any) -> int:
+        counter = FlopCounterMode(display=False)
+        # Its module hooks do not take a gradient of a gradient.
+        monkeypatch.setattr(counter, "mod_tracker", Tracker())
+        with counter:
+            run()
+        return counter.get_total_flops()
+
+    class Tracker:
+        parents = {"Global"}  # noqa: RUF012
+
+        def __enter__(self) -> None: ...
+
+        def __exit__(self, *arguments: object) -> None: ...
+
+    forward = count(lambda: critic(images))
+    penalty = count(lambda: gradient_penalty(critic, images, images.clone()).backward())
+    assert penalty / forward == pytest.approx(PENALTY_PASSES, rel=0.01)
+
+
+def test_parts_precision_and_processes_take_memory_and_leave_operations() -> None:
+    config = get_preset("celeba64")
+    whole, parts = stage(config, 1), stage(config, 1, compute=Compute(gradient_accumulation=8))
+    half, four = stage(config, 1, compute=Compute("bf16")), stage(config, 1, processes=4)
+    assert parts.flops_per_step == four.flops_per_step == half.flops_per_step == whole.flops_per_step
+    assert parts.memory < four.memory < half.memory < whole.memory
+    fixed = 20 * whole.parameters  # weights, gradients, two moments, one average
+    assert (whole.memory - fixed) / (parts.memory - fixed) == pytest.approx(8, rel=0.01)
+    assert (whole.memory - fixed) / (half.memory - fixed) == pytest.approx(2, rel=0.01)
+
+
+def test_ral_tunes_the_levels_it_is_told_to() -> None:
+    both = dataclasses.replace(TWO, ral=dataclasses.replace(TWO.ral, train_levels="both"))
+    top = dataclasses.replace(TWO, ral=dataclasses.replace(TWO.ral, train_levels="top"))
+    counts = [dry_run(config).stages[-1].parameters for config in (top, TWO, both)]
+    assert counts[0] + counts[1] == counts[2] and counts[1] == stage(TWO, 2).parameters
+
+
+def test_the_estimate_is_near_what_autograd_keeps() -> None:
+    config = dataclasses.replace(SMOKE, prior=dataclasses.replace(SMOKE.prior, batch_size=32))
+    prior = prior_of(config, vqvae_of(config, 32, 1).grid)
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if not any(tensor.data_ptr() == p.data_ptr() for p in prior.parameters()):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        logits = prior(torch.zeros(32, 16, dtype=torch.int64))
+    assert stage(config, 1).memory - 20 * parameters(prior) == pytest.approx(sum(kept.values()), rel=0.2)
+    assert logits.requires_grad
+
+
+def test_settings_that_do_not_fit_are_refused() -> None:
+    wrong = dataclasses.replace(SMOKE, prior=dataclasses.replace(SMOKE.prior, dropout=2.0))
+    with pytest.raises(ConfigError, match=r"prior\.dropout is 2\.0"):
+        dry_run(wrong)
+
+
+@pytest.mark.parametrize("name", ["demo", "demo-2level", "demo-attention"])
+def test_what_is_for_a_cpu_fits_one(name) -> None:
+    costs = dry_run(PRESETS[name]).stages
+    assert max(cost.memory for cost in costs) < 2**30
+    assert sum(cost.flops_per_step * cost.steps for cost in costs) < 60e12

@@ -1,0 +1,134 @@
+"""The three scripts about algorithms run: any of them on one task, PPO without SB3, and through rl_zoo3."""
+
+import importlib
+import json
+import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from rich.console import Console
+from stable_baselines3 import A2C, PPO
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def run(*arguments: object, cwd: Path) -> str:
+    """The standard output of a Python command with warnings as errors."""
+    command = [sys.executable, "-W", "error", *map(str, arguments)]
+    result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=240)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+@pytest.fixture
+def swap(monkeypatch: pytest.MonkeyPatch):
+    """The script as a module."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    return importlib.import_module("swap_algorithm")
+
+
+def swap_flags(folder: Path, *more: str) -> list[str]:
+    sizes = ["--images", "30", "--n-envs", "8", "--evaluation-images", "8", "--seeds", "0", "1"]
+    return ["--folder", str(folder), "--quiet", *sizes, *more]
+
+
+def test_every_algorithm_swaps_in_from_the_same_start_with_the_same_images(swap, tmp_path: Path) -> None:
+    console = Console(record=True, width=120)
+    swap.main(swap_flags(tmp_path, "--algos", *swap.ALGORITHMS), console)
+    folder = tmp_path / "ral_gym-Toy-v0"
+    summary = json.loads((folder / "summary.json").read_text())
+    assert set(summary) == set(swap.ALGORITHMS)
+    for algo, runs in summary.items():
+        assert [result["seed"] for result in runs] == [0, 1]
+        assert {result["images"] for result in runs} == {32}  # 30, in rounds of 8
+        assert all(len(result["curve"]["reward"]) == 32 for result in runs)
+        values = algo in ("dqn", "qrdqn")
+        assert all((result["final"]["entropy"] is None) == values for result in runs)
+        assert values or [result["start"] for result in runs] == [result["start"] for result in summary["reinforce"]]
+        assert values or all(result["start"]["entropy"] != result["final"]["entropy"] for result in runs)
+    assert (folder / "learning_curves.png").stat().st_size > 10_000
+    text = console.export_text()
+    assert all(re.search(rf"^ *{algo} +\S+ ± \S+ +32 ", text, re.M) for algo in summary), text
+    assert "dqn and qrdqn: from scratch, without the prior" in text
+
+
+def test_a_finished_pair_is_kept_and_other_settings_are_refused(swap, tmp_path: Path) -> None:
+    flags = swap_flags(tmp_path, "--algos", "reinforce")
+    swap.main(flags, Console(quiet=True))
+    pair = tmp_path / "ral_gym-Toy-v0" / "reinforce-seed1.json"
+    written = pair.stat().st_mtime_ns
+    swap.main([*flags, "--seeds", "1", "2"], Console(quiet=True))
+    assert pair.stat().st_mtime_ns == written
+    with pytest.raises(swap.RunError, match=r"learning_rate: None there, 0.01 here.*choose another --folder"):
+        swap.main([*flags, "--learning-rate", "0.01"], Console(quiet=True))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--algos", "ppo", "sac"], "'sac' acts in continuous spaces only"),
+        (["--algos", "alphago"], "'alphago' is unknown: choose one of reinforce, ppo"),
+        (["--env", "ral_gym/Toi-v0"], "environment 'ral_gym/Toi-v0' is unknown: choose one of ral_gym/Toy-v0"),
+        (["--env", "ral_gym/LatentCode-v0"], "give --run runs/NAME"),
+        (["--images", "0"], "at least one"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_before_anything_runs(swap, flags, message, tmp_path: Path, capsys) -> None:
+    assert swap.run_command(swap.main, ["--folder", str(tmp_path), *flags]) == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_interval_is_student_s(swap) -> None:
+    assert swap.mean_and_interval([1.0, 2.0, 3.0], 2) == "2.00 ± 2.48"  # 4.303 * 1 / sqrt(3)
+    assert swap.mean_and_interval([0.5], 3) == "0.500"
+
+
+def test_ppo_single_file_learns_without_sb3(tmp_path: Path) -> None:
+    text = run(EXAMPLES / "ppo_single_file.py", "--total-timesteps", 10 * 1024, "--save-model", cwd=tmp_path)
+    source = (EXAMPLES / "ppo_single_file.py").read_text(encoding="utf-8")
+    assert not re.search(r"^\s*(from|import) (stable_baselines3|sb3_contrib|ral_gym\.agents)", source, re.M)
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert re.fullmatch(r"ral_gym-Toy-v0__ppo_single_file__1__\d+", folder.name)
+    assert (folder / "prior.safetensors").stat().st_size > 1000
+    events = EventAccumulator(str(folder)).Reload()
+    names = {"charts/episodic_return", "charts/SPS", "losses/value_loss", "losses/approx_kl", "losses/entropy"}
+    assert names <= set(events.Tags()["scalars"])
+    returns = [event.value for event in events.Scalars("charts/episodic_return")]
+    assert len(returns) == 10 and np.mean(returns[:2]) < 0.25 and returns[-1] > 0.3  # random images score 0.18
+    assert max(event.value for event in events.Scalars("charts/episodic_length")) == 16
+    assert "640 images" in text and "solved from 0.9 on" in text
+
+
+def test_rl_zoo3_trains_with_the_configuration(tmp_path: Path) -> None:
+    """The real command line, once per algorithm, in one process."""
+    options = ["--env", "ral_gym/Toy-v0", "--gym-packages", "ral_gym", "-conf", str(EXAMPLES / "rl_zoo3_conf.py")]
+    options += ["-n", "512", "--eval-freq", "-1", "-f", str(tmp_path), "--device", "cpu", "--seed", "1"]
+    code = f"""
+        import sys
+        from rl_zoo3.train import train
+        for algo in ("ppo", "a2c", "trpo", "dqn", "qrdqn"):
+            sys.argv = ["train", "--algo", algo, *{options!r}]
+            train()
+        sys.argv = ["train", "--algo", "sac", *{options!r}]
+        try:
+            train()
+        except ValueError as error:
+            print(error)
+    """
+    text = run("-c", textwrap.dedent(code), cwd=tmp_path)
+    assert "algorithm 'sac' acts in continuous spaces only" in text
+    for algo, cls in {"ppo": PPO, "a2c": A2C}.items():
+        folder = tmp_path / algo / "ral_gym-Toy-v0_1"
+        model = cls.load(folder / "ral_gym-Toy-v0.zip", device="cpu")
+        assert model.num_timesteps == 512 and type(model.policy).__name__ == "PixelCNNPolicy"
+        saved = yaml.load((folder / "ral_gym-Toy-v0" / "config.yml").read_text(), Loader=yaml.UnsafeLoader)
+        assert dict(saved)["rollout_buffer_class"].__name__ == "EpisodeRolloutBuffer"
+        assert (folder / "ral_gym-Toy-v0" / "config.yml").stat().st_size < 10_000  # no weights in it
+    assert {path.name for path in tmp_path.iterdir()} == {"ppo", "a2c", "trpo", "dqn", "qrdqn"}
