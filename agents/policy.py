@@ -300,13 +300,13 @@ class PixelCNNPolicy(ActorCriticPolicy):
                 raise ConfigError("draw_round draws whole rows: episodes that begin inside one need fast_path=False")
             drawn, drawn_log_probs = self.cache.sampler().sample(codes=codes, prefix_rows=given_rows, stop_rows=rows)
         self.cache.forget()
-        grids, log_probs = codes.clone(), torch.zeros(codes.shape, device=codes.device)
+        grids, log_probs = codes.clone(), torch.zeros(codes.shape, dtype=torch.float32, device=codes.device)
         grids[:, image], log_probs[:, image] = drawn, drawn_log_probs.float()
-        values = torch.zeros(codes.shape, device=codes.device)
+        values = torch.zeros(codes.shape, dtype=torch.float32, device=codes.device)
         if with_values:
             row, position = to_draw.nonzero(as_tuple=True)
             features, position, stops = self._features(Episodes(grids, row, position, length))
-            values[to_draw] = self._values(features, position, stops).flatten()
+            values[to_draw] = self._values(features, position, stops).flatten().float()
         return grids, values, log_probs
 
     def evaluate_actions(self, obs: Tensor | Episodes, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]

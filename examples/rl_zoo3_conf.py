@@ -3,7 +3,7 @@
     python -m rl_zoo3.train --algo ppo --env ral_gym/Faces-v0 --gym-packages ral_gym -conf examples/rl_zoo3_conf.py -P
 
     ... --algo a2c | trpo | dqn | qrdqn | ppo_lstm         # the others of rl_zoo3 that draw discrete codes
-    ... --env ral_gym/Toy-v0                               # from random weights; PPO solves it in about a minute
+    ... --env ral_gym/Toy-v0                               # from random weights; PPO solves it in under a minute
     ... --env ral_gym/LatentCode-v0 --env-kwargs run:"'runs/demo'"        # a run of your own and its prior
     python -m rl_zoo3.enjoy --algo ppo --env ral_gym/Toy-v0 --gym-packages ral_gym -f logs --no-render --stochastic
 

@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -123,7 +124,7 @@ def continue_codes(
     kept = torch.from_numpy(~grid.mask(rows, grid.height)).to(device)  # (T,)
     codes[:, kept] = given.to(device)
     uniforms = uniforms.to(device)
-    how = {"codes": codes, "temperature": temperature, "uniforms": uniforms}
+    how: dict[str, Any] = {"codes": codes, "temperature": temperature, "uniforms": uniforms}
     if isinstance(prior, TwoLevelPrior):
         return TwoLevelSampler(prior).sample(prefix_rows=rows, **how)[0]
     return CachedSampler(prior).sample(start=rows * grid.width, **how)[0]

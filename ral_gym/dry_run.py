@@ -197,7 +197,7 @@ def _count(run: Callable[[], Any], backward: bool = True) -> _Count:
             storages[storage._cdata] = (storage, storage.nbytes())  # held, so that no address comes twice
         return tensor
 
-    counter = FlopCounterMode(display=False, depth=None)
+    counter = FlopCounterMode(display=False)
     with torch.set_grad_enabled(backward), counter:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             result = run()
@@ -221,7 +221,7 @@ def _without_lookup(vqvae: VQVAE, vectors: list[int]) -> Iterator[None]:
         return z, torch.zeros(z.shape[:-1], dtype=torch.int64, device=z.device), z.new_zeros(1)
 
     for quantiser in vqvae.quantisers:
-        quantiser.forward = passed  # type: ignore[method-assign]
+        quantiser.forward = passed
     try:
         yield
     finally:

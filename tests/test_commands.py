@@ -9,13 +9,16 @@ import torch
 from PIL import Image
 
 from ral_gym.cli import files_of, finished_files, main
+from ral_gym.codes import CodeSet
 from ral_gym.commands.arguments import STAGES, SampleArguments, TrainArguments, parse
+from ral_gym.commands.generate import open_run
 from ral_gym.config import Config
 from ral_gym.pixelcnn import PixelCNN
 from ral_gym.presets import PRESETS, SMOKE, get_preset
 from ral_gym.run import Run
 from ral_gym.sampler import CachedSampler
 from ral_gym.stages.levels import load_generator, load_vqvae, prior_of
+from ral_gym.stages.train_prior import continue_prior
 from ral_gym.stages.train_vqvae import vqvae_of
 from ral_gym.storage import load_module, save_module
 from ral_gym.two_level import TwoLevelPrior
@@ -216,3 +219,48 @@ def test_generators_of_two_levels_are_loaded_as_one(tmp_path) -> None:
     assert load_vqvae(run).levels == 2 and prior.grid.n_codes == 80
     with torch.no_grad():
         assert torch.equal(prior(codes), policy(codes))
+
+
+# Training two levels ------------------------------------------------------------------------------------------------
+
+
+def test_stages_1_and_2_train_two_levels(tmp_path, capsys) -> None:
+    small = {"hidden-units": 8, "residual-units": 8, "layers": 2, "conv-filter-size": 3, "batch-size": 16}
+    bottom = {**small, "conditioning-stack-layers": 1, "training-steps": 10, "evaluate-every": 5, "dropout": 0.0}
+    options = [word for name, value in bottom.items() for word in (f"--bottom.{name}", str(value))]
+    command = ["train", "--preset", "smoke", "--data.workers", "1", "--vqvae.layers", "2", "--vqvae.levels", "2"]
+    command += [*options, "--prior.attention-layers", "1", "--device", "cpu", "--runs", str(tmp_path), "--quiet"]
+    assert main([*command, "--stages", "vqvae", "prior"]) == 0
+    folder = tmp_path / "smoke"
+    made = {path.name for path in folder.glob("*.safetensors")}
+    assert made == {"vqvae.safetensors", *files_of("prior", TWO)}
+    run = open_run(str(folder))
+    records = run.metrics("prior_bottom")
+    assert [record["step"] for record in records] == [5, 10]
+    prior, codes = load_generator(run, "prior"), CodeSet.load(folder / "codes.safetensors")
+    assert isinstance(prior, TwoLevelPrior) and prior.top.attention_layers == 1
+    assert codes.train.shape[1] == 80 and load_vqvae(run).grid == prior.grid
+    # The bottom figures are of the bottom codes given the top ones, and the weights kept are the best ones'.
+    test = torch.from_numpy(codes.test).long()
+    top, bottom_codes = prior.grid.split(test)
+    with torch.no_grad():
+        nll = torch.nn.functional.cross_entropy(prior.bottom(bottom_codes, top).flatten(0, 1), bottom_codes.flatten())
+    assert nll.item() == pytest.approx(min(record["nll_test"] for record in records), abs=1e-4)
+    assert "test=" not in capsys.readouterr().err
+    before = {path: path.read_bytes() for path in folder.glob("*.safetensors")}
+    assert main([*command, "--stages", "vqvae", "prior"]) == 0
+    assert {path: path.read_bytes() for path in folder.glob("*.safetensors")} == before
+
+
+def test_the_control_continues_both_levels(tmp_path) -> None:
+    config = dataclasses.replace(TWO, ral=dataclasses.replace(TWO.ral, n_updates=3, n_envs=4))
+    run = Run(two_level_run(tmp_path / "run", config), config)
+    prior = load_generator(run, "prior")
+    codes = np.random.default_rng(0).integers(16, size=(20, 80)).astype(np.int16)
+    continued = continue_prior(run, prior, CodeSet(codes, codes[:4], None, clean=20), torch.device("cpu"), False)
+    assert {path.name for path in run.path.glob("prior_continued*")} == {
+        *("prior_continued.safetensors", "prior_continued_bottom.safetensors")
+    }
+    for level in ("top", "bottom"):
+        pairs = zip(getattr(prior, level).parameters(), getattr(continued, level).parameters(), strict=True)
+        assert any(not torch.equal(a, b) for a, b in pairs), level

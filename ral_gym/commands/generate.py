@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -66,7 +67,8 @@ def sample(arguments: SampleArguments, console: Console) -> Path:
     trained = run.has("policy_ema.safetensors")
     name = arguments.generator or ("policy_ema" if trained else "prior")
     need(run, ["vqvae.safetensors", *generator_files(run, name)], f"train it ({GENERATORS[name]}) with ral-gym train")
-    vqvae, prior = load_vqvae(run, device), load_generator(run, name, device)
+    vqvae = load_vqvae(run, device)
+    prior: Any = load_generator(run, name, device)
     codes = sample_codes(prior, arguments.n, arguments.seed, arguments.temperature)  # (n, T)
     path = Path(arguments.output or run.file(f"samples/sample_{name}.png"))
     caption = f"{GENERATORS[name]}; not selected; temperature {arguments.temperature:g}, seed {arguments.seed}"

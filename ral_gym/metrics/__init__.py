@@ -21,6 +21,7 @@ from ral_gym.metrics.features import (
     make_extractor,
 )
 from ral_gym.metrics.neighbours import nearest
+from ral_gym.metrics.oracle import sequence_kl
 
 __all__ = [
     "Distance",
@@ -42,6 +43,7 @@ __all__ = [
     "nearest",
     "nll",
     "perplexity",
+    "sequence_kl",
     "unigram_nll",
     "usage",
 ]

@@ -27,11 +27,12 @@ from ral_gym.metrics import (
     nll,
 )
 from ral_gym.metrics.distances import MINIMUM_IMAGES
-from ral_gym.pixelcnn import PixelCNN
 from ral_gym.run import Run
 from ral_gym.stages.common import Clock
+from ral_gym.stages.levels import load_generator
 from ral_gym.stages.pictures import draw_pictures, sample_codes
-from ral_gym.storage import load_json, load_module, save_json
+from ral_gym.storage import differences, load_json, load_module, save_json
+from ral_gym.two_level import Prior
 from ral_gym.vqvae import VQVAE
 
 STAGE = "evaluation"
@@ -47,6 +48,8 @@ SWEPT = ("mle", "mle_continued", "ral")
 """Rows that are also sampled at other temperatures; each gets a row `..._best_temperature`."""
 LOWEST_TEMPERATURE = 0.3
 TEMPERATURE_STEP = 0.1
+LOGITS_PER_PASS = 2**24
+"""Bounds the images per teacher-forced pass: 64 MiB of logits; 2,048 images of 8 x 8 codes with K = 128."""
 TEMPERATURE_BATCH = 500
 """Samples per step of the search for the temperature that gives RAL's entropy."""
 
@@ -66,6 +69,7 @@ class Evaluation:
         self.run, self.vqvae, self.codes, self.device = run, vqvae, codes, device
         config = run.config.evaluation
         self.n_samples, self.seed = config.n_samples, run.config.seed * 1000 + 6
+        self.batch_size = max(1, LOGITS_PER_PASS // (vqvae.grid.n_codes * vqvae.codebook_size))
         encoder = EncoderFeatures(vqvae.encode_features, vqvae.num_features)
         self.extractor = make_extractor(config.extractor, encoder, device)
         picked = torch.randperm(len(codes.train), generator=torch.Generator().manual_seed(self.seed))[: self.n_samples]
@@ -74,7 +78,7 @@ class Evaluation:
         real = extract(self.extractor, torch.from_numpy(images.train[: self.n_samples].copy()))
         self.real_distance = FeatureDistance(real, extractor=self.extractor.name, seed=self.seed)
 
-    def row(self, prior: PixelCNN, temperature: float = 1.0) -> dict[str, Any]:
+    def row(self, prior: Prior, temperature: float = 1.0) -> dict[str, Any]:
         """One row of the table.
 
         `fd` and `kid` are distances to the decoded training codes, `fd_real` and `kid_real` to the training images
@@ -91,22 +95,22 @@ class Evaluation:
             "kid_real": from_real["kid"],
             "nll_test": self.nll(prior, self.codes.test, temperature),
             "nll_new_people": None if new_people is None else self.nll(prior, new_people, temperature),
-            "entropy": entropy(prior, codes, temperature, device=self.device),
+            "entropy": entropy(prior, codes, temperature, self.batch_size, self.device),
             "n": measured["n"],
             "n_reference": measured["n_reference"],
             "kid_subset_size": measured["kid_subset_size"],
             "temperature": temperature,
         }
 
-    def nll(self, prior: PixelCNN, codes: Any, temperature: float) -> float:
+    def nll(self, prior: Prior, codes: Any, temperature: float) -> float:
         """Nats per code of held-out codes (N, T)."""
-        return nll(prior, torch.as_tensor(codes), temperature, device=self.device)
+        return nll(prior, torch.as_tensor(codes), temperature, self.batch_size, self.device)
 
-    def temperature_of(self, prior: PixelCNN, target_entropy: float) -> float:
+    def temperature_of(self, prior: Prior, target_entropy: float) -> float:
         """The temperature at which `prior` has the target entropy."""
         return match_temperature(
             lambda t: sample_codes(prior, TEMPERATURE_BATCH, self.seed, t),
-            lambda codes, t: entropy(prior, codes, t, device=self.device),
+            lambda codes, t: entropy(prior, codes, t, self.batch_size, self.device),
             target_entropy,
             tolerance=5e-3,
         ).temperature
@@ -126,14 +130,18 @@ def evaluate(
     rows: dict[str, dict[str, Any]] = load_json(partial) if partial.exists() else {}
     if not isinstance(rows, dict) or not all(isinstance(row, dict) and "fd" in row for row in rows.values()):
         raise RunError(f"{partial} holds no rows of a table; remove it to evaluate again")
-    config = load_module(run.file(f"{GENERATORS['mle']}.safetensors"), PixelCNN).config
-    priors = {
-        row: load_module(run.file(f"{name}.safetensors"), PixelCNN, device, config) for row, name in GENERATORS.items()
-    }
+    priors = {row: load_generator(run, name, device) for row, name in GENERATORS.items()}
+    mle = priors["mle"]
+    for row, prior in priors.items():
+        found = differences(prior.config, mle.config)
+        if found:
+            raise RunError(
+                f"{run.path}: {GENERATORS[row]} is another model than the prior ({found[0]}); remove its file"
+            )
     planned = len(priors) + len(SWEPT) * len(run.config.evaluation.temperatures) + 3 + 4
     bar = tqdm(total=planned, desc="4 evaluation", unit="row", disable=not progress)
 
-    def measure(name: str, prior: PixelCNN, temperature: float = 1.0) -> dict[str, Any]:
+    def measure(name: str, prior: Prior, temperature: float = 1.0) -> dict[str, Any]:
         if name not in rows:
             rows[name] = evaluation.row(prior, temperature)
             save_json(partial, rows)
@@ -150,7 +158,7 @@ def evaluate(
         same_entropy = evaluation.temperature_of(priors["mle"], rows["ral"]["entropy"])
     measure("mle_temperature", priors["mle"], same_entropy)
     for file in sorted(run.file("checkpoints").glob("policy_ema_*.safetensors")):
-        measure(f"ral_after_{int(file.stem.rpartition('_')[2])}", load_module(file, PixelCNN, device, config))
+        measure(f"ral_after_{int(file.stem.rpartition('_')[2])}", load_module(file, type(mle), device, mle.config))
     for name in SWEPT:
         _sweep(measure, name, priors[name], run.config.evaluation.temperatures)
     bar.close()
@@ -163,9 +171,9 @@ def evaluate(
 
 
 def _sweep(
-    measure: Callable[[str, PixelCNN, float], dict[str, Any]],
+    measure: Callable[[str, Prior, float], dict[str, Any]],
     name: str,
-    prior: PixelCNN,
+    prior: Prior,
     temperatures: Sequence[float],
 ) -> None:
     """Measure a generator at several temperatures, and at lower ones still while the lowest is the best."""

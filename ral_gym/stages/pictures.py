@@ -11,20 +11,20 @@ from ral_gym.codes import CodeSet, decode_codes
 from ral_gym.data import ImageSet
 from ral_gym.figures import save_comparison, save_curves, save_frontier, save_neighbours
 from ral_gym.metrics import nearest
-from ral_gym.pixelcnn import PixelCNN
 from ral_gym.run import Run
-from ral_gym.sampler import CachedSampler
+from ral_gym.two_level import Prior, make_sampler
 from ral_gym.vqvae import VQVAE
 
 SAMPLE_BATCH = 500
 N_SHOWN = 16
 COMPARED = ("mle", "mle_continued", "ral")
+NLLS = ("nll_train", "nll_test", "nll_test_ema", "nll_new_people")
 
 
-def sample_codes(prior: PixelCNN, n: int, seed: int, temperature: float = 1.0) -> Tensor:
+def sample_codes(prior: Prior, n: int, seed: int, temperature: float = 1.0) -> Tensor:
     """Draw n code grids (n, T) int64 on the CPU; the same seed draws from the same uniforms for every generator."""
     generator = torch.Generator().manual_seed(seed)
-    sampler = CachedSampler(prior)
+    sampler = make_sampler(prior)
     batches = [
         sampler.sample(min(SAMPLE_BATCH, n - i), temperature=temperature, generator=generator)[0].cpu()
         for i in range(0, n, SAMPLE_BATCH)
@@ -37,7 +37,7 @@ def draw_pictures(
     vqvae: VQVAE,
     codes: CodeSet,
     images: ImageSet,
-    priors: dict[str, PixelCNN],
+    priors: dict[str, Prior],
     results: dict[str, Any],
 ) -> None:
     """All pictures of a finished run, into ``samples/``.
@@ -47,7 +47,7 @@ def draw_pictures(
         vqvae: its VQ-VAE.
         codes: its codes.
         images: its images.
-        priors: row of the table -> its PixelCNN.
+        priors: row of the table -> its network.
         results: the results table.
     """
     seed = run.config.seed * 1000 + 8
@@ -110,7 +110,8 @@ def _draw_curves(run: Run) -> None:
     """The learning curves of the three stages, from ``metrics.jsonl``."""
     plots = (
         ("vqvae", ("reconstruction_error",), "mean squared error", "Stage 1: VQ-VAE"),
-        ("prior", ("nll_train", "nll_test", "nll_test_ema", "nll_new_people"), "nats per code", "Stage 2: PixelCNN"),
+        ("prior", NLLS, "nats per code", "Stage 2: PixelCNN"),
+        ("prior_bottom", NLLS, "nats per code", "Stage 2: PixelCNN of the bottom codes"),
         ("ral", ("critic/heldout_auc",), "AUC, held-out real against drawn images", "Stage 3: the critic"),
     )
     for stage, names, ylabel, title in plots:
