@@ -241,7 +241,7 @@ DEMO_ATTENTION = replace(
     DEMO,
     preset="demo-attention",
     vqvae=replace(DEMO.vqvae, layers=2, training_steps=1000),
-    prior=replace(DEMO.prior, layers=4, attention_layers=2, attention_heads=4, batch_size=32, training_steps=500),
+    prior=replace(DEMO.prior, layers=4, attention_layers=2, attention_heads=4, batch_size=32, training_steps=400),
     ral=replace(DEMO.ral, n_envs=64, n_updates=40),
     evaluation=EvaluationConfig(n_samples=1000, temperatures=(0.85,)),
 )

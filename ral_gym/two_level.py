@@ -233,13 +233,14 @@ class TwoLevelSampler:
         """
         batch, length = codes.shape
         top, bottom = self.prior.grid.split(codes)
+        starts = None if position is None else host_positions(position, batch, length)
         self._n_top = top.shape[1]
         self._codes = torch.empty_like(codes)
         self._next = np.empty((batch, length + 1), np.int64)
         self._position = np.empty(batch, np.int64)
         self.top.begin_finished(batch, self._n_top)
         self.bottom.begin_finished(batch, bottom.shape[1])
-        self._start(np.arange(batch), codes, position)
+        self._start(np.arange(batch), codes, starts)
 
     @torch.no_grad()
     def rebuild(self, rows: Tensor, codes: Tensor, position: int | Tensor | None = None) -> None:
@@ -251,7 +252,8 @@ class TwoLevelSampler:
         self._begun()
         if codes.shape[1] != self._codes.shape[1]:
             raise ConfigError(f"rebuild: sequences of {codes.shape[1]} codes; `begin` got {self._codes.shape[1]}")
-        self._start(rows.cpu().numpy(), codes, position)
+        starts = None if position is None else host_positions(position, len(rows), codes.shape[1])
+        self._start(rows.cpu().numpy(), codes, starts)
 
     def features(self) -> Tensor:
         """The prior's features (B, C) at each batch row's position; finished rows: meaningless but finite."""
@@ -295,16 +297,15 @@ class TwoLevelSampler:
             raise RuntimeError("no episode here: call begin() first, and again after sample() or refresh()")
         return self._position
 
-    def _start(self, rows: np.ndarray, codes: Tensor, position: int | Tensor | None) -> None:
-        """Let batch rows (n,) start from sequences (n, T')."""
+    def _start(self, rows: np.ndarray, codes: Tensor, starts: np.ndarray | None) -> None:
+        """Let batch rows (n,) start from sequences (n, T'), at positions (n,) or (None) at their first K."""
         length = codes.shape[1]
         to_draw = (codes == self.prior.codebook_size).cpu().numpy()  # (n, T')
         following = np.full((len(rows), length + 1), length)
         following[:, :-1] = np.where(to_draw, np.arange(length), length)
         following = np.minimum.accumulate(following[:, ::-1], axis=1)[:, ::-1]
-        starts = following[:, 0] if position is None else host_positions(position, len(rows), length)
         self._next[rows] = following
-        self._begun()[rows] = starts
+        self._begun()[rows] = following[:, 0] if starts is None else starts
         self._codes[torch.as_tensor(rows, device=codes.device)] = codes
         self.top.finish(rows)
         self.bottom.finish(rows)
