@@ -6,6 +6,7 @@ would hide the reward from the early codes and cut images apart.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from sb3_contrib import QRDQN, TRPO, MaskablePPO
@@ -18,9 +19,10 @@ from ral_gym.agents.episodes import EpisodeRolloutBuffer
 from ral_gym.agents.features import CodeFeatures
 from ral_gym.agents.grpo import GRPO
 from ral_gym.agents.maskable import MaskableEpisodeRolloutBuffer, MaskablePixelCNNPolicy
-from ral_gym.agents.policy import PixelCNNPolicy
+from ral_gym.agents.policy import PixelCNNPolicy, PriorWeights
 from ral_gym.agents.reinforce import Reinforce
 from ral_gym.errors import ConfigError
+from ral_gym.two_level import Prior
 
 PIXELCNN_ALGORITHMS: dict[str, Any] = {
     "reinforce": Reinforce,
@@ -35,12 +37,16 @@ ALGORITHMS: dict[str, type[BaseAlgorithm]] = PIXELCNN_ALGORITHMS | {"dqn": DQN, 
 CONTINUOUS_ONLY = ("sac", "td3", "ddpg", "tqc", "crossq")
 
 
-def algorithm_defaults(algo: str, env: VecEnv) -> dict[str, Any]:
+def algorithm_defaults(
+    algo: str, env: VecEnv, prior: PriorWeights | Prior | Path | str | None = None
+) -> dict[str, Any]:
     """Keyword arguments for an algorithm on `env`; `policy_for` gives the policy to go with them.
 
     Args:
         algo: a name in `ALGORITHMS`.
         env: from `make_sb3_env`.
+        prior: the network that the policy starts from (see `PixelCNNPolicy`), put into `policy_kwargs`; None: the caller
+            puts it there. Not for `dqn` and `qrdqn`, which have no PixelCNN.
 
     Raises:
         ConfigError: an algorithm that is unknown, or that cannot draw codes.
@@ -50,8 +56,9 @@ def algorithm_defaults(algo: str, env: VecEnv) -> dict[str, Any]:
     if algo in ("dqn", "qrdqn"):
         return _value_based(algo, n_codes, env.num_envs)
     levels = tuple(env.get_attr("levels", 0)[0])
+    start = {} if prior is None else {"prior": PriorWeights.of(prior)}
     common: dict[str, Any] = {
-        "policy_kwargs": {"levels": levels},  # checked against the prior's; the policy sees only spaces
+        "policy_kwargs": {"levels": levels, **start},  # checked against the prior's; the policy sees only spaces
         "rollout_buffer_kwargs": {"levels": levels},  # two levels: each is discounted as an episode of its own
         "n_steps": n_codes,  # one whole episode per environment and rollout
         "gamma": 1.0,  # the first code sees the terminal reward as well as the last

@@ -191,9 +191,10 @@ class PixelCNNPolicy(ActorCriticPolicy):
         self.value_net = ValueHead(self.prior.hidden_units, self._value_units, self._detach_features)  # type: ignore[assignment]
         self.n_codes = self.prior.grid.n_codes
         if isinstance(self.prior, TwoLevelPrior) and self.train_levels != "both":
-            (self.prior.bottom if self.train_levels == "top" else self.prior.top).requires_grad_(False)
+            self.prior.frozen = "bottom" if self.train_levels == "top" else "top"
         self._caches = {"rollout": StepCache(self.prior), "predict": StepCache(self.prior)}
-        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        frozen = f"prior.{getattr(self.prior, 'frozen', None)}."
+        trained = [weight for name, weight in self.named_parameters() if not name.startswith(frozen)]
         self.optimizer = self.optimizer_class(trained, lr=lr_schedule(1), **self.optimizer_kwargs)  # type: ignore[call-arg]
         self.set_training_mode(False)
 

@@ -42,7 +42,7 @@ class FacesEnv(GenerationEnv):
     >>> for _ in range(8):
     ...     observation, reward, terminated, truncated, info = env.step(env.action_space.sample())
     >>> terminated, env.render().shape, info["score_map"].shape
-    (True, (64, 64, 3), (4, 4))
+    (True, (256, 256, 3), (4, 4))
 
     ## Action Space
 

@@ -30,6 +30,9 @@ class TwoLevelPrior(nn.Module):
         top: the PixelCNN over the H x W top codes, or its `config`.
         bottom: the PixelCNN over the 2H x 2W bottom codes, with condition=(H, W, K), or its `config`.
 
+    Attributes:
+        frozen: `top` or `bottom`: that network runs without gradients, so that only the other one learns; None: both.
+
     Raises:
         ConfigError: the two do not fit together.
     """
@@ -42,6 +45,7 @@ class TwoLevelPrior(nn.Module):
         self.bottom = bottom if isinstance(bottom, PixelCNN) else PixelCNN(**bottom)
         self.codebook_size, self.height, self.width = self.top.codebook_size, self.top.height, self.top.width
         self.hidden_units = max(self.top.hidden_units, self.bottom.hidden_units)
+        self.frozen: str | None = None
         self._check_levels()
 
     @property
@@ -68,7 +72,11 @@ class TwoLevelPrior(nn.Module):
             ConfigError: T' is not that of 1..H rows.
         """
         top, bottom = self.grid.split(codes)  # (B, r W), (B, 4 r W)
-        return torch.cat([self._pad(self.top.features(top)), self._pad(self.bottom.features(bottom, top))], dim=1)
+        with self._gradients("top"):
+            of_top = self._pad(self.top.features(top))
+        with self._gradients("bottom"):
+            of_bottom = self._pad(self.bottom.features(bottom, top))
+        return torch.cat([of_top, of_bottom], dim=1)
 
     def logits(self, features: Tensor, position: Tensor | None = None) -> Tensor:
         """Features to logits, each by the network of its level.
@@ -87,15 +95,24 @@ class TwoLevelPrior(nn.Module):
             raise ConfigError("TwoLevelPrior.logits needs the position of each feature: its level depends on it")
         flat, in_top = features.reshape(-1, features.shape[-1]), (position < self.height * self.width).flatten()
         top, bottom = in_top.nonzero()[:, 0], (~in_top).nonzero()[:, 0]
-        of_top = self.top.logits(flat[top, : self.top.hidden_units])
-        of_bottom = self.bottom.logits(flat[bottom, : self.bottom.hidden_units])
+        with self._gradients("top"):
+            of_top = self.top.logits(flat[top, : self.top.hidden_units])
+        with self._gradients("bottom"):
+            of_bottom = self.bottom.logits(flat[bottom, : self.bottom.hidden_units])
         logits = torch.cat([of_top, of_bottom])  # (N, K)
         return logits[torch.cat([top, bottom]).argsort()].view(*features.shape[:-1], -1)
 
     def forward(self, codes: Tensor) -> Tensor:
         """Logits (B, T', K) of every code given those before it; see `features` for codes (B, T')."""
         top, bottom = self.grid.split(codes)
-        return torch.cat([self.top(top), self.bottom(bottom, top)], dim=1)
+        with self._gradients("top"):
+            of_top = self.top(top)
+        with self._gradients("bottom"):
+            of_bottom = self.bottom(bottom, top)
+        return torch.cat([of_top, of_bottom], dim=1)
+
+    def _gradients(self, level: str) -> torch.set_grad_enabled:
+        return torch.set_grad_enabled(torch.is_grad_enabled() and level != self.frozen)
 
     def _pad(self, features: Tensor) -> Tensor:
         return F.pad(features, (0, self.hidden_units - features.shape[-1]))

@@ -122,7 +122,7 @@ def test_learns_the_toy(algo: str) -> None:
     """The mean reward of a random policy is 0.18; the spec's threshold is reached in seconds."""
     prior = PixelCNN(K, 4, 4, hidden_units=32, residual_units=32, layers=2, conv_filter_size=3, output_stack_layers=1)
     env = make_sb3_env("ral_gym/Toy-v0", 64, reward="intermediate", seed=0)
-    arguments = algorithm_defaults(algo, env) | {"seed": 0, "device": "cpu", "learning_rate": 1e-3}
+    arguments = algorithm_defaults(algo, env) | {"seed": 0, "device": "cpu", "learning_rate": 3e-3}
     arguments["policy_kwargs"] = {"prior": prior}
     if algo == "ppo":
         arguments |= {"n_epochs": 4, "clip_range": 0.2, "target_kl": None}

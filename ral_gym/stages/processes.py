@@ -27,7 +27,7 @@ from vector_quantize_pytorch import VectorQuantize
 
 from ral_gym.errors import ConfigError, DeviceError, RunError
 
-LOST = re.compile(r"connection|gloo|nccl|timed out|timeout|peer|socket|store", re.IGNORECASE)
+LOST = re.compile(r"gloo|nccl|connection (closed|reset|refused)|timed out", re.IGNORECASE)
 """Words in what the communication library says when another process is gone."""
 
 
