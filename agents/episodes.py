@@ -157,8 +157,8 @@ class EpisodeRolloutBuffer(RolloutBuffer):
         at = (self._fill, np.arange(self.n_envs))
         self._actions[at] = np.asarray(action).reshape(-1)
         self._rewards[at] = reward
-        self._values[at] = value.detach().cpu().numpy().reshape(-1)
-        self._log_probs[at] = log_prob.detach().cpu().numpy().reshape(-1)
+        both = torch.stack([value.detach().flatten(), log_prob.detach().flatten()])  # one transfer from the device
+        self._values[at], self._log_probs[at] = both.cpu().numpy()
         self._fill += 1
         self.pos += 1
         self.full = self.pos == self.buffer_size

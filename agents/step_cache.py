@@ -63,20 +63,16 @@ class StepCache:
         """
         sampler = self.sampler()
         position = first_not_drawn(codes, self.prior.codebook_size)  # (B,)
-        if self._expected is None or self._expected.shape != codes.shape:
-            stale = None
-        else:
-            stale = (codes != self._expected).any(1)  # (B,)
-        if stale is None or bool(stale.all()):
+        known = self._expected is not None and self._expected.shape == codes.shape
+        stale = (codes != self._expected).any(1) if known else torch.ones(len(codes), dtype=torch.bool)  # (B,)
+        misses = int(stale.sum())  # the one transfer from the device
+        if misses == len(codes):
             sampler.begin(codes, position)
-            self.misses += len(codes)
-        elif bool(stale.any()):
+        elif misses:
             rows = stale.nonzero().squeeze(1)
             sampler.rebuild(rows, codes[rows], position[rows])
-            self.misses += len(rows)
-            self.hits += len(codes) - len(rows)
-        else:
-            self.hits += len(codes)
+        self.misses += misses
+        self.hits += len(codes) - misses
         self._expected = codes.clone()
         self._position = position
         return sampler.features(), sampler.logits()

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ral_gym.errors import ConfigError, DivergedError
 from ral_gym.metrics import (
@@ -25,39 +25,7 @@ from ral_gym.metrics import (
     unigram_nll,
     usage,
 )
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def gaussian(n: int, shift: float = 0.0, scale: float = 1.0, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return shift + scale * torch.randn(n, 5, generator=generator) @ (torch.eye(5) + torch.linspace(0, 1, 25).view(5, 5))
-
-
-def images(n: int, channels: int = 3, size: int = 32, seed: int = 0) -> Tensor:
-    return torch.randint(
-        0, 256, (n, channels, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
-    )
-
-
-class PixelMeans(nn.Module):
-    """Extractor for tests: mean of each channel, and how many images it has seen."""
-
-    name = "means"
-    num_features = 3
-    device = torch.device("cpu")
-    seen = 0
-
-    def forward(self, batch: Tensor) -> Tensor:
-        self.seen += len(batch)
-        return batch.float().mean((2, 3))
-
+from tests.feature_sets import PixelMeans, gaussian, images
 
 # --- FD and KID
 

@@ -32,11 +32,15 @@ CPU = torch.device("cpu")
 CONFIG = dataclasses.replace(
     SMOKE,
     data=dataclasses.replace(SMOKE.data, workers=1),
-    vqvae=dataclasses.replace(SMOKE.vqvae, threshold_ema_dead_code=0),
-    prior=dataclasses.replace(SMOKE.prior, dropout=0.0),
+    # Adam's first steps turn rounding into steps of the learning rate's size, so that a large one would tell nothing.
+    vqvae=dataclasses.replace(SMOKE.vqvae, threshold_ema_dead_code=0, learning_rate=1e-4, training_steps=10),
+    prior=dataclasses.replace(SMOKE.prior, dropout=0.0, learning_rate=1e-4),
 )
-OPTIONS = ["--data.workers", "1", "--vqvae.threshold-ema-dead-code", "0", "--prior.dropout", "0"]
-COMMAND = ["train", "--preset", "smoke", *OPTIONS, "--device", "cpu"]
+OPTIONS = [
+    *("--data.workers", "1", "--vqvae.threshold-ema-dead-code", "0", "--vqvae.learning-rate", "1e-4"),
+    *("--vqvae.training-steps", "10", "--prior.dropout", "0", "--prior.learning-rate", "1e-4", "--device", "cpu"),
+]
+COMMAND = ["train", "--preset", "smoke", *OPTIONS]
 
 
 def given(runs: Path, config: Config = CONFIG) -> Path:
@@ -65,6 +69,14 @@ def figures(run: Path) -> dict[tuple[str, int, str], float]:
     }
 
 
+def assert_same_figures(found: dict[tuple[str, int, str], float], expected: dict[tuple[str, int, str], float]) -> None:
+    """Losses to 1e-4; in what counts codes, one vector at the border of two may change sides."""
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        counts_codes = key[2] in ("perplexity", "code_usage")
+        assert found[key] == pytest.approx(value, **({"rel": 0.02} if counts_codes else {"abs": 1e-4})), key
+
+
 def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -80,11 +92,8 @@ def test_two_processes_take_the_steps_of_one(tmp_path) -> None:
     command = [*torchrun, "-m", "ral_gym", *COMMAND, *stages, "--runs", str(tmp_path / "two")]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, "MASTER_PORT": ""})
     assert result.returncode == 0, result.stderr
-    expected, found = figures(one), figures(two)
-    assert expected.keys() == found.keys()
-    assert {(stage, step) for stage, step, _ in found} == {(s, n) for s in ("vqvae", "prior") for n in (10, 20)}
-    for key, value in expected.items():
-        assert found[key] == pytest.approx(value, abs=1e-4), key
+    assert_same_figures(figures(two), figures(one))
+    assert {(stage, step) for stage, step, _ in figures(two)} == {("vqvae", 10), ("prior", 10), ("prior", 20)}
     for name in ("vqvae", "prior", "prior_ema"):
         left, right = (load_tensors(run / f"{name}.safetensors")[0] for run in (one, two))
         for key, tensor in left.items():
@@ -123,7 +132,9 @@ def test_a_process_that_dies_is_told_and_leaves_no_half_run(tmp_path) -> None:
     assert both[0].returncode == 2
     assert lines[-1].startswith("error: process 0 of 2 lost another one") and "Traceback" not in errors, errors
     left = {path.name for path in (tmp_path / "smoke").iterdir()}
-    assert left == {"config.json", "metrics.jsonl", "tensorboard"}
+    # On a slow machine a whole checkpoint may have been due.
+    assert left - {"checkpoints", "seconds.json"} == {"config.json", "metrics.jsonl", "tensorboard"}
+    assert not list(tmp_path.rglob(".*.tmp"))
     assert figures(tmp_path / "smoke")
 
 
@@ -140,9 +151,7 @@ def trained(path: Path, compute: Compute, config: Config = CONFIG) -> tuple[Path
 def test_a_batch_in_parts_is_the_same_step(tmp_path) -> None:
     whole, weights = trained(tmp_path / "whole", Compute())
     parts, others = trained(tmp_path / "parts", Compute(gradient_accumulation=4))
-    expected, found = figures(whole), figures(parts)
-    for key, value in expected.items():
-        assert found[key] == pytest.approx(value, abs=1e-4), key
+    assert_same_figures(figures(parts), figures(whole))
     # The codebook too moves once per step, by the statistics of all parts.
     for name, tensor in weights.items():
         assert torch.allclose(tensor.double(), others[name].double(), rtol=0.02, atol=5e-3), name
@@ -154,7 +163,7 @@ def test_half_precision_leaves_weights_and_codebook_in_32_bits(tmp_path) -> None
     assert {tensor.dtype for tensor in weights.values() if tensor.is_floating_point()} == {torch.float32}
     expected, found = figures(whole), figures(half)
     assert found != expected
-    for key in [("vqvae", 20, "loss"), ("vqvae", 20, "reconstruction_error")]:
+    for key in [("vqvae", 10, "loss"), ("vqvae", 10, "reconstruction_error")]:
         assert found[key] == pytest.approx(expected[key], rel=0.1)
     # Afterwards full precision is full again: accelerate keeps one state per Python process.
     again, _ = trained(tmp_path / "again", Compute())

@@ -1,4 +1,4 @@
-"""Figures of a run: image distances, likelihood and entropy of codes, critic quality, nearest neighbours."""
+"""Figures of a run: image distances, likelihood and entropy of codes, distance to an oracle, exposure bias, diversity."""
 
 from ral_gym.metrics.auc import auc, gap
 from ral_gym.metrics.codes import (
@@ -12,6 +12,20 @@ from ral_gym.metrics.codes import (
     usage,
 )
 from ral_gym.metrics.distances import Distance, FeatureDistance, ImageDistance, floor
+from ral_gym.metrics.diversity import distinct_codes, distinct_grids, hamming_distance, pairwise_distance
+from ral_gym.metrics.exposure import (
+    CorruptionResponse,
+    Curve,
+    ExposureBias,
+    PrefixCurve,
+    as_lists,
+    corrupt,
+    corruption_response,
+    divergences,
+    exposure_bias,
+    half_life,
+    prefix_curve,
+)
 from ral_gym.metrics.features import (
     EncoderFeatures,
     Extractor,
@@ -20,30 +34,55 @@ from ral_gym.metrics.features import (
     extract,
     make_extractor,
 )
+from ral_gym.metrics.intervals import Estimate, distance_estimates, mean_estimate, repeated, subsampled
+from ral_gym.metrics.neighbourhood import Neighbourhood, NeighbourhoodScores
 from ral_gym.metrics.neighbours import nearest
-from ral_gym.metrics.oracle import sequence_kl
+from ral_gym.metrics.oracle import oracle_metrics, sequence_kl
 
 __all__ = [
+    "CorruptionResponse",
+    "Curve",
     "Distance",
     "EncoderFeatures",
+    "Estimate",
+    "ExposureBias",
     "Extractor",
     "FeatureDistance",
     "ImageDistance",
     "InceptionFeatures",
     "Lite0Features",
+    "Neighbourhood",
+    "NeighbourhoodScores",
+    "PrefixCurve",
     "TemperatureMatch",
+    "as_lists",
     "auc",
     "code_counts",
+    "corrupt",
+    "corruption_response",
+    "distance_estimates",
+    "distinct_codes",
+    "distinct_grids",
+    "divergences",
     "entropy",
+    "exposure_bias",
     "extract",
     "floor",
     "gap",
+    "half_life",
+    "hamming_distance",
     "make_extractor",
     "match_temperature",
+    "mean_estimate",
     "nearest",
     "nll",
+    "oracle_metrics",
+    "pairwise_distance",
     "perplexity",
+    "prefix_curve",
+    "repeated",
     "sequence_kl",
+    "subsampled",
     "unigram_nll",
     "usage",
 ]
