@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from ral_gym.errors import ConfigError, DivergedError
-from ral_gym.rank_one import root_trace_change, spectral
+from ral_gym.rank_one import root_trace, root_trace_change, spectral
 
 Form = Literal["exact", "first_order", "diagonal"]
 FORMS = ("exact", "first_order", "diagonal")
@@ -146,26 +146,36 @@ class FrechetReward:
             features: (N, F), N >= 3, any float type.
 
         Returns:
-            (N,) float64: (FD without the image - FD) (N-1) / (1-b), or its first-order form, which sums to 0.
+            (N,) float64: (FD without the image - FD) (N-1) / (1-b), whose mean (with b = 0) is the jackknife's estimate
+            of FD's bias; or its first-order form, whose mean is 0.
         """
         points = self._project(features)  # (N, D)
         left_out, moments = self._leave_one_out(points)
-        rewards, distance = {"exact": self._exact, "first_order": self._first_order, "diagonal": self._diagonal}[
-            self.form
-        ](left_out)
+        forms = {"exact": self._exact, "first_order": self._first_order, "diagonal": self._diagonal}
+        rewards, distance = forms[self.form](left_out)
         self.distance = float(distance)
         self._moments, self._batches = moments, None if self._batches is None else self._batches + 1
         return rewards
 
     def state_dict(self) -> dict[str, Any]:
-        """The averaged moments."""
+        """The averaged moments of the features, whose own axes do not depend on how eigenvectors were found."""
         first, second = self._moments or (None, None)
+        if first is not None and second is not None and self.axes is not None:
+            first = self.axes @ first
+            second = self.axes @ (second if second.dim() == 2 else second.diag()) @ self.axes.T
         return {"first": first, "second": second, "batches": self._batches}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore them."""
         first, second, self._batches = state["first"], state["second"], state["batches"]
-        self._moments = None if first is None else (first.to(self.root), second.to(self.root))
+        if first is None:
+            self._moments = None
+            return
+        first, second = first.to(self.root), second.to(self.root)
+        if self.axes is not None:
+            first, second = first @ self.axes, self.axes.T @ second @ self.axes
+            second = second.diagonal().clone() if self.form == "diagonal" else second
+        self._moments = first, second
 
     def _project(self, features: Tensor) -> Tensor:
         """Checked features (N, F) -> (N, D) float64, relative to the reference's mean."""
@@ -207,24 +217,23 @@ class FrechetReward:
 
     def _exact(self, left_out: LeaveOneOut) -> tuple[Tensor, Tensor]:
         scaled = self.root[:, None] * left_out.base * self.root  # (D, D) A B A
-        spectrum, vectors, kept = spectral(scaled)
-        squares = (left_out.directions * self.root @ vectors).square() * kept  # (N, D) z^2
+        spectrum, vectors = spectral(scaled)
+        squares = (left_out.directions * self.root @ vectors).square()  # (N, D) z^2
         loss = root_trace_change(spectrum, squares, left_out.factor)  # (N,)
-        now = spectral(self.root[:, None] * left_out.covariance * self.root)[0].sqrt().sum()
+        now = root_trace(self.root[:, None] * left_out.covariance * self.root)
         traces = torch.trace(left_out.base - left_out.covariance) - 2 * (spectrum.sqrt().sum() - now)
         change = traces - left_out.factor * left_out.directions.square().sum(1) - 2 * loss  # (N,)
         distance = left_out.mean.square().sum() + self.root.square().sum() + torch.trace(left_out.covariance) - 2 * now
         return self._mean_term(left_out) + change / left_out.share, distance
 
     def _first_order(self, left_out: LeaveOneOut) -> tuple[Tensor, Tensor]:
-        spectrum, vectors, kept = spectral(self.root[:, None] * left_out.covariance * self.root)
+        spectrum, vectors = spectral(self.root[:, None] * left_out.covariance * self.root)
         points = left_out.deviations - left_out.offset  # (N, D) x - m'
-        quarter = torch.where(kept, spectrum, 1.0).pow(-0.25) * kept  # (D,) (A S' A)^(-1/4)
+        quarter = torch.where(spectrum > 0, spectrum.pow(-0.25), 0.0)  # (D,) (A S' A)^(-1/4)
         mapped = (points * self.root @ vectors * quarter).square().sum(1)  # (N,) (x - m')^T T (x - m')
         influence = 2 * points @ left_out.mean + points.square().sum(1) - mapped
-        root_trace, trace = spectrum.sqrt().sum(), torch.trace(left_out.covariance)
-        distance = left_out.mean.square().sum() + self.root.square().sum() + trace - 2 * root_trace
-        return influence.mean() - influence, distance
+        distance = left_out.mean.square().sum() + self.root.square().sum() + torch.trace(left_out.covariance)
+        return influence.mean() - influence, distance - 2 * spectrum.sqrt().sum()
 
     def _diagonal(self, left_out: LeaveOneOut) -> tuple[Tensor, Tensor]:
         now = (left_out.covariance.clamp_min(0).sqrt() - self.root).square().sum()

@@ -27,14 +27,20 @@ ROUNDING = 1e-12
 """Ratios below are 0: they are of order one, and of D added numbers of order one."""
 
 
-def spectral(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Eigenvalues (D,) of a positive semi-definite matrix, eigenvectors (D, D), and which eigenvalues are not 0.
-
-    Those within rounding of 0 become 0: the root of 1e-16 is 1e-8, and a small batch has hundreds of them.
-    """
+def spectral(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (D,) of a positive semi-definite matrix (D, D), ascending, and its eigenvectors (D, D)."""
     spectrum, vectors = torch.linalg.eigh(matrix)
-    kept = spectrum > spectrum[-1].clamp_min(0) * len(spectrum) * torch.finfo(matrix.dtype).eps  # (D,)
-    return spectrum * kept, vectors, kept
+    return _without_rounding(spectrum), vectors
+
+
+def root_trace(matrix: Tensor) -> Tensor:
+    """Trace of the root of a positive semi-definite matrix (D, D)."""
+    return _without_rounding(torch.linalg.eigvalsh(matrix)).sqrt().sum()
+
+
+def _without_rounding(spectrum: Tensor) -> Tensor:
+    """Eigenvalues within rounding of 0 become 0: the root of 1e-16 is 1e-8, and a small batch has hundreds of them."""
+    return spectrum * (spectrum > spectrum[-1].clamp_min(0) * len(spectrum) * torch.finfo(spectrum.dtype).eps)
 
 
 def root_trace_change(spectrum: Tensor, squares: Tensor, factor: float) -> Tensor:
@@ -42,7 +48,7 @@ def root_trace_change(spectrum: Tensor, squares: Tensor, factor: float) -> Tenso
 
     Args:
         spectrum: (D,) eigenvalues of M, none negative.
-        squares: (N, D) squared coordinates of each z along the eigenvectors; 0 where the eigenvalue is.
+        squares: (N, D) squared coordinates of each z along the eigenvectors; ignored where the eigenvalue is 0.
         factor: k; every M - k z z^T has to be positive semi-definite.
 
     Returns:
@@ -50,6 +56,7 @@ def root_trace_change(spectrum: Tensor, squares: Tensor, factor: float) -> Tenso
     """
     v = torch.linspace(-REACH, REACH, NODES, dtype=spectrum.dtype, device=spectrum.device)  # (Q,)
     s = spectrum.mean().clamp_min(torch.finfo(spectrum.dtype).tiny).sqrt() * v.exp()
+    squares = squares * (spectrum > 0)
     shares = factor * squares / torch.where(spectrum > 0, spectrum, 1.0)  # (N, D)
     # At s = 0 the ratio 1 - x is 0 where the downdate takes a rank away, as it always does from few images; near there
     # 1 - x would be nothing but rounding, and so would the sum of the parts of 1 be where x is small.

@@ -109,7 +109,7 @@ class Run:
         there = load_json(file)
         if not isinstance(there, dict) or "preset" not in there:
             raise RunError(f"{self.path} is not a run folder (its config.json is another's); choose another --name")
-        found = differences(_what(there), self._what())
+        found = differences(_what(_filled(there)), self._what())
         if found:
             more = f"; and {len(found) - 3} more" if len(found) > 3 else ""
             raise RunError(
@@ -147,7 +147,7 @@ class Run:
         tensors, metadata = load_tensors(path)
         if metadata.get("stage") != stage or "state" not in metadata:
             raise RunError(f"{path} is no checkpoint of stage {stage}; remove it to start the stage again")
-        found = differences(metadata.get("config"), self._what())
+        found = differences(_what(_filled(metadata.get("config"))), self._what())
         if found:
             raise RunError(
                 f"{path} is a checkpoint of another configuration ({'; '.join(found[:3])}); remove it to start the "
@@ -195,11 +195,21 @@ class Run:
         return dict(load_json(self.file("seconds.json"))) if self.has("seconds.json") else {}
 
 
-def _what(config: dict[str, Any]) -> dict[str, Any]:
+def _what(config: Any) -> Any:
     """A configuration without the settings that do not change the outcome."""
+    if not isinstance(config, dict):
+        return config
     data = config.get("data")
     kept = {name: value for name, value in data.items() if name not in RESOURCES} if isinstance(data, dict) else data
     return {**config, "data": kept}
+
+
+def _filled(config: Any) -> Any:
+    """A configuration with the defaults of settings that older versions did not write; as it is where it is none."""
+    try:
+        return json.loads(Config.from_dict(config).to_json())
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return config
 
 
 def _visible(path: Path) -> list[Path]:

@@ -216,11 +216,13 @@ def test_no_window_library_is_loaded():
 
 # --- the table
 
+SPREAD = {"diversity": 0.951, "samples_per_kept": 1.0}
 RESULTS = {
     "rows": {
         "floor": {"fd": 3.1, "kid": -15.98, "n": 144},
         "ral": {"fd": 123.611, "kid": 5944.4, "nll_test": None, "entropy": 2.85, "n": 3000},
-        "mle": {"fd": 31.3, "kid": 0.0123, "nll_test": 3.73, "nll_new_people": 4.12, "n": 3000, "temperature": 1.0},
+        "mle": {"fd": 31.3, "kid": 0.0123, "nll_test": 3.73, "nll_new_people": 4.12, "n": 3000, "temperature": 1.0}
+        | SPREAD,
         "another": {},
     },
     "extractor": "lite0",
@@ -232,16 +234,17 @@ RESULTS = {
 
 def test_markdown_has_every_figure_in_order_and_a_dash_for_each_missing_one():
     lines = results_markdown(RESULTS).splitlines()
-    assert lines[0] == "| row | FD | KID | NLL test | NLL new people | entropy | n | T |"
+    assert lines[0] == "| row | FD | KID | NLL test | NLL new | entropy | diversity | cost | n | T |"
     assert lines[2:6] == [
-        "| `mle` | 31.3 | 0.0123 | 3.730 | 4.120 | - | 3,000 | 1.00 |",
-        "| `ral` | 123.6 | 5,944 | - | - | 2.850 | 3,000 | - |",
-        "| `floor` | 3.1 | -15.98 | - | - | - | 144 | - |",
-        "| `another` | - | - | - | - | - | - | - |",
+        "| `mle` | 31.3 | 0.0123 | 3.730 | 4.120 | - | 0.951 | 1.0 | 3,000 | 1.00 |",
+        "| `ral` | 123.6 | 5,944 | - | - | 2.850 | - | - | 3,000 | - |",
+        "| `floor` | 3.1 | -15.98 | - | - | - | - | - | 144 | - |",
+        "| `another` | - | - | - | - | - | - | - | - | - |",
     ]
     assert lines[-1] == (
-        "FD and KID on lite0 features; 3,000 samples per generator (floor 144); NLL and entropy in nats per code; "
-        "seed 7; 175 s in all."
+        "FD and KID on lite0 features; 3,000 samples per generator (floor 144); NLL (held-out images, new people) and "
+        "entropy in nats per code; diversity: share of codes in which two samples differ; cost: samples drawn per "
+        "sample kept; seed 7; 175 s in all."
     )
 
 
@@ -252,6 +255,8 @@ def test_the_table_fits_80_columns_uncut_and_says_extractor_and_sample_count():
             "fd": 1289.26,
             "nll_test": 3.6,
             "nll_new_people": 4.2,
+            "diversity": 0.95,
+            "samples_per_kept": 12.0,
             "temperature": 0.7,
         },
         **RESULTS["rows"],
@@ -262,6 +267,6 @@ def test_the_table_fits_80_columns_uncut_and_says_extractor_and_sample_count():
     assert "…" not in text
     for row in results_markdown({**RESULTS, "rows": rows}).splitlines()[2:7]:
         cells = row.replace("`", "").strip("| ").split(" | ")
-        del cells[6]  # n stands in the caption
+        del cells[8]  # n stands in the caption
         assert any(line.split() == cells for line in text.splitlines())
     assert "lite0 features; 3,000 samples per generator (floor 144)" in " ".join(text.split())

@@ -1,4 +1,4 @@
-"""Figures of a run: image distances, likelihood and entropy of codes, distance to an oracle, exposure bias, diversity."""
+"""Figures of a run: image distances, likelihood of codes, distance from an oracle, exposure bias, diversity."""
 
 from ral_gym.metrics.auc import auc, gap
 from ral_gym.metrics.codes import (
@@ -13,19 +13,7 @@ from ral_gym.metrics.codes import (
 )
 from ral_gym.metrics.distances import Distance, FeatureDistance, ImageDistance, floor
 from ral_gym.metrics.diversity import distinct_codes, distinct_grids, hamming_distance, pairwise_distance
-from ral_gym.metrics.exposure import (
-    CorruptionResponse,
-    Curve,
-    ExposureBias,
-    PrefixCurve,
-    as_lists,
-    corrupt,
-    corruption_response,
-    divergences,
-    exposure_bias,
-    half_life,
-    prefix_curve,
-)
+from ral_gym.metrics.exposure import Curve, ExposureBias, as_lists, divergences, exposure_bias
 from ral_gym.metrics.features import (
     EncoderFeatures,
     Extractor,
@@ -38,6 +26,14 @@ from ral_gym.metrics.intervals import Estimate, distance_estimates, mean_estimat
 from ral_gym.metrics.neighbourhood import Neighbourhood, NeighbourhoodScores
 from ral_gym.metrics.neighbours import nearest
 from ral_gym.metrics.oracle import oracle_metrics, sequence_kl
+from ral_gym.metrics.recovery import (
+    CorruptionResponse,
+    PrefixCurve,
+    corrupt,
+    corruption_response,
+    half_life,
+    prefix_curve,
+)
 
 __all__ = [
     "CorruptionResponse",

@@ -5,8 +5,8 @@ Three roads to a standard error, best first:
 * `repeated`: draw the whole set again, independently, as often as the time allows. Always right.
 * `mean_estimate`: where the figure is a mean of independent values (seeds, images), their spread tells.
 * `subsampled`: one set of n is all there is. The figure is computed again on random halves of it, drawn *without*
-  replacement, and the spread of those is scaled to n (the delete-d jackknife of Shao and Wu, 1989). `distance_estimates`
-  does so for FD and KID.
+  replacement, and the spread of those is scaled to n (the delete-d jackknife of Shao and Wu, 1989), as in
+  `distance_estimates` for FD and KID.
 
 Never a bootstrap: a resample of n holds only 63 % distinct images, and FD takes the duplicates for a lack of variety.
 Its bias of sampling is added a second time, so that the interval may lie wholly above the figure it is meant for; under
@@ -19,6 +19,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -85,6 +86,7 @@ class Estimate:
         return f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}] (n = {self.n:,})"
 
 
+@cache
 def student_t(degrees: int, confidence: float = CONFIDENCE) -> float:
     """Two-sided quantile of Student's t: |T| is below it with probability `confidence`; 4.30 for two degrees.
 
@@ -181,7 +183,9 @@ def subsampled(
     """Standard errors of figures of one set, from random halves of it drawn without replacement.
 
     With m of n samples the spread of the figure over subsets is sqrt((n - m) / m) times its standard error at n, which
-    is 1 for halves. That holds for figures that are smooth in the sample, not near a floor that sampling sets.
+    is 1 for halves. That holds for figures that are smooth in the sample. Near the floor that sampling sets the result
+    is too large: against independent sets of 200 to 600 points it was 1.0 to 1.4 times the truth for FD, 0.9 to 1.3 for
+    precision, recall and density, and up to 1.9 times for coverage, next to 1; larger subsets did no better.
 
     Args:
         statistic: indices (n // 2,) int64 of a subset -> figures (M,).

@@ -15,6 +15,7 @@ ROWS = (
     "mle_temperature",
     "mle_best_temperature",
     "mle_continued_best_temperature",
+    "mle_rejection",
     "ral",
     "ral_live",
     "ral_best_temperature",
@@ -25,8 +26,10 @@ COLUMNS = {
     "fd": ("FD", ".1f"),
     "kid": ("KID", ""),
     "nll_test": ("NLL\ntest", ".3f"),
-    "nll_new_people": ("NLL new\npeople", ".3f"),
-    "entropy": ("entropy", ".3f"),
+    "nll_new_people": ("NLL\nnew", ".3f"),
+    "entropy": ("en-\ntropy", ".3f"),
+    "diversity": ("diver-\nsity", ".3f"),
+    "samples_per_kept": ("cost", ".1f"),
     "n": ("n", ",d"),
     "temperature": ("T", ".2f"),
 }
@@ -39,7 +42,7 @@ def results_table(results: Mapping[str, Any]) -> Table:
         results: what `results.json` holds: `rows` (name -> figures), `extractor`, `n_samples`, `seed`, `seconds`.
             Figures that are missing or None are shown as "-".
     """
-    style: dict[str, Any] = {"box": box.SIMPLE_HEAD, "padding": (0, 1, 0, 0), "show_edge": False, "pad_edge": False}
+    style: dict[str, Any] = {"box": box.SIMPLE_HEAD, "padding": 0, "show_edge": False, "pad_edge": False}
     table = Table(title="Results", caption=results_caption(results), **style)
     table.add_column("row", justify="left", no_wrap=True)
     for name, (heading, _) in COLUMNS.items():
@@ -52,8 +55,9 @@ def results_table(results: Mapping[str, Any]) -> Table:
 
 def results_markdown(results: Mapping[str, Any]) -> str:
     """The same table as Markdown, with its caption below."""
+    headings = [heading.replace("-\n", "").replace("\n", " ") for heading, _ in COLUMNS.values()]
     lines = [
-        "| row | " + " | ".join(heading.replace("\n", " ") for heading, _ in COLUMNS.values()) + " |",
+        "| row | " + " | ".join(headings) + " |",
         "|---|" + "---:|" * len(COLUMNS),
         *(f"| `{name}` | " + " | ".join(_cells(results["rows"][name])) + " |" for name in _row_names(results)),
     ]
@@ -69,7 +73,9 @@ def results_caption(results: Mapping[str, Any]) -> str:
     parts = [
         f"FD and KID on {results.get('extractor', '-')} features",
         f"{_number(results.get('n_samples'), ',d')} samples per generator{f' ({fewer})' if fewer else ''}",
-        "NLL and entropy in nats per code",
+        "NLL (held-out images, new people) and entropy in nats per code",
+        "diversity: share of codes in which two samples differ",
+        "cost: samples drawn per sample kept",
         f"seed {_number(results.get('seed'), 'd')}",
     ]
     if results.get("seconds"):

@@ -11,9 +11,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from ral_gym.codes import CodeSet, decode_codes
+from ral_gym.critic import PatchCritic
 from ral_gym.data import ImageSet
 from ral_gym.errors import DataError, RunError
 from ral_gym.metrics import (
@@ -27,6 +29,8 @@ from ral_gym.metrics import (
     nll,
 )
 from ral_gym.metrics.distances import MINIMUM_IMAGES
+from ral_gym.rejection import Judge, critic_judge, diversity, rejection_sample
+from ral_gym.rewards import CriticScorer
 from ral_gym.run import Run
 from ral_gym.stages.common import Clock
 from ral_gym.stages.levels import load_generator
@@ -48,6 +52,7 @@ SWEPT = ("mle", "mle_continued", "ral")
 """Rows that are also sampled at other temperatures; each gets a row `..._best_temperature`."""
 LOWEST_TEMPERATURE = 0.3
 TEMPERATURE_STEP = 0.1
+REJECTION_SHARE = 0.25
 LOGITS_PER_PASS = 2**24
 """Bounds the images per teacher-forced pass: 64 MiB of logits; 2,048 images of 8 x 8 codes with K = 128."""
 TEMPERATURE_BATCH = 500
@@ -85,21 +90,34 @@ class Evaluation:
         themselves; `nll_test`, `nll_new_people` and `entropy` are in nats per code.
         """
         codes = sample_codes(prior, self.n_samples, self.seed, temperature)
-        features = extract(self.extractor, decode_codes(self.vqvae, codes))
-        measured, from_real = self.distance.features.measure(features), self.real_distance.measure(features)
         new_people = self.codes.new_people
-        return {
-            "fd": measured["fd"],
-            "kid": measured["kid"],
-            "fd_real": from_real["fd"],
-            "kid_real": from_real["kid"],
+        return self.distances(codes) | {
             "nll_test": self.nll(prior, self.codes.test, temperature),
             "nll_new_people": None if new_people is None else self.nll(prior, new_people, temperature),
             "entropy": entropy(prior, codes, temperature, self.batch_size, self.device),
-            "n": measured["n"],
-            "n_reference": measured["n_reference"],
-            "kid_subset_size": measured["kid_subset_size"],
+            "diversity": diversity(codes).distance,
+            "samples_per_kept": 1.0,
             "temperature": temperature,
+        }
+
+    def rejection_row(self, prior: Prior, judge: Judge) -> dict[str, Any]:
+        """The row of rejection sampling, VQ-VAE-2's way to better samples: of every four the one judged best.
+
+        It has no likelihood, so no NLL and no entropy; what it costs is drawn samples, and diversity.
+        """
+        kept = rejection_sample(lambda n: sample_codes(prior, n, self.seed), judge, self.n_samples, REJECTION_SHARE)
+        figures = {"diversity": kept.diversity.distance, "samples_per_kept": kept.samples_per_kept}
+        return self.distances(kept.codes) | figures | {"temperature": 1.0}
+
+    def distances(self, codes: Tensor) -> dict[str, Any]:
+        """How far samples (N, T) are from the decoded training codes, and from the training images."""
+        features = extract(self.extractor, decode_codes(self.vqvae, codes))
+        measured, from_real = self.distance.features.measure(features), self.real_distance.measure(features)
+        counts = {key: measured[key] for key in ("n", "n_reference", "kid_subset_size")}
+        return {"fd": measured["fd"], "kid": measured["kid"]} | {
+            "fd_real": from_real["fd"],
+            "kid_real": from_real["kid"],
+            **counts,
         }
 
     def nll(self, prior: Prior, codes: Any, temperature: float) -> float:
@@ -138,7 +156,7 @@ def evaluate(
             raise RunError(
                 f"{run.path}: {GENERATORS[row]} is another model than the prior ({found[0]}); remove its file"
             )
-    planned = len(priors) + len(SWEPT) * len(run.config.evaluation.temperatures) + 3 + 4
+    planned = len(priors) + len(SWEPT) * len(run.config.evaluation.temperatures) + 4 + 4
     bar = tqdm(total=planned, desc="4 evaluation", unit="row", disable=not progress)
 
     def measure(name: str, prior: Prior, temperature: float = 1.0) -> dict[str, Any]:
@@ -149,8 +167,11 @@ def evaluate(
         bar.update(1)
         return rows[name]
 
+    if "mle_rejection" not in rows:
+        judge = critic_judge(CriticScorer(vqvae, load_module(run.file("critic.safetensors"), PatchCritic, device)))
+        rows["mle_rejection"] = evaluation.rejection_row(mle, judge)
     _measure_real(evaluation, images, rows)
-    bar.update(2)
+    bar.update(3)
     for name, prior in priors.items():
         measure(name, prior)
     same_entropy = rows.get("mle_temperature", {}).get("temperature")
