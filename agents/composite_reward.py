@@ -64,8 +64,8 @@ class CompositeReward(BaseCallback):
         extractor: features for the distribution terms; None: the run's VQ-VAE encoder, averaged over space. It should
             not be the evaluation's, or the policy learns to please the yardstick.
         evaluation_extractor: name of the evaluation's extractor, only to warn of that.
-        ema: b of the Frechet terms' moments, see `FrechetReward`. A batch of a hundred images is far too small for a
-            covariance: with 0.9 its moments are averaged over about 10 batches.
+        ema: b of the Frechet terms' moments, see `FrechetReward`: an average over about 1 / (1 - b) rollouts. More is
+            less noise, but the average lags behind a policy that moves, which is then pushed past its goal.
         components: see `FrechetReward`.
         n_reference: real images for the reference, drawn once; fewer where there are fewer.
         normalization: for all terms or by name. `standard`: subtract the batch's mean, divide by its standard
@@ -88,7 +88,7 @@ class CompositeReward(BaseCallback):
         functions: Mapping[str, ImageReward] | None = None,
         extractor: Extractor | None = None,
         evaluation_extractor: str = "lite0",
-        ema: float = 0.9,
+        ema: float = 0.5,
         components: int | None = None,
         n_reference: int = 2000,
         normalization: TermNormalization | Mapping[str, TermNormalization] = "standard",

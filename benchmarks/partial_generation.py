@@ -7,7 +7,7 @@
 
 Two-level images are drawn by `TwoLevelSampler.sample` from networks with fresh weights, at the table's two sizes. On
 CUDA these are the presets' own networks. On CPU they are small (32 units, a fifth of the layers), so that it takes
-minutes: there only the ratios say something about the presets.
+minutes; their seconds say nothing about the presets.
 
 * full: every code of 16 images.
 * continue: n rows of the top codes are given, and the bottom codes under them; the rest is drawn.
@@ -118,7 +118,7 @@ class Spent:
 def partial_draws(height: int) -> list[Draw]:
     """Each mode with each number of rows in 1..H-1, once: their mean is that of mode and rows drawn uniformly.
 
-    The order goes through small and large numbers of rows evenly, so that no stretch of a round is cheaper.
+    Two neighbours have the same n and draw a whole image's codes together, so that no stretch of a round is cheaper.
     """
     rows = range(1, height)
     continued = [Draw("continue", n, height) for n in rows]

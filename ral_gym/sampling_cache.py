@@ -110,8 +110,9 @@ class SamplingCache:
     def fill(self, rows: Tensor | slice, codes: Tensor, positions: np.ndarray, condition: Tensor | None = None) -> None:
         """Compute what the codes before each position imply, for some batch rows or all.
 
-        The vertical stack runs over all grid rows before the position at once; the horizontal one over the position's
-        grid row if any of its codes are given, and with attention over all of them; the output stack not at all.
+        The vertical stack runs over the grid rows before the position that can matter, at once; the horizontal one
+        over the position's grid row if any of its codes are given, and with attention over all of them; the output
+        stack not at all.
 
         Args:
             rows: (n,) int64 or slice(None), batch rows.
@@ -142,37 +143,54 @@ class SamplingCache:
         begun = bool((positions % self.width).any())
         whole = bool(weights.attention_of) and bool(positions.any())  # all grid rows of the horizontal stack are needed
         at = torch.arange(len(tokens), device=tokens.device)
-        # The padded grid rows from grid_row to grid_row + p are those that end with the position's own.
-        recent = torch.as_tensor(grid_rows[:, None] + np.arange(reach + 1), device=tokens.device)
-        current = recent[:, 0]
-        own = at * (tokens.shape[1] - reach) + current if whole else at  # the positions' own grid rows among the lines
+        # The grid rows from grid_row - p to grid_row are those that end with the position's own.
+        recent = torch.as_tensor(grid_rows[:, None] + np.arange(-reach, 1), device=tokens.device)
+        current = recent[:, -1]
+        count = tokens.shape[1] - reach
+        own = at * count + current if whole else at  # the positions' own grid rows among the lines
+        # The first grid row that each block's input is needed in: one block sees p rows further up than the next.
+        first = [0 if whole else max(0, int(grid_rows.min()) - reach * (layers - i)) for i in range(layers + 1)]
 
-        def lines(x: Tensor) -> Tensor:
-            """The grid rows that the horizontal stack runs on, of (n, rows, ...)."""
-            return x.flatten(0, 1) if whole else x[at, current]
+        def lines(x: Tensor, start: int = 0) -> Tensor:
+            """The grid rows that the horizontal stack runs on, of (n, rows, ...) from grid row `start` on."""
+            return x.flatten(0, 1) if whole else x[at, current - start]
 
-        v = self._vertical_input(tokens[:, :-1]) + weights.vertical_base[: tokens.shape[1] - reach]  # (n, rows, W, C)
-        seen = min(v.shape[1], reach + 1)
+        v = self._vertical_input(tokens[:, first[0] : -1]) + weights.vertical_base[first[0] : count]  # (n, rows, W, C)
+        seen = min(count, reach + 1)
         h = self._horizontal_input(lines(tokens[:, reach:]))  # (m, W, C)
-        h = h + lines(weights.horizontal_base[: v.shape[1]].expand_as(v))
+        h = h + (
+            weights.horizontal_base[:count].repeat(len(tokens), 1, 1) if whole else weights.horizontal_base[current]
+        )
         for layer in range(layers):
-            x = F.pad(v, (0, 0, 0, 0, reach, 0))  # (n, p + rows, W, C)
-            self._above[layer, rows] = x[at[:, None], recent]
-            pre = weights.convolve(x[:, reach + 1 - seen :], layer, seen)  # (n, rows, W, 2 R)
+            start, stop = first[layer : layer + 2]
+            # Above the grid there is nothing; then come the rows from `start` on.
+            x = v if start else F.pad(v, (0, 0, 0, 0, reach, 0))  # (n, p + rows, W, C)
+            top = start or -reach
+            self._above[layer, rows] = x[at[:, None], recent - top]
+            pre = weights.convolve(x[:, stop + 1 - seen - top :], layer, seen)  # (n, rows from `stop` on, W, 2 R)
             if guide is not None:
-                added = guide @ weights.condition[layer]  # (n, H / f, W / f, 2 R)
-                pre = pre + upsample(added, self.width // added.shape[2])[:, : pre.shape[1]]
-            terms = lines(pre) @ weights.across[layer] + weights.across_bias[layer]  # (m, W, 2 R)
+                pre = pre + self._guide_rows(guide, layer, stop, count)
+            terms = lines(pre, stop) @ weights.across[layer] + weights.across_bias[layer]  # (m, W, 2 R)
             self._terms[layer, rows] = terms[own]
             if layer + 1 < layers:
-                v = v + gate(pre) @ weights.vertical_out[layer]
+                v = v[:, stop - start :] + gate(pre) @ weights.vertical_out[layer]
             if layer == 0 or begun:
                 # Columns from the position on are wrong, and written again by `step` before they are read.
                 self._line[layer, rows, reach:-reach] = h[own]
             if whole or (begun and layer + 1 < layers):
                 h = self._fill_block(layer, h, terms)
             if whole and layer in weights.attention_of:
-                h = self._fill_attention(weights.attention_of[layer], rows, h, tokens[:, reach:, reach:-reach])
+                number, given = weights.attention_of[layer], tokens[:, reach:, reach:-reach]
+                query, memory = self._fill_memory(number, rows, h, given)
+                if layer + 1 < layers:  # of the last block, only what later positions see is needed
+                    h = self._fill_attention(number, h, query, memory)
+
+    def _guide_rows(self, guide: Tensor, layer: int, start: int, stop: int) -> Tensor:
+        """What the condition's features (n, H / f, W / f, C) add in grid rows start..stop-1: (n, rows, W, 2 R)."""
+        factor = self.width // guide.shape[2]
+        above = start // factor
+        added = guide[:, above : -(-stop // factor)] @ self.weights.condition[layer]
+        return upsample(added, factor)[:, start - above * factor : stop - above * factor]
 
     def _fill_block(self, layer: int, h: Tensor, terms: Tensor) -> Tensor:
         """A block of the horizontal stack on whole grid rows, (m, W, C) to (m, W, C)."""
@@ -180,8 +198,12 @@ class SamplingCache:
         pre = windows.flatten(2) @ self.weights.horizontal[layer] + terms
         return h + gate(pre) @ self.weights.horizontal_out[layer]
 
-    def _fill_attention(self, number: int, rows: Tensor | slice, h: Tensor, tokens: Tensor) -> Tensor:
-        """An attention layer on all positions of the first grid rows: h (n rows, W, C), tokens (n, rows, W)."""
+    def _fill_memory(self, number: int, rows: Tensor | slice, h: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and contents of all positions of the first grid rows: h (n rows, W, C), tokens (n, rows, W).
+
+        Returns:
+            Queries (n, h, T, d), and keys and contents (n, h, T, 2 d).
+        """
         weights, heads = self.weights, self._memory.shape[2]
         x, tokens = h.view(len(tokens), -1, h.shape[-1]), tokens.flatten(1)  # (n, T, C), (n, T)
         pre = x @ weights.project[number] + weights.project_base[number][: x.shape[1]]  # (n, T, 3 C)
@@ -189,9 +211,14 @@ class SamplingCache:
         query, memory = pre.tensor_split([pre.shape[-1] // 3], dim=-1)
         memory = memory + weights.memory_table[number][tokens].transpose(1, 2)  # (n, h, T, 2 d)
         self._memory[number][rows, :, 1 : x.shape[1] + 1] = memory
-        start = weights.memory_start[number][:, None].expand(len(x), -1, -1, -1)  # (n, h, 1, 2 d)
+        return query, memory
+
+    def _fill_attention(self, number: int, h: Tensor, query: Tensor, memory: Tensor) -> Tensor:
+        """What an attention layer adds to the activations (n rows, W, C), from `_fill_memory`'s results."""
+        weights = self.weights
+        start = weights.memory_start[number][:, None].expand(len(memory), -1, -1, -1)  # (n, h, 1, 2 d)
         memory = torch.cat([start, memory[:, :, :-1]], dim=2)
-        slots = self._slots[: x.shape[1]]
+        slots = self._slots[: memory.shape[2]]
         found = attend(query, memory, slots > slots[:, None])  # (n, h, T, d)
         return h + (found.transpose(1, 2).flatten(2) @ weights.attention_out[number]).view_as(h)
 

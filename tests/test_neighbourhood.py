@@ -45,7 +45,7 @@ def test_all_four_equal_brute_force(k, chunk):
 
 
 def test_a_set_far_from_the_origin():
-    """Features of thousands that differ by thousandths."""
+    """Features of 100,000 that differ by thousandths."""
     real, fake = gaussian(60).double() * 1e-3, gaussian(50, shift=0.5, seed=1).double() * 1e-3
     near, far = (Neighbourhood(real + shift, extractor="t").measure(fake + shift) for shift in (0, 1e5))
     assert near == far
