@@ -45,8 +45,8 @@ def algorithm_defaults(
     Args:
         algo: a name in `ALGORITHMS`.
         env: from `make_sb3_env`.
-        prior: the network that the policy starts from (see `PixelCNNPolicy`), put into `policy_kwargs`; None: the caller
-            puts it there. Not for `dqn` and `qrdqn`, which have no PixelCNN.
+        prior: the network that the policy starts from (see `PixelCNNPolicy`), put into `policy_kwargs`; None: the
+            caller puts it there. `dqn` and `qrdqn` have no PixelCNN and leave it out.
 
     Raises:
         ConfigError: an algorithm that is unknown, or that cannot draw codes.

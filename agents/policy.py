@@ -25,7 +25,7 @@ from ral_gym.agents.step_cache import StepCache, first_not_drawn
 from ral_gym.codes import CodeGrid
 from ral_gym.errors import ConfigError
 from ral_gym.pixelcnn import PixelCNN
-from ral_gym.sampler import draw
+from ral_gym.sampler import CachedSampler, draw
 from ral_gym.storage import load_tensors, weights_of
 from ral_gym.two_level import Prior, TwoLevelPrior, build_prior_module
 
@@ -70,8 +70,9 @@ class PriorWeights:
             return cls(prior.config, weights_of(prior))
         path = Path(prior)
         if path.is_dir() and (path / "prior_bottom.safetensors").exists():
-            levels = [cls.of(path / f"{name}.safetensors") for name in ("prior", "prior_bottom")]
-            return cls.of(TwoLevelPrior(*(level.build() for level in levels)))
+            top, bottom = (cls.of(path / f"{name}.safetensors").build() for name in ("prior", "prior_bottom"))
+            assert isinstance(top, PixelCNN) and isinstance(bottom, PixelCNN)
+            return cls.of(TwoLevelPrior(top, bottom))
         weights, metadata = load_tensors(path / "prior.safetensors" if path.is_dir() else path)
         return cls(metadata["config"], weights)
 
@@ -294,13 +295,14 @@ class PixelCNNPolicy(ActorCriticPolicy):
         rows = grid.rows_of(length)
         image = torch.from_numpy(grid.mask(0, rows)).to(codes.device)  # (T,)
         to_draw = codes == self.prior.codebook_size  # (E, T)
-        if grid.levels == 1:
-            drawn, drawn_log_probs = self.cache.sampler().sample(codes=codes, start=int(given), stop=length)
+        sampler = self.cache.sampler()
+        if isinstance(sampler, CachedSampler):
+            drawn, drawn_log_probs = sampler.sample(codes=codes, start=int(given), stop=length)
         else:
             given_rows = int(given) // grid.width
             if not np.array_equal(to_draw[0].cpu().numpy(), grid.mask(given_rows, rows)):
                 raise ConfigError("draw_round draws whole rows: episodes that begin inside one need fast_path=False")
-            drawn, drawn_log_probs = self.cache.sampler().sample(codes=codes, prefix_rows=given_rows, stop_rows=rows)
+            drawn, drawn_log_probs = sampler.sample(codes=codes, prefix_rows=given_rows, stop_rows=rows)
         self.cache.forget()
         grids, log_probs = codes.clone(), torch.zeros(codes.shape, dtype=torch.float32, device=codes.device)
         grids[:, image], log_probs[:, image] = drawn, drawn_log_probs.float()

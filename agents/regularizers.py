@@ -24,7 +24,7 @@ from ral_gym.agents.episodes import EpisodeRolloutBuffer
 from ral_gym.agents.policy import PixelCNNPolicy, PriorWeights, episode_logits
 from ral_gym.agents.vec_env import real_codes
 from ral_gym.errors import ConfigError
-from ral_gym.pixelcnn import PixelCNN
+from ral_gym.two_level import Prior
 
 
 class AdaptiveEntropy:
@@ -116,11 +116,11 @@ class PriorKLReward(BaseCallback):
         ConfigError: at the start of training, with another kind of policy or buffer.
     """
 
-    def __init__(self, coef: float, prior: PriorWeights | PixelCNN | Path | str | None = None) -> None:
+    def __init__(self, coef: float, prior: PriorWeights | Prior | Path | str | None = None) -> None:
         super().__init__()
         self.coef = coef
         self._prior = None if prior is None else PriorWeights.of(prior)
-        self.reference: PixelCNN | None = None
+        self.reference: Prior | None = None
 
     def _init_callback(self) -> None:
         _checked_parts(self)

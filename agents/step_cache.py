@@ -63,8 +63,9 @@ class StepCache:
         """
         sampler = self.sampler()
         position = first_not_drawn(codes, self.prior.codebook_size)  # (B,)
-        known = self._expected is not None and self._expected.shape == codes.shape
-        stale = (codes != self._expected).any(1) if known else torch.ones(len(codes), dtype=torch.bool)  # (B,)
+        stale = torch.ones(len(codes), dtype=torch.bool)  # (B,)
+        if self._expected is not None and self._expected.shape == codes.shape:
+            stale = (codes != self._expected).any(1)
         misses = int(stale.sum())  # the one transfer from the device
         if misses == len(codes):
             sampler.begin(codes, position)

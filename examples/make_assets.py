@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -143,10 +142,11 @@ def main(arguments: Arguments) -> None:
 
     total = sum(file.stat().st_size for file in output.rglob("*/*.*"))
     entropy = nll(oracle, drawn[:256].long())  # of its own samples
-    print(f"prior: held-out NLL {nll(prior, test):.3f} nats per code; critic: held-out AUC {figures['heldout_auc']:.2f}")
+    print(f"prior: held-out NLL {nll(prior, test):.3f} nats per code")
+    print(f"critic: held-out AUC {figures['heldout_auc']:.2f}")
     print(f"oracle: held-out NLL {oracle_nll:.3f}, entropy {entropy:.3f}; light prior on its samples: {light_nll:.3f}")
     print(f"{total / 2**20:.1f} MiB in {output}")
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Arguments, description=__doc__)))
+    main(tyro.cli(Arguments, description=__doc__))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,13 +70,14 @@ def train(arguments: TrainArguments, console: Console) -> dict[str, Any]:
         the results table; empty where it was not asked for.
 
     Raises:
-        RunError: a stage that was asked for needs one that was not and that has not been trained.
+        RunError: a stage that was asked for needs one that was not and that has not been trained, or another process
+            is at work in the folder.
     """
     from ral_gym.agents.defaults import check_algorithm
     from ral_gym.run import Run
     from ral_gym.stages.common import resolve_device
     from ral_gym.stages.evaluate import check_extractor
-    from ral_gym.stages.processes import end_processes
+    from ral_gym.stages.processes import process_index
     from ral_gym.storage import load_json
 
     config, stages = arguments.config, arguments.stages
@@ -92,7 +94,14 @@ def train(arguments: TrainArguments, console: Console) -> dict[str, Any]:
     _check_stages(run, stages)
     if "evaluate" in stages:
         check_extractor(run)
-    pipeline = Pipeline(run, device, arguments, console)
+    with run.locked() if process_index() == 0 else nullcontext():
+        return _run_stages(Pipeline(run, device, arguments, console), stages, console)
+
+
+def _run_stages(pipeline: Pipeline, stages: Sequence[str], console: Console) -> dict[str, Any]:
+    """Stages 1 and 2 on all processes, then the others on the first one alone; the results table, or nothing."""
+    from ral_gym.stages.processes import end_processes
+
     for stage in STAGES[:2]:
         if stage in stages:
             pipeline.steps[stage]()
@@ -102,7 +111,7 @@ def train(arguments: TrainArguments, console: Console) -> dict[str, Any]:
         if stage in stages:
             pipeline.steps[stage]()
     if "evaluate" not in stages:
-        _list_files(run, stages, console)
+        _list_files(pipeline.run, stages, console)
     return pipeline.results
 
 

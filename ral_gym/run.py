@@ -27,6 +27,8 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +122,27 @@ class Run:
     def _what(self) -> dict[str, Any]:
         """The configuration, as JSON has it, without resources."""
         return _what(json.loads(self.config.to_json()))
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep every other process that asks for the lock out of this folder; a killed process leaves none behind.
+
+        Raises:
+            RunError: another process has it.
+        """
+        try:
+            import fcntl
+        except ImportError:  # not on Windows
+            yield
+            return
+        with self.file(".lock").open("a") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise RunError(
+                    f"another process is at work in {self.path}: wait for it, stop it, or choose another --name"
+                ) from error
+            yield
 
     def file(self, name: str) -> Path:
         """Path of `name` inside the folder."""

@@ -26,8 +26,8 @@ from ral_gym.critic import PatchCritic
 from ral_gym.envs import latent_code
 from ral_gym.envs.generation import GenerationEnv
 from ral_gym.envs.resets import RESET_MODES
-from ral_gym.envs.toy import ToyEnv
 from ral_gym.envs.run_world import run_world
+from ral_gym.envs.toy import ToyEnv
 from ral_gym.errors import DeviceError, RunError
 from ral_gym.storage import save_module
 from tests.tiny import N_IMAGES, make_tiny_run

@@ -129,8 +129,8 @@ def test_the_oracle_itself_has_no_exposure_bias():
 def test_errors_of_ratios_are_those_of_repeated_sampling():
     own, given = MODEL.exact_sample(), ORACLE.exact_sample()
     generator = torch.Generator().manual_seed(0)
-    pick = lambda codes: codes[torch.randint(len(codes), (200,), generator=generator)]  # noqa: E731
-    runs = [exposure_bias(MODEL.logits, ORACLE.logits, pick(own), pick(given)) for _ in range(150)]
+    pick = lambda codes, n: codes[torch.randint(len(codes), (n,), generator=generator)]  # noqa: E731
+    runs = [exposure_bias(MODEL.logits, ORACLE.logits, pick(own, 300), pick(given, 150)) for _ in range(200)]
     for of in (lambda b: b.ratio["kl"], lambda b: b.excess, lambda b: b.accumulated, lambda b: b.on_model["jsd"]):
         spread = torch.stack([of(run).mean for run in runs]).std(0)
         error = torch.stack([of(run).error for run in runs]).mean(0)
@@ -276,6 +276,33 @@ def test_only_the_window_is_corrupted_and_the_sampler_continues_it():
         corruption_response(markov.logits, markov.logits, codes, CodeGrid(2, 2, K, 2), **arguments)
     with pytest.raises(ConfigError, match="prefix_rows 2: give 1 to 1"):
         corruption_response(markov.logits, markov.logits, codes, grid, fraction=1, prefix_rows=2)
+
+
+def test_the_same_uniforms_continue_clean_and_corrupted_prefixes():
+    """A model without memory draws the same codes behind both, so that only the first one is judged differently."""
+    blind, judge = Table(1), Table(1)
+    blind.probs = blind.probs[:1, :1].expand(K + 1, K + 1, -1)
+    judge.probs = judge.probs[:, :1].expand(-1, K + 1, -1)
+    response = corruption_response(
+        blind.logits, judge.logits, CODES, GRID, fraction=1, prefix_rows=1, window=1, sampler=blind
+    )
+    assert float(response.bump.mean[0]) != 0
+    assert float(response.bump.mean[1]) == 0
+
+
+def test_a_bump_within_its_noise_has_no_half_life():
+    seen = set()
+    for seed in range(60):
+        response = corruption_response(
+            MODEL.logits, ORACLE.logits, CODES[seed : seed + 9], GRID, fraction=0.5, prefix_rows=1,
+            generator=torch.Generator().manual_seed(seed),
+        )  # fmt: skip
+        clear = response.area.value > 2 * response.area.standard_error
+        assert math.isnan(response.half_life) != clear
+        if clear:
+            assert response.half_life == half_life(response.bump.mean)
+        seen.add((clear, response.area.value > 0))
+    assert seen == {(True, True), (False, True), (False, False)}
 
 
 def test_half_life_of_an_exponential():

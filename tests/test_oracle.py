@@ -1,4 +1,4 @@
-"""ral_gym/Oracle-v0: the reward of a code is its log-probability, however the code is drawn; masks; the bundled files."""
+"""ral_gym/Oracle-v0: a code's reward is its log-probability, however it is drawn; masks; the bundled files."""
 
 import json
 

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -197,3 +199,15 @@ def test_seconds_add_up_over_sittings(run) -> None:
     run.add_seconds("prior", 2.0)
     Run(run.path, SMOKE).add_seconds("vqvae", 3.0)
     assert run.seconds() == {"vqvae": pytest.approx(4.25, abs=0.051), "prior": 2.0}
+
+
+def test_two_processes_cannot_train_in_one_folder(tmp_path: Path) -> None:
+    run = Run(tmp_path / "run", SMOKE)
+    command = f"from ral_gym.run import Run, read_config; p = {str(run.path)!r}; lock = Run(p, read_config(p)).locked()"
+    other = [sys.executable, "-c", f"{command}; lock.__enter__(); print('in')"]
+    with run.locked():
+        result = subprocess.run(other, capture_output=True, text=True, timeout=60)
+        assert "another process is at work in" in result.stderr and "in" not in result.stdout.split()
+    assert subprocess.run(other, capture_output=True, text=True, timeout=60).stdout.split() == ["in"]
+    with run.locked():  # the other one has let go of it by ending
+        pass

@@ -131,8 +131,9 @@ def test_a_round_at_once_equals_stepping(reset_mode: str) -> None:
         finished = stepped.step(codes[np.arange(4), np.minimum(stepped.position, T - 1)], rows)
         if finished is not None:
             found.update({row: finished.step_rewards[i] for i, row in enumerate(finished.rows)})
-    np.testing.assert_array_equal(stepped.codes, whole.codes if (whole.draw_round(codes) is None) else whole.codes)
-    np.testing.assert_allclose(whole.finish(np.arange(4)).step_rewards, [found[row] for row in range(4)])
+    at_once = whole.draw_round(codes)
+    np.testing.assert_array_equal(stepped.codes, whole.codes)
+    np.testing.assert_allclose(at_once.step_rewards, [found[row] for row in range(4)])
 
 
 def test_given_codes_are_a_prefix_of_the_sequence() -> None:
