@@ -1,6 +1,7 @@
 """The Stable-Baselines3 side: policy, episode buffer, algorithms, callbacks."""
 
 from ral_gym.agents.co_trained_critic import CoTrainedCritic
+from ral_gym.agents.composite_reward import CompositeReward
 from ral_gym.agents.critic_callback import CriticCallback
 from ral_gym.agents.defaults import ALGORITHMS, algorithm_defaults, policy_for
 from ral_gym.agents.deliveries import CriticRewardWrapper, StepCriticCallback
@@ -21,6 +22,7 @@ __all__ = [
     "CoTrainedCritic",
     "CodeFeatures",
     "CodeVecEnv",
+    "CompositeReward",
     "CriticCallback",
     "CriticRewardWrapper",
     "EntropyReward",

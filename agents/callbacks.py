@@ -15,6 +15,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import KVWriter
 from tqdm import tqdm
 
+from ral_gym.agents.composite_reward import CompositeReward
 from ral_gym.agents.critic_callback import CriticCallback
 from ral_gym.agents.vec_env import unwrap_code_env
 from ral_gym.run import Run
@@ -59,7 +60,7 @@ class RunCallback(BaseCallback):
     def __init__(
         self,
         run: Run,
-        critic: CriticCallback,
+        critic: CriticCallback | CompositeReward,
         n_updates: int,
         *,
         draw_samples: Callable[[int], None] | None = None,

@@ -1,7 +1,8 @@
 """The command line, the one place above the three layers: images -> VQ-VAE -> PixelCNN -> RAL -> table and pictures.
 
-``ral-gym train | sample | complete | evaluate | presets``; the arguments are `ral_gym.commands.arguments`'. Training
-under ``torchrun`` or ``accelerate launch`` shares stages 1 and 2 among the processes; the first one alone goes on.
+``ral-gym train | sample | complete | evaluate | report | presets``; the arguments are those of
+`ral_gym.commands.arguments`. Training under ``torchrun`` or ``accelerate launch`` shares stages 1 and 2 among the
+processes; the first one alone goes on.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from ral_gym.commands.arguments import (
     CompleteArguments,
     EvaluateArguments,
     PresetsArguments,
+    ReportArguments,
     SampleArguments,
     TrainArguments,
     parse,
@@ -281,6 +283,10 @@ def _dispatch(argv: Sequence[str], console: Console) -> None:
             from ral_gym.commands.generate import complete_image
 
             complete_image(arguments, console)
+        case ReportArguments():
+            from ral_gym.commands.report import report_run
+
+            report_run(arguments, console)
         case PresetsArguments():
             from ral_gym.commands.overview import show_presets
 

@@ -70,7 +70,7 @@ def heat_colours(n: int = 11) -> list[str]:
     return [matplotlib.colors.to_hex(heat_map()(value)) for value in np.linspace(0, 1, n)]
 
 
-def curves_svg(name: str, curves: Curves, *, xlabel: str, ylabel: str, alt: str) -> str:
+def curves_svg(name: str, curves: Curves, *, xlabel: str, ylabel: str, tint: str, alt: str) -> str:
     """Lines over a common axis; points whose y is NaN are left out.
 
     Args:
@@ -78,6 +78,7 @@ def curves_svg(name: str, curves: Curves, *, xlabel: str, ylabel: str, alt: str)
         curves: label -> (x, y).
         xlabel: what x is.
         ylabel: what y is.
+        tint: the colour of a single curve; several have colours of their own.
         alt: what a screen reader says.
     """
     figure, axes = _axes(xlabel, ylabel)
@@ -88,7 +89,7 @@ def curves_svg(name: str, curves: Curves, *, xlabel: str, ylabel: str, alt: str)
             xs,
             ys,
             label=label,
-            color=colour(label, list(curves)),
+            color=colour(label, list(curves)) if len(curves) > 1 else tint,
             marker=MARKERS[number % len(MARKERS)],
             markersize=4,
             markevery=max(1, len(xs) // 8),
@@ -110,7 +111,7 @@ def frontier_svg(
         points: label -> (entropy, FD) of each checkpoint, in order.
         alt: what a screen reader says.
     """
-    figure, axes = _axes("entropy (nats per code)", "FD (lower is better)", (6.4, 4.6))
+    figure, axes = _axes("entropy (nats per code)", "FD (lower is better)", (5.6, 4.4))
     for number, (label, sweep) in enumerate(sweeps.items()):
         ordered = sorted((entropy, fd, temperature) for temperature, entropy, fd in sweep)
         tint, marker = colour(label), MARKERS[number % len(MARKERS)]

@@ -42,7 +42,7 @@ code, pre { font: .875em/1.5 ui-monospace, "SFMono-Regular", Menlo, Consolas, mo
 section { border-top: 1px solid var(--rule); margin-top: 2.4rem; padding-top: 1.6rem; scroll-margin-top: .5rem; }
 nav ul { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; list-style: none; margin: 1.2rem 0 0; padding: 0; }
 nav a { display: inline-block; padding: .25rem 0; }
-.muted, figcaption, caption { color: var(--muted); }
+.muted, figcaption { color: var(--muted); }
 figure { margin: 0; min-width: 0; }
 figcaption { font-size: .85rem; line-height: 1.45; margin-top: .45rem; max-width: 44rem; }
 figcaption b, .label { color: var(--ink); font-weight: 600; }
@@ -51,7 +51,9 @@ img, svg { display: block; height: auto; max-width: 100%; width: 100%; }
 .tiles { grid-template-columns: repeat(auto-fill, minmax(min(100%, 9.4rem), 1fr)); }
 .tiles > figure { max-width: 26rem; }
 .plots { grid-template-columns: repeat(auto-fill, minmax(min(100%, 25rem), 1fr)); }
-.wide { grid-template-columns: minmax(0, 44rem); }
+.wide { grid-template-columns: minmax(0, 37rem); }
+.maps { grid-template-columns: repeat(auto-fill, minmax(min(100%, 16rem), 1fr)); }
+.maps > figure { max-width: 26rem; }
 .strips { display: grid; gap: .6rem 1.25rem; }
 .strips .label { display: block; font-size: .85rem; margin-bottom: .2rem; }
 @media (min-width: 44rem) {
@@ -59,21 +61,23 @@ img, svg { display: block; height: auto; max-width: 100%; width: 100%; }
   .tiles { grid-template-columns: repeat(auto-fill, minmax(13rem, 1fr)); }
 }
 .plot text { fill: currentColor !important; font-family: system-ui, sans-serif !important; }
-.scroll { overflow-x: auto; max-width: 100%; margin: 1rem 0; }
+.scroll { overflow-x: auto; max-width: 100%; }
 .scroll:focus-visible { outline: 2px solid var(--link); outline-offset: 2px; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; overflow-wrap: normal; }
-caption { caption-side: bottom; font-size: .85rem; padding-top: .6rem; text-align: left; }
 th, td { border-bottom: 1px solid var(--rule); padding: .35rem .75rem; text-align: right; white-space: nowrap; }
 thead th { border-bottom-color: var(--muted); font-weight: 600; vertical-align: bottom; }
 tr > :first-child { background: var(--paper); left: 0; padding-left: 0; position: sticky; text-align: left; }
 tbody th { font-weight: 400; }
+@media (max-width: 44rem) { tr > :first-child { max-width: 9.5rem; white-space: normal; } }
 td small { color: var(--muted); display: block; font-size: .8em; }
-details { border-bottom: 1px solid var(--rule); }
+details + details { border-top: 1px solid var(--rule); }
 summary { cursor: pointer; padding: .5rem 0; }
-dl { display: grid; gap: .15rem 1.25rem; grid-template-columns: minmax(0, max-content) minmax(0, 1fr); margin: 0 0 1rem; }
+dl { display: grid; gap: .15rem 1.25rem; grid-template-columns: minmax(0, max-content) minmax(0, 1fr); }
+dl { margin: 0 0 1rem; }
 dt { color: var(--muted); }
 dd { margin: 0; }
-pre { background: var(--soft); border-radius: .4rem; margin: 0 0 1rem; overflow-x: auto; padding: .7rem .9rem; }
+pre { background: var(--soft); border-radius: .4rem; margin: 0 0 1rem; padding: .7rem .9rem; white-space: pre-wrap; }
+figure + p { margin-top: 1rem; }
 .missing { border-left: 3px solid var(--orange); margin: 1rem 0; padding: .1rem 0 .1rem 1rem; }
 .missing pre { margin-bottom: .3rem; }
 .scale { max-width: 26rem; }
@@ -145,7 +149,7 @@ def paragraph(text: str) -> str:
 
 def command(*lines: str) -> str:
     """Commands, to be copied."""
-    return '<pre tabindex="0">' + escape("\n".join(lines)) + "</pre>"
+    return "<pre>" + escape("\n".join(lines)) + "</pre>"
 
 
 def missing(text: str, *lines: str) -> str:
@@ -164,7 +168,7 @@ def collapsed(summary: str, content: str) -> str:
     return f"<details><summary>{escape(summary)}</summary>\n{content}\n</details>"
 
 
-def table(label: str, headings: Sequence[str], rows: Sequence[Sequence[str]], caption: str) -> str:
+def table(label: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table that scrolls in its own box; cells are HTML, the first of each row is its heading."""
     head = "".join(f'<th scope="col">{escape(heading)}</th>' for heading in headings)
     body = "\n".join(
@@ -173,7 +177,7 @@ def table(label: str, headings: Sequence[str], rows: Sequence[Sequence[str]], ca
     )
     return (
         f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(label)}"><table>\n'
-        f"<caption>{escape(caption)}</caption>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>"
+        f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>"
     )
 
 
@@ -188,8 +192,8 @@ def page(title: str, header: str, sections: Sequence[Section], footer: str) -> s
     """The whole document; `header` and the sections' contents are HTML."""
     links = "".join(f'<li><a href="#{part.name}">{escape(part.heading)}</a></li>' for part in sections)
     body = "\n".join(
-        f'<section id="{part.name}" aria-labelledby="{part.name}-h">\n<h2 id="{part.name}-h">{escape(part.heading)}</h2>'
-        f"\n{part.content}\n</section>"
+        f'<section id="{part.name}" aria-labelledby="{part.name}-h">\n'
+        f'<h2 id="{part.name}-h">{escape(part.heading)}</h2>\n{part.content}\n</section>'
         for part in sections
     )
     return f"""<!DOCTYPE html>

@@ -116,7 +116,21 @@ class PresetsArguments:
     """A preset; None: all of them, in a table."""
 
 
-Arguments = TrainArguments | SampleArguments | CompleteArguments | EvaluateArguments | PresetsArguments
+@dataclass
+class ReportArguments:
+    """Write a run as one HTML page: samples, completions, table, curves, score maps, settings; it needs no network."""
+
+    run: RunFolder
+    """The run folder, for instance runs/demo; stages that have not run are left out, and named."""
+    output: str | None = None
+    """HTML file. None: RUN/report.html."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda` or `cuda:N`."""
+
+
+Arguments = (
+    TrainArguments | SampleArguments | CompleteArguments | EvaluateArguments | ReportArguments | PresetsArguments
+)
 
 
 def parse(argv: Sequence[str]) -> Arguments:
@@ -132,6 +146,7 @@ def parse(argv: Sequence[str]) -> Arguments:
         Annotated[SampleArguments, tyro.conf.subcommand("sample")],
         Annotated[CompleteArguments, tyro.conf.subcommand("complete")],
         Annotated[EvaluateArguments, tyro.conf.subcommand("evaluate")],
+        Annotated[ReportArguments, tyro.conf.subcommand("report")],
         Annotated[PresetsArguments, tyro.conf.subcommand("presets")],
     ]
     arguments = cast(

@@ -1,0 +1,25 @@
+"""`ral-gym report`: everything about a run on one page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+from ral_gym.commands.arguments import ReportArguments
+from ral_gym.commands.generate import open_run
+from ral_gym.report import write_report
+from ral_gym.stages.common import resolve_device
+
+
+def report_run(arguments: ReportArguments, console: Console) -> Path:
+    """Write the page; its path.
+
+    Raises:
+        RunError: no run folder, a damaged file in it, or the page cannot be written.
+    """
+    device, run = resolve_device(arguments.device), open_run(arguments.run)
+    path = write_report(run, Path(arguments.output or run.file("report.html")), device)
+    console.print(f"{run.path.name}: one page, {path.stat().st_size / 1e6:.1f} MB", highlight=False, markup=False)
+    console.print(f"  {path}", highlight=False, soft_wrap=True, markup=False)
+    return path
