@@ -54,7 +54,7 @@ def main(argv: Sequence[str], console: Console) -> None:
         flags += ["--seed", str(seed), "--runs", arguments.runs, *(["--quiet"] if arguments.quiet else [])]
         results.append(train(parse_train(flags), console))
     summary = {
-        row: {figure: [r["rows"][row][figure] for r in results] for figure in FIGURES}
+        row: {figure: [r["rows"][row].get(figure) for r in results] for figure in FIGURES}
         for row in GENERATORS
         if all(row in r["rows"] for r in results)
     }

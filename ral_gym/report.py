@@ -228,7 +228,7 @@ class Report:
         both = torch.cat([scores.flatten() for scores in maps.values()])
         low, high = (float(end) for end in np.quantile(both.cpu().numpy(), (0.02, 0.98)))
         side = next(iter(maps.values())).shape[-1]
-        whose = {"Real": "the reconstructions above, which is what the critic learns as real"}
+        whose = {"Real": "the first reconstructions above: the critic sees no image that is not decoded"}
         figures = []
         for label, shown in images.items():
             mean = float(maps[label].mean())
@@ -244,8 +244,8 @@ class Report:
         )
         intro = (
             f"The critic's map of {side} x {side} scores, each over its patch: orange is low, more like drawn images; "
-            "violet is high, more like real ones. Scores are normalised as for the rewards; the colours span the middle "
-            "96 % of them."
+            "violet is high, more like real ones. Scores are normalised as for the rewards; the colours span the "
+            "middle 96 % of them."
         )
         return paragraph(intro) + scale + grid(figures, "maps")
 

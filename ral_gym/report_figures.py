@@ -111,14 +111,16 @@ def frontier_svg(
         points: label -> (entropy, FD) of each checkpoint, in order.
         alt: what a screen reader says.
     """
-    figure, axes = _axes("entropy (nats per code)", "FD (lower is better)", (5.6, 4.4))
+    figure, axes = _axes("entropy (nats per code)", "FD (lower is better)", (4.8, 4.2))
     for number, (label, sweep) in enumerate(sweeps.items()):
         ordered = sorted((entropy, fd, temperature) for temperature, entropy, fd in sweep)
         tint, marker = colour(label), MARKERS[number % len(MARKERS)]
         axes.plot([e for e, _, _ in ordered], [f for _, f, _ in ordered], color=tint, marker=marker, label=label)
         for entropy, fd, temperature in ordered:
-            place = {"xytext": (0, -13), "textcoords": "offset points", "fontsize": 8, "ha": "center"}
-            axes.annotate(f"T={temperature:.2f}", (entropy, fd), **place)
+            place = (entropy, fd)
+            axes.annotate(
+                f"T={temperature:.2f}", place, xytext=(0, -13), textcoords="offset points", fontsize=8, ha="center"
+            )
     for number, (label, measured) in enumerate(points.items(), start=len(sweeps)):
         several = len(measured) > 1
         axes.plot(
@@ -139,7 +141,7 @@ def frontier_svg(
     return _svg(figure, name, alt)
 
 
-def _axes(xlabel: str, ylabel: str, size: tuple[float, float] = (5.2, 3.4)) -> tuple[Figure, Axes]:
+def _axes(xlabel: str, ylabel: str, size: tuple[float, float] = (4.8, 3.2)) -> tuple[Figure, Axes]:
     """A plot without a title: the page has the caption."""
     figure = Figure(figsize=size, facecolor="none", layout="constrained")
     axes = figure.add_subplot(facecolor="none")

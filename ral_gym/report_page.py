@@ -39,7 +39,7 @@ h3 { font-size: 1rem; font-weight: 600; margin: 1.6rem 0 .4rem; }
 p { margin: 0 0 .8rem; max-width: 44rem; }
 a { color: var(--link); text-underline-offset: .15em; }
 code, pre { font: .875em/1.5 ui-monospace, "SFMono-Regular", Menlo, Consolas, monospace; }
-section { border-top: 1px solid var(--rule); margin-top: 2.4rem; padding-top: 1.6rem; scroll-margin-top: .5rem; }
+section, footer { border-top: 1px solid var(--rule); margin-top: 2.4rem; padding-top: 1.6rem; }
 nav ul { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; list-style: none; margin: 1.2rem 0 0; padding: 0; }
 nav a { display: inline-block; padding: .25rem 0; }
 .muted, figcaption { color: var(--muted); }
@@ -51,7 +51,7 @@ img, svg { display: block; height: auto; max-width: 100%; width: 100%; }
 .tiles { grid-template-columns: repeat(auto-fill, minmax(min(100%, 9.4rem), 1fr)); }
 .tiles > figure { max-width: 26rem; }
 .plots { grid-template-columns: repeat(auto-fill, minmax(min(100%, 25rem), 1fr)); }
-.wide { grid-template-columns: minmax(0, 37rem); }
+.wide { grid-template-columns: minmax(0, 33rem); }
 .maps { grid-template-columns: repeat(auto-fill, minmax(min(100%, 16rem), 1fr)); }
 .maps > figure { max-width: 26rem; }
 .strips { display: grid; gap: .6rem 1.25rem; }
@@ -215,7 +215,7 @@ def page(title: str, header: str, sections: Sequence[Section], footer: str) -> s
 <main>
 {body}
 </main>
-<footer><section class="muted">{paragraph(footer)}</section></footer>
+<footer class="muted">{paragraph(footer)}</footer>
 </body>
 </html>
 """

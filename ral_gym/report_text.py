@@ -45,7 +45,12 @@ PLOTS = (
     ("prior", dict.fromkeys(NLLS, 1), "nats per code", "Stage 2: PixelCNN"),
     ("prior_bottom", dict.fromkeys(NLLS, 1), "nats per code", "Stage 2: PixelCNN of the bottom codes"),
     ("ral", {"critic/heldout_auc": 1}, "AUC", "Stage 3: how well the critic tells held-out real from drawn images"),
-    ("ral", {"rollout/critic_reward_mean": 1}, "mean reward", "Stage 3: the critic's reward, which moves with it"),
+    (
+        "ral",
+        {"rollout/critic_reward_mean": 1},
+        "mean reward",
+        "Stage 3: reward of the drawn images, by a critic that changes too",
+    ),
     ("ral", {"train/entropy_loss": -1}, "nats per code", "Stage 3: entropy of the policy"),
     ("prior_continued", dict.fromkeys(NLLS, 1), "nats per code", "Control: maximum likelihood continued"),
 )

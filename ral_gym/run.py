@@ -26,6 +26,7 @@ Weights are safetensors with the constructor's arguments as metadata; state that
 from __future__ import annotations
 
 import json
+import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -135,14 +136,16 @@ class Run:
         except ImportError:  # not on Windows
             yield
             return
-        with self.file(".lock").open("a") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise RunError(
-                    f"another process is at work in {self.path}: wait for it, stop it, or choose another --name"
-                ) from error
+        folder = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield
+        except BlockingIOError as error:
+            raise RunError(
+                f"another process is at work in {self.path}: wait for it, stop it, or choose another --name"
+            ) from error
+        finally:
+            os.close(folder)
 
     def file(self, name: str) -> Path:
         """Path of `name` inside the folder."""

@@ -167,7 +167,8 @@ def test_a_copy_goes_on_where_the_original_was(spec: EnvSpec, library: Any) -> N
     pickled = pickle.dumps(env)
     assert len(pickled) < 20_000, "the models are not part of it"
     for a, b in zip(play(env, 40, 1, start=False), play(other, 40, 1, start=False), strict=True):
-        assert data_equivalence(a, b, exact=True)
+        # An oracle's cache is built anew in the copy: the same figures to within rounding.
+        assert data_equivalence(a, b, exact="Oracle" not in spec.id)
 
 
 def test_models_are_loaded_once(tiny_run: Path) -> None:
