@@ -167,8 +167,11 @@ def test_a_copy_goes_on_where_the_original_was(spec: EnvSpec, library: Any) -> N
     pickled = pickle.dumps(env)
     assert len(pickled) < 20_000, "the models are not part of it"
     for a, b in zip(play(env, 40, 1, start=False), play(other, 40, 1, start=False), strict=True):
-        # An oracle's cache is built anew in the copy: the same figures to within rounding.
-        assert data_equivalence(a, b, exact="Oracle" not in spec.id)
+        if "Oracle" in spec.id:  # its cache is built anew in the copy: the same rewards to within rounding
+            assert data_equivalence(a[0], b[0], exact=True)
+            np.testing.assert_allclose(*([step[1] if len(step) > 2 else 0.0 for step in (a, b)]), rtol=1e-5)
+        else:
+            assert data_equivalence(a, b, exact=True)
 
 
 def test_models_are_loaded_once(tiny_run: Path) -> None:

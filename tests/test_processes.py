@@ -73,8 +73,8 @@ def assert_same_figures(found: dict[tuple[str, int, str], float], expected: dict
     """Losses to 1e-4; in what counts codes, one vector at the border of two may change sides."""
     assert found.keys() == expected.keys()
     for key, value in expected.items():
-        counts_codes = key[2] in ("perplexity", "code_usage")
-        assert found[key] == pytest.approx(value, **({"rel": 0.02} if counts_codes else {"abs": 1e-4})), key
+        tolerance = {"perplexity": {"rel": 0.05}, "code_usage": {"abs": 1.01 / 16}}.get(key[2], {"abs": 1e-4})
+        assert found[key] == pytest.approx(value, **tolerance), key
 
 
 def free_port() -> int:
