@@ -33,7 +33,7 @@ SETTINGS: dict[str, tuple[int, int, dict[str, Any]]] = {
 @pytest.mark.parametrize("algo", SETTINGS)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_agents_approach_the_oracle(algo: str, seed: int) -> None:
-    """KL(policy || oracle), exact over K and Monte Carlo over prefixes, falls by at least 5 % of its start."""
+    """KL(policy || oracle), exact over K and Monte Carlo over prefixes, falls by at least 7 % of its start."""
     n_envs, updates, settings = SETTINGS[algo]
     oracle = load_oracle()
     env = make_sb3_env("ral_gym/Oracle-v0", n_envs, seed=seed)
@@ -49,4 +49,4 @@ def test_agents_approach_the_oracle(algo: str, seed: int) -> None:
     model.learn(64 * n_envs * updates, callback=EntropyReward())
     after = divergence()
     print(f"{algo}, seed {seed}: KL(policy || oracle) {before:.4f} -> {after:.4f} nats per code")
-    assert after < 0.95 * before
+    assert after < 0.93 * before
