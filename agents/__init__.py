@@ -12,7 +12,7 @@ from ral_gym.agents.maskable import MaskableEpisodeRolloutBuffer, MaskablePixelC
 from ral_gym.agents.policy import PixelCNNPolicy, PriorWeights
 from ral_gym.agents.regularizers import AdaptiveEntropy, EntropyReward, EntropyTarget, MLEShare, PriorKLReward
 from ral_gym.agents.reinforce import Reinforce
-from ral_gym.agents.train_ral import load_run
+from ral_gym.agents.train_ral import Stage, load_run
 from ral_gym.agents.vec_env import CodeVecEnv, make_sb3_env
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "PriorKLReward",
     "PriorWeights",
     "Reinforce",
+    "Stage",
     "StepCriticCallback",
     "algorithm_defaults",
     "load_run",
