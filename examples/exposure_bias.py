@@ -364,8 +364,8 @@ def report(name: str, result: Measured, threshold: float, console: Console) -> N
         f"{100 * threshold:g} % of the oracle's",
         f"entropy of the oracle: {result.oracle_entropy[0]:.2f} nats per code on the model's prefixes, "
         f"{result.oracle_entropy[1]:.2f} on its own (higher: less certain there)",
-        f"prefix curve: harm of its own context {entry_text(result.prefix.harm, 0)} nats per code after {rows[0]} given "
-        f"rows, {entry_text(result.prefix.harm, -1)} after {rows[-1]}",
+        f"prefix curve: harm of its own context {entry_text(result.prefix.harm, 0)} nats per code after {rows[0]} "
+        f"given rows, {entry_text(result.prefix.harm, -1)} after {rows[-1]}",
     ]
     for who, text in (("given", "the oracle's codes follow"), ("own", "its own codes follow")):
         response = result.corruption[who]
