@@ -118,7 +118,7 @@ def save_figure(path: Path, panels: Sequence[Panel], caption: str) -> None:
         axes.grid(color="#dddddd", linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=9)
-    lines = textwrap.wrap(f"{caption} Bands: 95 %.", 105 if len(panels) == 1 else 85 * len(panels))
+    lines = textwrap.wrap(f"{caption} Bands: 95 %.", 100 if len(panels) == 1 else 78 * len(panels))
     figure.supxlabel("\n".join(lines), fontsize=9, x=0.01, ha="left")
     write_atomic(path, lambda temporary: figure.savefig(temporary, format="png", metadata={"Software": None}))
 
