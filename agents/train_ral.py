@@ -159,9 +159,8 @@ def train_ral(
     """
     live, averaged = run.file("policy.safetensors"), run.file("policy_ema.safetensors")
     if live.exists() and averaged.exists() and run.has("critic.safetensors"):
-        return load_module(live, type(prior), device, prior.config), load_module(
-            averaged, type(prior), device, prior.config
-        )
+        done, average = (load_module(file, type(prior), device, prior.config) for file in (live, averaged))
+        return done, average
     stage = make_stage(run, vqvae, prior, codes, device, progress)
     _resume(run, stage)
     # The callback stops after the run's number of updates; rounds of partial generation differ in length.

@@ -138,12 +138,13 @@ class Run:
             return
         folder = os.open(self.path, os.O_RDONLY)
         try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise RunError(
+                    f"another process is at work in {self.path}: wait for it, stop it, or choose another --name"
+                ) from error
             yield
-        except BlockingIOError as error:
-            raise RunError(
-                f"another process is at work in {self.path}: wait for it, stop it, or choose another --name"
-            ) from error
         finally:
             os.close(folder)
 
