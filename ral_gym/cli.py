@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from ral_gym.run import Run
     from ral_gym.vqvae import VQVAE
 
-__all__ = ["FINISHED", "main", "parse_train", "run_command", "train", "train_main"]
+__all__ = ["FINISHED", "base_run", "main", "parse_train", "run_command", "train", "train_main"]
 
 WEIGHTS = ("vqvae", "codes", "prior", "prior_ema", "prior_continued", "policy", "policy_ema", "critic")
 FINISHED = ("results.json", *(f"{name}.safetensors" for name in WEIGHTS))
@@ -56,10 +56,11 @@ def finished_files(config: Config) -> tuple[str, ...]:
 
 
 def files_of(stage: str, config: Config) -> list[str]:
-    """What a stage leaves; with two levels every prior is two files."""
+    """What a stage leaves; with two levels every prior is two files, and there may be no critic."""
     names = [
         name + suffix
         for name in MADE_BY[stage]
+        if name != "critic" or config.ral.uses_critic
         for suffix in (("", "_bottom") if name.startswith("prior") and config.vqvae.levels == 2 else ("",))
     ]
     return [f"{name}.safetensors" for name in names]
@@ -90,7 +91,8 @@ def train(arguments: TrainArguments, console: Console) -> dict[str, Any]:
         show_dry_run(arguments, console)
         return {}
     device = resolve_device(arguments.device)
-    run = Run(Path(arguments.runs) / str(arguments.name), config)
+    path = Path(arguments.runs) / str(arguments.name)
+    run = Run(path, config) if arguments.start_from is None else _fork(arguments.start_from, path, config)
     if "evaluate" in stages and all(map(run.has, finished_files(config))):
         return report(run, load_json(run.file("results.json")), console)
     _check_stages(run, stages)
@@ -98,6 +100,14 @@ def train(arguments: TrainArguments, console: Console) -> dict[str, Any]:
         check_extractor(run)
     with run.locked() if process_index() == 0 else nullcontext():
         return _run_stages(Pipeline(run, device, arguments, console), stages, console)
+
+
+def _fork(source: str, path: Path, config: Config) -> Run:
+    """A run that starts from another one's stages 1 and 2."""
+    from ral_gym.run import Run, read_config
+    from ral_gym.stages.fork import fork_run
+
+    return fork_run(Run(source, read_config(source)), path, config)
 
 
 def _run_stages(pipeline: Pipeline, stages: Sequence[str], console: Console) -> dict[str, Any]:
@@ -265,6 +275,32 @@ def _evaluate(arguments: EvaluateArguments, console: Console) -> None:
     again = TrainArguments(run.config, name=run.path.name, runs=str(run.path.parent), device=arguments.device)
     again.stages, again.quiet = ("evaluate",), arguments.quiet
     train(again, console)
+
+
+def base_run(
+    preset: str, seed: int, runs: str | Path, console: Console, quiet: bool = False, flags: Sequence[str] = ()
+) -> Run:
+    """A run with finished stages 1 and 2, for variants of stage 3; what is missing is trained.
+
+    Args:
+        preset: its settings.
+        seed: its seed.
+        runs: the folder of run folders; the run is called as `ral-gym train` would call it.
+        console: where to say what is trained.
+        quiet: no progress bars.
+        flags: more arguments of `ral-gym train`.
+
+    Raises:
+        RunError: another process is training it.
+    """
+    from ral_gym.run import Run
+
+    argv = ["--preset", preset, "--seed", str(seed), "--runs", str(runs), "--stages", *STAGES[:2], *flags]
+    arguments = parse_train([*argv, "--quiet"] if quiet else argv)
+    run = Run(Path(arguments.runs) / str(arguments.name), arguments.config)
+    if not all(run.has(name) for stage in STAGES[:2] for name in files_of(stage, run.config)):
+        train(arguments, console)
+    return run
 
 
 def _dispatch(argv: Sequence[str], console: Console) -> None:

@@ -34,6 +34,9 @@ class TrainArguments:
     """Images: `faces`, `celeba:PATH`, `folder:PATH`, `lsun:PATH` or `hf:NAME`. Short for --data.source."""
     algo: str | None = None
     """Algorithm of stage 3: reinforce, ppo, a2c, trpo, grpo or maskable_ppo. Short for --ral.algo."""
+    start_from: str | None = None
+    """A run folder whose trained VQ-VAE and prior this run starts from: only stage 3 is trained. Its settings take the
+    place of the preset's; those of `ral`, `critic` and `evaluation` may be changed. Give --name too."""
     stages: tuple[Stage, ...] = STAGES
     """Only these stages, for instance `--stages vqvae prior`; each needs the files of those before it."""
     dry_run: bool = False
@@ -174,10 +177,23 @@ def parse_train(argv: Sequence[str]) -> TrainArguments:
 
 
 def _preset(argv: Sequence[str]) -> Config:
-    """The preset that the arguments ask for."""
+    """The settings that the arguments start from: a preset's, or another run's.
+
+    Raises:
+        ConfigError: an unknown preset, or a preset beside another run.
+        RunError: no run folder.
+    """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", default="demo")
-    return get_preset(first.parse_known_args(argv)[0].preset)
+    first.add_argument("--preset", default=None)
+    first.add_argument("--start-from", "--start_from", default=None)
+    given = first.parse_known_args(argv)[0]
+    if given.start_from is None:
+        return get_preset(given.preset or "demo")
+    if given.preset is not None:
+        raise ConfigError(f"--start-from {given.start_from} brings its own settings: leave --preset out")
+    from ral_gym.run import read_config  # imports torch
+
+    return read_config(given.start_from)
 
 
 def _training_help() -> str:
@@ -197,6 +213,8 @@ def _complete(arguments: TrainArguments) -> TrainArguments:
     if arguments.gradient_accumulation < 1:
         raise ConfigError(f"--gradient-accumulation is {arguments.gradient_accumulation}: give 1 or more")
     arguments.config = config
+    if arguments.start_from is not None and arguments.name is None:
+        raise ConfigError(f"--start-from {arguments.start_from} makes a run of its own: name it with --name")
     if arguments.name is None:
         parts = [config.preset, *([config.ral.algo] if config.ral.algo != "reinforce" else [])]
         arguments.name = "-".join(parts + ([f"seed{config.seed}"] if config.seed else []))

@@ -1,0 +1,82 @@
+"""Start a run from another one's finished stages: many variants of stage 3 from one VQ-VAE and one prior."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+from ral_gym.codes import CodeSet
+from ral_gym.config import Config
+from ral_gym.errors import ConfigError, RunError
+from ral_gym.run import Run
+from ral_gym.stages.levels import SUFFIXES
+from ral_gym.storage import differences, write_atomic
+
+STAGE_1 = ("vqvae.safetensors", "codes.safetensors")
+SECTIONS_OF_STAGE_1 = ("data", "vqvae", "seed")
+SECTIONS_OF_STAGE_2 = ("prior", "bottom")
+
+
+def fork_run(source: Run, path: Path | str, config: Config, *, codes: CodeSet | None = None, prior: bool = True) -> Run:
+    """A run folder that has the finished stages 1 and 2 of another one as its own.
+
+    The later stages work on it as on any run, and know nothing of the source. Forking again into the same folder
+    changes nothing, so that an interrupted variant continues.
+
+    Args:
+        source: a run with a trained VQ-VAE and, where `prior`, trained PixelCNNs.
+        path: the new folder.
+        config: its settings: those of the source for what is taken over, free for the rest.
+        codes: other codes than the source's, such as samples of an oracle; only with ``prior=False``.
+        prior: take the trained PixelCNNs over too; False: stage 2 is still to be done.
+
+    Raises:
+        ConfigError: the settings of what is taken over differ, or other codes would be given to a trained prior.
+        RunError: the source has not got that far, or the folder was started from something else.
+    """
+    if codes is not None and prior:
+        raise ConfigError("other codes than the source's need a prior of their own: fork with prior=False")
+    _check_settings(source, config, SECTIONS_OF_STAGE_1 + (SECTIONS_OF_STAGE_2 if prior else ()))
+    files = _files(source, prior, own_codes=codes is None)
+    missing = [name for name in files if not source.has(name)]
+    if missing:
+        raise RunError(f"{source.path} has no {', '.join(missing)}: train stages vqvae and prior there first")
+    run = Run(path, config)
+    for name in files:
+        _copy(source, run, name)
+    if codes is not None and not run.has("codes.safetensors"):
+        codes.save(run.file("codes.safetensors"))
+    return run
+
+
+def _files(source: Run, prior: bool, own_codes: bool) -> list[str]:
+    """What is taken over."""
+    files = [name for name in STAGE_1 if own_codes or name != "codes.safetensors"]
+    if prior:
+        suffixes = SUFFIXES[: source.config.vqvae.levels]
+        files += [f"{name}{suffix}.safetensors" for name in ("prior", "prior_ema") for suffix in suffixes]
+    return files
+
+
+def _check_settings(source: Run, config: Config, sections: tuple[str, ...]) -> None:
+    """Refuse settings that would describe the files taken over wrongly."""
+    there, here = (json.loads(json.dumps(dataclasses.asdict(one))) for one in (source.config, config))
+    found = differences({name: there[name] for name in sections}, {name: here[name] for name in sections})
+    if found:
+        raise ConfigError(
+            f"a run that starts from {source.path} has its settings of {', '.join(sections)} ({'; '.join(found[:3])} "
+            "differ): change only the other ones"
+        )
+
+
+def _copy(source: Run, run: Run, name: str) -> None:
+    """Copy a file unless it is there; it must then be the same."""
+    if not run.has(name):
+        write_atomic(run.file(name), lambda temporary: shutil.copyfile(source.file(name), temporary))
+    elif run.file(name).read_bytes() != source.file(name).read_bytes():
+        raise RunError(
+            f"{run.path} was started from another {name} than {source.path} has now: remove the folder, or choose "
+            "another"
+        )
