@@ -14,7 +14,7 @@ PIP := $(PY) -m pip --quiet --quiet --no-input --disable-pip-version-check
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo assets test test-slow test-cuda check format bench clean distclean
+.PHONY: help venv demo results assets test test-slow test-cuda check format bench clean distclean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -23,6 +23,9 @@ venv: $(STAMP) ## Build .venv and install the package with its development tools
 
 demo: $(STAMP) ## Face photos -> VQ-VAE -> PixelCNN -> RAL, table and pictures; options: ARGS="--preset ..."
 	$(PY) examples/train_celeba.py $(ARGS)
+
+results: $(STAMP) ## All of docs/results.md again, an hour on 2 cores; options: ARGS="--parts oracle"
+	$(PY) examples/make_results.py $(ARGS)
 
 assets: $(STAMP) ## Make the models that come with the package again, from the run of `make demo`
 	$(PY) examples/make_assets.py $(ARGS)

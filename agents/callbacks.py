@@ -18,6 +18,7 @@ from tqdm import tqdm
 from ral_gym.agents.composite_reward import CompositeReward
 from ral_gym.agents.critic_callback import CriticCallback
 from ral_gym.agents.vec_env import unwrap_code_env
+from ral_gym.distribution_rewards import DISTRIBUTION_TERMS
 from ral_gym.run import Run
 from ral_gym.stages.common import Clock, WeightAverage, check_weights
 
@@ -49,7 +50,7 @@ class RunCallback(BaseCallback):
 
     Args:
         run: the run folder.
-        critic: the critic's callback, which must come before this one.
+        reward: the rewards' callback, which must come before this one.
         n_updates: policy updates in all.
         draw_samples: called with the number of updates now and then, for a sample grid.
         keep_average: called with the number of updates four times on the way, at equal distances, to save the average.
@@ -60,7 +61,7 @@ class RunCallback(BaseCallback):
     def __init__(
         self,
         run: Run,
-        critic: CriticCallback | CompositeReward,
+        reward: CriticCallback | CompositeReward,
         n_updates: int,
         *,
         draw_samples: Callable[[int], None] | None = None,
@@ -69,7 +70,7 @@ class RunCallback(BaseCallback):
         checkpoint_every: int = 10,
     ) -> None:
         super().__init__()
-        self.run, self.critic, self.total_updates = run, critic, n_updates
+        self.run, self.reward, self.total_updates = run, reward, n_updates
         self.draw_samples, self.keep_average, self.progress = draw_samples, keep_average, progress
         self.checkpoint_every = checkpoint_every
         self.updates = 0
@@ -87,7 +88,7 @@ class RunCallback(BaseCallback):
         self.updates = state["updates"]
         assert self.average is not None
         self.average.load_state_dict(state["average"], self.model.policy)
-        self.critic.load_state_dict(state["critic"])
+        self.reward.load_state_dict(state["critic"])
 
     def _init_callback(self) -> None:
         if self.average is None:
@@ -113,10 +114,7 @@ class RunCallback(BaseCallback):
         check_weights(self.model.policy, STAGE, self.updates, "lower ral.learning_rate")
         assert self.average is not None
         self.average.update(self.model.policy)
-        reward, area = (
-            self._latest.get(name, float("nan")) for name in ("rollout/critic_reward_mean", "critic/heldout_auc")
-        )
-        self._bar.set_postfix(reward=f"{reward:.2f}", auc=f"{area:.2f}", refresh=False)
+        self._bar.set_postfix(self._shown(), refresh=False)
         self._bar.update(1)
         if self.keep_average is not None and self.updates in self._stations:
             self.keep_average(self.updates)
@@ -124,6 +122,12 @@ class RunCallback(BaseCallback):
             self.save()
             if self.draw_samples is not None:
                 self.draw_samples(self.updates)
+
+    def _shown(self) -> dict[str, str]:
+        """What the progress bar says: the critic's reward and AUC, and how far the images' distribution is off."""
+        figures = {"reward": "rollout/critic_reward_mean", "auc": "critic/heldout_auc"}
+        figures |= {term: f"reward/{term}_distance" for term in DISTRIBUTION_TERMS}
+        return {label: f"{self._latest[name]:.3g}" for label, name in figures.items() if name in self._latest}
 
     def _on_step(self) -> bool:
         return self.updates < self.total_updates
@@ -152,7 +156,7 @@ class RunCallback(BaseCallback):
             "policy": model.policy.state_dict(),
             "optimizer": model.policy.optimizer.state_dict(),
             "average": self.average.state_dict(),
-            "critic": self.critic.state_dict(),
+            "critic": self.reward.state_dict(),
             "buffer": model.rollout_buffer.state_dict(),
             "env": env.core.state_dict(),
             "last_obs": model._last_obs,

@@ -102,6 +102,7 @@ class CompositeReward(BaseCallback):
         self.critic = CriticCallback(critic) if critic is not None else None
         self.extractor, self.evaluation_extractor = extractor, evaluation_extractor
         self.ema, self.components, self.n_reference, self.seed = ema, components, n_reference, seed
+        self._warned = False
         self._terms: dict[str, DistributionReward] = {}
         self._restored: dict[str, dict[str, Any]] = {}
         self._references: dict[int, Tensor] = {}
@@ -142,7 +143,8 @@ class CompositeReward(BaseCallback):
                     "from: give extractor, such as EncoderFeatures"
                 )
             self.extractor = EncoderFeatures(vqvae.encode_features, int(vqvae.num_features))  # type: ignore[arg-type]
-        if self.extractor.name == self.evaluation_extractor:
+        if self.extractor.name == self.evaluation_extractor and not self._warned:
+            self._warned = True
             logger.warning(
                 "the reward's features (%s) are the evaluation's: the policy learns to please the yardstick, and its "
                 "FD will say little; give CompositeReward another extractor",

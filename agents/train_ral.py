@@ -1,4 +1,4 @@
-"""Stage 3: MLE prior -> RAL, environment + algorithm + critic callback (Section 4)."""
+"""Stage 3: MLE prior -> RAL, environment + algorithm + reward callback (Section 4; other rewards by name)."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 
 from ral_gym.agents.callbacks import STAGE, RunCallback, RunWriter, restore_model
 from ral_gym.agents.co_trained_critic import CoTrainedCritic
+from ral_gym.agents.composite_reward import CompositeReward
 from ral_gym.agents.critic_callback import CriticCallback
 from ral_gym.agents.defaults import ALGORITHMS, algorithm_defaults, check_algorithm, policy_for
 from ral_gym.agents.policy import PixelCNNPolicy, PriorWeights
@@ -22,6 +23,7 @@ from ral_gym.codes import CodeSet, decode_codes
 from ral_gym.critic import PatchCritic
 from ral_gym.errors import RunError
 from ral_gym.figures import save_grid
+from ral_gym.metrics import PyramidFeatures
 from ral_gym.run import Run, random_state, read_config, seed_everything, set_random_state
 from ral_gym.stages.common import resolve_device
 from ral_gym.stages.levels import load_generator, load_vqvae
@@ -64,10 +66,20 @@ def make_agent(run: Run, env: CodeVecEnv, prior: Prior, device: torch.device) ->
             "kl_coef": config.kl_coef,
         }
     elif config.algo == "grpo":
-        arguments |= {"mle_coef": config.mle_coef, "kl_coef": config.kl_coef}
+        arguments |= {
+            "group_size": group_size(config.n_envs),
+            "scale_advantage": "batch" if config.normalize_advantage else "none",
+            "mle_coef": config.mle_coef,
+            "kl_coef": config.kl_coef,
+        }
     elif config.algo == "trpo":
         del arguments["max_grad_norm"]  # its trust region does that
     return ALGORITHMS[config.algo](policy_for(config.algo), env, **arguments)  # type: ignore[return-value]
+
+
+def group_size(n_envs: int, most: int = 8) -> int:
+    """GRPO's group: the largest divisor of the environments' number up to `most`; all, where that is 1."""
+    return next((size for size in range(min(most, n_envs), 1, -1) if n_envs % size == 0), n_envs)
 
 
 def make_critic(run: Run, vqvae: VQVAE, codes: CodeSet, device: torch.device) -> CoTrainedCritic:
@@ -87,32 +99,47 @@ def make_critic(run: Run, vqvae: VQVAE, codes: CodeSet, device: torch.device) ->
     )
 
 
+def make_reward(run: Run, critic: CoTrainedCritic | None) -> CriticCallback | CompositeReward:
+    """What delivers the run's rewards: the paper's, or `ral.reward_weights`' terms, each on its own scale."""
+    config = run.config.ral
+    if critic is not None and config.critic_alone:
+        return CriticCallback(critic)
+    return CompositeReward(
+        config.reward_weights,
+        critic=critic,
+        extractor=PyramidFeatures() if config.reward_features == "pyramid" else None,
+        evaluation_extractor=run.config.evaluation.extractor,
+        ema=config.reward_ema,
+        seed=run.config.seed * 1000 + 8,
+    )
+
+
 @dataclass
 class Stage:
     """The running parts of stage 3.
 
     Attributes:
         model: the algorithm on its environment; `model.policy.optimizer` is the policy's optimizer.
-        critic: the critic and its optimizer.
-        critic_callback: delivers its rewards.
+        critic: the critic and its optimizer; None where no reward is the critic's.
+        reward_callback: delivers the rewards.
         run_callback: the average, the log, the checkpoints; `run_callback.updates` counts policy updates.
     """
 
     model: OnPolicyAlgorithm
-    critic: CoTrainedCritic
-    critic_callback: CriticCallback
+    critic: CoTrainedCritic | None
+    reward_callback: CriticCallback | CompositeReward
     run_callback: RunCallback
 
     @property
     def callbacks(self) -> CallbackList:
         """What `model.learn` takes."""
-        return CallbackList([self.critic_callback, self.run_callback])
+        return CallbackList([self.reward_callback, self.run_callback])
 
 
 def make_stage(
     run: Run, vqvae: VQVAE, prior: Prior, codes: CodeSet, device: torch.device, progress: bool = True
 ) -> Stage:
-    """Environment, algorithm, critic and callbacks of a run, before their first step."""
+    """Environment, algorithm, rewards and callbacks of a run, before their first step."""
     config = run.config.ral
     if device.type == "cuda":  # the sampler's products have 32 bits: with TF32 in the pass the ratio would not be 1
         torch.backends.cudnn.allow_tf32 = False
@@ -121,17 +148,17 @@ def make_stage(
         "ral_gym/LatentCode-v0",
         config.n_envs,
         run=str(run.path),
-        reward="none",  # the callback writes the rewards of the critic it trains
+        reward="none",  # the callback writes them at the end of a rollout
         reset_mode=config.reset_mode,
         seed=run.config.seed * 1000 + 4,
         device=str(device),
     )
-    critic = make_critic(run, vqvae, codes, device)
+    critic = make_critic(run, vqvae, codes, device) if config.uses_critic else None
     model = make_agent(run, env, prior, device)
-    critic_callback = CriticCallback(critic)
+    reward_callback = make_reward(run, critic)
     run_callback = RunCallback(
         run,
-        critic_callback,
+        reward_callback,
         config.n_updates,
         draw_samples=lambda updates: _draw_samples(run, model, vqvae, updates),
         keep_average=lambda updates: _save_average(
@@ -143,7 +170,7 @@ def make_stage(
     writer = RunWriter(run, lambda: run_callback.updates)
     tensorboard = TensorBoardOutputFormat(str(run.file("tensorboard")))
     model.set_logger(Logger(None, [tensorboard, writer]))
-    return Stage(model, critic, critic_callback, run_callback)
+    return Stage(model, critic, reward_callback, run_callback)
 
 
 def train_ral(
@@ -158,7 +185,7 @@ def train_ral(
         DivergedError: a loss or a weight became NaN or infinite.
     """
     live, averaged = run.file("policy.safetensors"), run.file("policy_ema.safetensors")
-    if live.exists() and averaged.exists() and run.has("critic.safetensors"):
+    if live.exists() and averaged.exists() and (run.has("critic.safetensors") or not run.config.ral.uses_critic):
         done, average = (load_module(file, type(prior), device, prior.config) for file in (live, averaged))
         return done, average
     stage = make_stage(run, vqvae, prior, codes, device, progress)
@@ -216,14 +243,15 @@ def _restore(run: Run, stage: Stage) -> bool:
 
 
 def _save(run: Run, stage: Stage) -> None:
-    """Write the critic, the average and the policy, in this order: the policy's file says that the stage is done."""
+    """Write the critic if any, the average, and the policy last: its file says that the stage is done."""
     critic, model = stage.critic, stage.model
-    facts: dict[str, Any] = {
-        "normalization": critic.normalization,
-        "shift": critic.normalizer.shift,
-        "scale": critic.normalizer.scale,
-    }
-    save_module(run.file("critic.safetensors"), critic.critic, **facts)
+    if critic is not None:
+        facts: dict[str, Any] = {
+            "normalization": critic.normalization,
+            "shift": critic.normalizer.shift,
+            "scale": critic.normalizer.scale,
+        }
+        save_module(run.file("critic.safetensors"), critic.critic, **facts)
     _save_average(run, model, stage.run_callback, "policy_ema.safetensors")
     policy: PixelCNNPolicy = model.policy  # type: ignore[assignment]
     save_module(run.file("policy.safetensors"), policy.prior, updates=stage.run_callback.updates)

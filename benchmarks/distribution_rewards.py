@@ -20,12 +20,11 @@ from typing import Any
 
 import torch
 import tyro
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from ral_gym.distribution_rewards import DISTRIBUTION_TERMS, make_distribution_reward
+from ral_gym.evidence.tables import plain_table
 
 AIM = (1024, 512, 2.0)
 """N, D, and the seconds that `loo_fd` may take there."""
@@ -103,10 +102,8 @@ def main(argv: Sequence[str], console: Console) -> None:
         arguments.images, arguments.features, arguments.rounds, arguments.brute = (16,), (8, 24), 1, 2
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    style: dict[str, Any] = {"box": box.SIMPLE_HEAD, "padding": (0, 1, 0, 0), "show_edge": False, "pad_edge": False}
-    table = Table(title=f"Seconds per batch, {arguments.threads} threads", **style)
-    for heading in ("N", "D", "exact", "first order", "diagonal", "kid", "brute force", "error"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    headings = ("N", "D", "exact", "first order", "diagonal", "kid", "brute force", "error")
+    table = plain_table(headings, title=f"Seconds per batch, {arguments.threads} threads")
     for n in arguments.images:
         for width in arguments.features:
             times, brute, error = measure(n, width, arguments)

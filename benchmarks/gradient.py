@@ -40,7 +40,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import tyro
-from rich import box
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -53,6 +52,7 @@ from ral_gym.agents import GRPO, CodeVecEnv, EpisodeRolloutBuffer, PixelCNNPolic
 from ral_gym.agents.reinforce import BASELINES
 from ral_gym.codes import CodeGrid
 from ral_gym.envs.worlds import World
+from ral_gym.evidence.tables import plain_table
 from ral_gym.pixelcnn import PixelCNN
 from ral_gym.sampler import CachedSampler
 
@@ -342,10 +342,8 @@ def measure(toy: Toy, estimators: Iterable[Estimator], n_images: int, repeats: i
 
 def report(estimators: Sequence[Estimator], summaries: Sequence[Summary], caption: str) -> Table:
     """The table."""
-    style: dict[str, Any] = {"box": box.SIMPLE_HEAD, "padding": (0, 1, 0, 0), "show_edge": False, "pad_edge": False}
-    table = Table(title="Gradient estimates against the exact gradient", caption=caption, **style)
-    for heading in ("estimator", "scale", "bias, %", "cosine", "variance"):
-        table.add_column(heading, justify="left" if heading == "estimator" else "right", no_wrap=True)
+    headings = ("estimator", "scale", "bias, %", "cosine", "variance")
+    table = plain_table(headings, title="Gradient estimates against the exact gradient", caption=caption)
     before = ""
     for estimator, summary in zip(estimators, summaries, strict=True):
         if before != estimator.rewards:

@@ -40,13 +40,12 @@ from typing import Any, Literal
 
 import torch
 import tyro
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from ral_gym.codes import CodeGrid
 from ral_gym.config import Config, PriorConfig
+from ral_gym.evidence.tables import plain_table
 from ral_gym.presets import get_preset
 from ral_gym.sampling_cache import SamplingCache
 from ral_gym.stages.levels import prior_of
@@ -253,7 +252,8 @@ def report(arguments: Arguments, size: str, device: torch.device, console: Conso
     if device.type == "cuda" and size in WANTED_SECONDS:
         caption += " Wanted: {} s and {} s at most.".format(*WANTED_SECONDS[size])
     title = f"{size}: {arguments.batch} images of {side}x{side} + {2 * side}x{2 * side} codes, {where}"
-    table = _table(title, ("", "codes", "seconds", "CPU s", "prefill", *RATIOS, "wanted"), caption)
+    headings = ("", "codes", "seconds", "CPU s", "prefill", *RATIOS, "wanted")
+    table = plain_table(headings, title=title, caption=caption, min_width=78)
     for row, modes in ROWS.items():
         codes = statistics.fmean(d.codes_drawn(grid) for d in (Draw("full", 0, side), *partial) if d.mode in modes)
         wanted = f">= {WANTED[device.type]}" if row == "mixed" and not arguments.quick else ""
@@ -272,14 +272,6 @@ def _cells(results: Sequence[dict[str, Spent]], row: str) -> list[str]:
         ("{:.2f}", [full.cpu / s.cpu for full, s in spent]),
     )
     return [form.format(statistics.median(values)) for form, values in columns]
-
-
-def _table(title: str, headings: Sequence[str], caption: str) -> Table:
-    style: dict[str, Any] = {"box": box.SIMPLE_HEAD, "padding": (0, 1, 0, 0), "show_edge": False, "pad_edge": False}
-    table = Table(title=title, caption=caption, caption_justify="left", min_width=78, **style)
-    for number, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if number else "left", no_wrap=True)
-    return table
 
 
 def main(argv: Sequence[str], console: Console) -> None:

@@ -35,7 +35,6 @@ import numpy as np
 import torch
 import tyro
 from gymnasium import spaces
-from rich import box
 from rich.console import Console
 from rich.table import Table
 from stable_baselines3 import PPO
@@ -49,6 +48,7 @@ import ral_gym.agents.policy as policy_module
 from ral_gym.agents import CodeVecEnv, EpisodeRolloutBuffer, PixelCNNPolicy
 from ral_gym.codes import CodeGrid
 from ral_gym.envs.worlds import World
+from ral_gym.evidence.tables import plain_table
 from ral_gym.pixelcnn import PixelCNN
 from ral_gym.sampler import CachedSampler
 
@@ -332,14 +332,6 @@ def outside_shares(settings: Settings, device: torch.device) -> list[dict[str, f
     return rounds[1:]
 
 
-def _table(title: str, headings: Sequence[str], caption: str) -> Table:
-    style: dict[str, Any] = {"box": box.SIMPLE_HEAD, "padding": (0, 1, 0, 0), "show_edge": False, "pad_edge": False}
-    table = Table(title=title, caption=caption, caption_justify="left", min_width=78, **style)
-    for number, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if number else "left", no_wrap=True)
-    return table
-
-
 def main(argv: Sequence[str], console: Console) -> None:
     """Measure, and print a table per question."""
     arguments = tyro.cli(Arguments, args=list(argv), description=__doc__)
@@ -354,24 +346,27 @@ def main(argv: Sequence[str], console: Console) -> None:
     console.print(f"torch {torch.__version__}, {place}, float32, {how}\n")
     size = f"K={settings.codebook_size}, {settings.n_envs} environments, {settings.units} units x {settings.layers}"
 
-    table = _table(
-        "PPO iteration: one rollout, one epoch",
+    table = plain_table(
         ("T", "ours\ncollect", "ours\ntrain", "stock\nscaled", "stock\nwhole", "ratio", "wanted"),
-        f"{size} layers, {MINIBATCHES} optimizer steps. stock: SB3's buffer, a full pass per step; scaled from "
+        title="PPO iteration: one rollout, one epoch",
+        min_width=78,
+        caption=f"{size} layers, {MINIBATCHES} optimizer steps. stock: SB3's buffer, a full pass per step; scaled from "
         f"{STOCK_STEPS} of T steps and the {STOCK_STEPS * settings.n_envs} transitions they give",
     )
     compare_ppo(settings, device, table)
     console.print(table, "")
 
-    table = _table(
-        "Environment steps per second, random actions",
+    table = plain_table(
         ("id", "vector", "DummyVecEnv", "ratio", "wanted"),
-        f"{settings.vector_envs} rows of gym.make_vec against DummyVecEnv over as many gym.make",
+        title="Environment steps per second, random actions",
+        min_width=78,
+        caption=f"{settings.vector_envs} rows of gym.make_vec against DummyVecEnv over as many gym.make",
     )
     compare_environments(settings, arguments.environments, table)
     console.print(table, "")
 
-    table = _table("Rollout memory", ("T x environments", "ours", "stock", "wanted"), "all arrays, after a rollout")
+    headings = ("T x environments", "ours", "stock", "wanted")
+    table = plain_table(headings, title="Rollout memory", caption="all arrays, after a rollout", min_width=78)
     n_codes, n_envs = settings.memory
     stock = RolloutBuffer(1, spaces.Box(0, 513, (n_codes,), np.int16), spaces.Discrete(512), "cpu", n_envs=n_envs)
     held, stock_held = buffer_bytes(n_codes, n_envs, 512), array_bytes(vars(stock).values()) * n_codes
@@ -379,11 +374,12 @@ def main(argv: Sequence[str], console: Console) -> None:
     console.print(table, "")
 
     rounds = outside_shares(settings, device)
-    table = _table(
-        "Where a PPO iteration spends its time",
+    table = plain_table(
         ("", "seconds", "share", "wanted"),
-        f"T={settings.sides[0] ** 2}, {settings.outside_envs} environments, otherwise as above. rest: SB3's loop and "
-        "loss, comparisons of the step cache, copies. The timers themselves cost the rest a little",
+        title="Where a PPO iteration spends its time",
+        min_width=78,
+        caption=f"T={settings.sides[0] ** 2}, {settings.outside_envs} environments, otherwise as above. rest: SB3's "
+        "loop and loss, comparisons of the step cache, copies. The timers themselves cost the rest a little",
     )
     for group in ("network", "environment", "buffer", "rest"):
         share = statistics.median(totals[group] / sum(totals.values()) for totals in rounds)

@@ -1,198 +1,244 @@
-"""Exposure bias, a lesson: does a model suffer from its own mistakes? Measured against an oracle.
+"""Exposure bias, a lesson: does a model suffer from its own mistakes, and does a cure help? Measured against an oracle.
 
-    python examples/exposure_bias.py                                  # the bundled prior and two deliberately poor ones
-    python examples/exposure_bias.py --no-weak                        # the bundled prior alone
+    python examples/exposure_bias.py                              # three seeds: the cures compared, and two poor models
+    python examples/exposure_bias.py --seeds 0 --no-weak --no-ral     # one seed, without the poor models and the critic
     python examples/exposure_bias.py --policy runs/x/policy.safetensors   # and any PixelCNN of the same code grid
 
 First two episodes of ``ral_gym/Oracle-v0``, code by code: one follows a sample of the oracle (teacher-forced), one
-follows the model itself (free-running). One episode proves nothing, so that batches follow: the model on its own
+follows the model itself (free-running). One episode proves nothing, so that batches follow: models on their own
 prefixes and on the oracle's (EB-C, He et al., 2021; accumulated error, Arora et al., 2022), completions of an oracle's
 beginning, and recovery from a spoilt one. Every verdict is made of the numbers and their 95 % intervals.
 
-Writes ``exposure.json``, ``exposure_*.png`` and ``exposure.gif`` (the two episodes side by side). The lesson in words,
-with exercises: docs/exposure_bias.md.
+The models: `light`, the bundled prior, and four that continue it for equally many updates, each of equally many images
+and at the same learning rate. `mle`: on fresh samples of the oracle. `scheduled_sampling`: on the same ones, partly
+replaced by its own codes. `ral`: REINFORCE with a critic's scores of the decoded images, co-trained against the bundled
+samples of the oracle. `true_reward`: REINFORCE with log o - log p, KL(p || o) itself, which no real data offer: what
+RAL could do with a perfect reward. Beside them two PixelCNNs that are poor on purpose.
+
+Writes ``table.md``, ``exposure.json``, ``exposure_*.png`` and ``exposure.gif`` (the two episodes side by side) into
+``runs/exposure_bias``, and each seed's models and figures into a folder of its own: run again, it continues. The lesson
+in words, with exercises: docs/exposure_bias.md.
 """
 
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
 import gymnasium as gym
 import numpy as np
 import torch
 import tyro
-from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from ral_gym.assets import asset_path
+from ral_gym.agents.exposure_models import Recipe, make_model
 from ral_gym.cli import run_command
-from ral_gym.codes import CodeSet
 from ral_gym.envs.oracle import load_light_prior, load_oracle
-from ral_gym.errors import ConfigError
-from ral_gym.exposure_figures import entry_text, interval_text, mean_text, save_plots
-from ral_gym.metrics import (
-    Estimate,
-    ExposureBias,
-    as_lists,
-    corruption_response,
-    exposure_bias,
-    nll,
-    prefix_curve,
+from ral_gym.errors import ConfigError, RunError
+from ral_gym.evidence.exposure_figures import Episode, save_animation, save_comparison, save_plots
+from ral_gym.evidence.exposure_lesson import (
+    Numbers,
+    Protocol,
+    compare,
+    draw,
+    lines_of,
+    markdown,
+    measure,
+    measure_recovery,
+    rarity,
+    table_of,
 )
-from ral_gym.metrics.divergences import conditional_log_probs, cross_entropy, kl
+from ral_gym.metrics.divergences import conditional_log_probs, kl
 from ral_gym.pixelcnn import PixelCNN
-from ral_gym.sampler import CachedSampler
-from ral_gym.stages.train_prior import maximum_likelihood_loss
-from ral_gym.storage import load_module, save_json, write_atomic
+from ral_gym.storage import differences, load_json, load_module, load_tensors, save_json, save_module, write_text
 
 ATTEMPTS = 5  # Free-running episodes played until one has a wrong code to show.
-SMALL = 5.0  # Percent: an excess of the accumulated error below this is called small.
-BATCH = 256
-LEAST_SIDE = 256  # Pixels of an image in the animation: smaller ones are enlarged by a whole number.
-RED = 255  # Index in the palette of the animation.
-BAR = 76  # Pixels of text under each of them.
+POOR = ("small", "memoriser")
+NOT_SETTINGS = ("seeds", "runs", "quiet", "quick", "policy", "weak", "scheduled_sampling", "ral", "true_reward")
 
 
 @dataclass
 class Arguments:
-    """What to measure, how often, and where it goes."""
+    """What to compare, how often, and where it goes."""
 
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Of all that is trained and drawn. The first one's figures are drawn, and its poor models trained."""
+    runs: str = "runs"
+    """Its folder `exposure_bias` gets plots, animation and numbers."""
+    scheduled_sampling: bool = True
+    """Continue the light prior by scheduled sampling."""
+    ral: bool = True
+    """Continue it by RAL with a critic: more than half of the time that training takes."""
+    true_reward: bool = True
+    """Continue it by REINFORCE with the reward log o - log p."""
     weak: bool = True
     """Also train two poor PixelCNNs: one too small, one that has seen only 64 images."""
     policy: tuple[str, ...] = ()
     """Files of further PixelCNNs over the same grid, such as a RAL policy."""
-    n: int = 1536
-    """Images drawn by each model, and by the oracle."""
-    n_prefixes: int = 384
-    """Beginnings of the oracle's that are continued or spoilt."""
+    updates: int = 40
+    """Updates by which the light prior is continued."""
+    batch: int = 128
+    """Images per update: fresh samples of the oracle, or of the policy."""
+    learning_rate: float = 3e-4
+    """Adam's, in all four."""
+    way: Literal["two_pass", "sequential"] = "two_pass"
+    """How scheduled sampling draws the model's own codes."""
+    share: float = 0.5
+    """The share of own codes that scheduled sampling reaches at the last update, on a straight line."""
+    critic_warmup: int = 200
+    """Critic steps before RAL's first update."""
+    critic_steps: int = 5
+    """Critic steps per update."""
+    mle_coef: float = 0.0
+    """RAL's share of maximum likelihood on the bundled samples of the oracle; the preset `demo` has 0.1."""
     weak_steps: int = 500
     """Training steps of each poor PixelCNN."""
+    n: int = 1024
+    """Images drawn by each model, and by the oracle."""
+    n_prefixes: int = 256
+    """Beginnings of the oracle's that are continued or spoilt."""
     corrupted: float = 0.5
     """Share of the codes in the last row of the beginning that are replaced by random ones."""
     corrupted_rows: int = 4
     """Rows of that beginning."""
     wrong: float = 0.001
     """A code is wrong if the oracle draws it, or a code as unlikely, with a smaller probability than this."""
-    seed: int = 0
-    """Of everything that is drawn."""
-    folder: str = "runs/exposure_bias"
-    """Where plots, animation and numbers go."""
     quick: bool = False
-    """A few seconds, to see that it runs: too few images for any verdict."""
+    """A few seconds, to see that it runs: too few images for any verdict. Goes into `exposure_bias_quick`."""
+    quiet: bool = False
+    """No progress bars."""
 
     def check(self) -> None:
         """Raise `ConfigError` for what cannot be measured."""
         if self.quick:
-            self.n, self.n_prefixes, self.weak_steps = min(self.n, 32), min(self.n_prefixes, 8), min(self.weak_steps, 5)
-        if min(self.n, self.n_prefixes) < 2 or self.weak_steps < 1:
-            raise ConfigError("n and n_prefixes must be at least 2, for an interval, and weak_steps at least 1")
+            self.n, self.n_prefixes, self.weak_steps = min(self.n, 24), min(self.n_prefixes, 4), min(self.weak_steps, 5)
+            self.updates, self.batch = min(self.updates, 2), min(self.batch, 8)
+            self.critic_warmup, self.critic_steps = min(self.critic_warmup, 2), min(self.critic_steps, 1)
+        steps = (self.weak_steps, self.updates, self.critic_warmup, self.critic_steps)
+        if min(self.n, self.n_prefixes, self.batch) < 2 or min(steps) < 1:
+            raise ConfigError("n, n_prefixes and batch must be at least 2, for an interval, and all steps at least 1")
         if not 0 < self.wrong < 1:
             raise ConfigError(f"wrong={self.wrong} is no probability: give a number between 0 and 1, such as 0.001")
+        if not 0 <= self.share <= 1:
+            raise ConfigError(f"share={self.share} is no probability: give a number from 0 to 1")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ConfigError(f"seeds {self.seeds}: give at least one, none twice")
 
+    @property
+    def folder(self) -> Path:
+        """Where everything goes."""
+        return Path(self.runs) / ("exposure_bias_quick" if self.quick else "exposure_bias")
 
-@dataclass
-class Episode:
-    """One image, code by code: T entries each, and T + 1 pictures."""
+    @property
+    def protocol(self) -> Protocol:
+        """What is measured."""
+        return Protocol(self.n, self.n_prefixes, self.corrupted, self.corrupted_rows, self.wrong)
 
-    codes: list[int] = field(default_factory=list)
-    rewards: list[float] = field(default_factory=list)  # log o(code), nats
-    kl: list[float] = field(default_factory=list)  # KL(o || p) before the code, nats
-    rarity: list[float] = field(default_factory=list)
-    frames: list[np.ndarray] = field(default_factory=list)  # uint8 (S, S, 3)
+    @property
+    def recipe(self) -> Recipe:
+        """How the models are trained."""
+        return Recipe(**{entry.name: getattr(self, entry.name) for entry in fields(Recipe)})
 
-    def first_wrong(self, threshold: float) -> int | None:
-        """Position of the first code that is rarer than the threshold."""
-        return next((t for t, rarity in enumerate(self.rarity) if rarity < threshold), None)
-
-
-class Measured(NamedTuple):
-    """All that is measured about one model; `oracle_entropy`: on the model's prefixes, and on the oracle's."""
-
-    nll_test: float
-    exposure: ExposureBias
-    prefix: Any
-    corruption: dict[str, Any]
-    excess: Estimate
-    wrong: float
-    oracle_entropy: tuple[float, float]
-    verdict: str
+    def models(self, first: bool) -> list[str]:
+        """The names of the models of a seed."""
+        cures = [name for name in ("scheduled_sampling", "ral", "true_reward") if getattr(self, name)]
+        return ["light", "mle", *cures, *(POOR if self.weak and first else ())]
 
 
 def main(argv: Sequence[str], console: Console) -> None:
     """The episodes, the measurements, the pictures."""
     arguments = tyro.cli(Arguments, args=list(argv), description=__doc__)
     arguments.check()
-    torch.manual_seed(arguments.seed)
-    folder, oracle = Path(arguments.folder), load_oracle()
-    models = load_models(arguments, oracle, console)
-    fresh = draw(oracle, max(arguments.n, arguments.n_prefixes), arguments.seed + 1)  # no model was trained on these
-    episodes = tell_story(models["light"], oracle, fresh[0], arguments, console)
+    folder, oracle, first = arguments.folder, load_oracle(), arguments.seeds[0]
+    episodes = tell_story(load_module(load_light_prior(), PixelCNN), oracle, arguments, console)
     save_animation(folder / "exposure.gif", episodes, oracle.width, arguments.wrong)
     console.print("\n[bold]2. Many images.[/] Two episodes prove nothing; what follows are means with 95 % intervals.")
-    results = {}
-    for name, model in models.items():
-        results[name] = measure(name, model, oracle, fresh, arguments)
-        report(name, results[name], arguments.wrong, console)
-    save_plots(folder, results, oracle.width)
-    save_results(folder / "exposure.json", results, episodes, arguments)
-    console.print(f"\nPictures and numbers: {folder}/exposure*", highlight=False)
+    results = {seed: measure_seed(seed, arguments, oracle, seed == first, console) for seed in arguments.seeds}
+    comparison = compare(results)
+    console.print("\n[bold]3. The cures compared.[/]")
+    console.print(table_of(comparison, arguments.seeds))
+    save_plots(folder, results[first], oracle.width)
+    shown = {name: row for name, row in comparison.items() if name not in POOR}
+    save_comparison(folder / "exposure_comparison.png", shown)
+    write_text(folder / "table.md", markdown(comparison, arguments.seeds, caption(arguments)))
+    save_results(folder / "exposure.json", results, comparison, episodes, arguments)
+    console.print(f"\nTable, pictures and numbers: {folder}/", highlight=False)
+
+
+def measure_seed(
+    seed: int, arguments: Arguments, oracle: PixelCNN, first: bool, console: Console
+) -> dict[str, Numbers]:
+    """All models of one seed: read, where they were measured before, else trained and measured."""
+    folder, results = arguments.folder / f"seed{seed}", {}
+    check_settings(folder / "settings.json", arguments)
+    protocol = arguments.protocol
+    fresh = draw(oracle, max(protocol.n, protocol.n_prefixes), 1000 * seed + 1)  # no model was trained on these
+    others = policies(arguments, oracle)
+    for name in (*arguments.models(first), *others):
+        file = folder / f"{name}.json"
+        result = load_json(file) if file.exists() and name not in others else {}
+        if "compared" not in result or (first and "prefix" not in result):
+            if not (arguments.quiet or name in others):
+                console.print(f"Seed {seed}: training and measuring {name} ...", highlight=False)
+            model, facts = (others[name], {}) if name in others else load_trained(name, seed, folder, arguments)
+            result = {**facts, **measure(model, oracle, fresh, protocol, 1000 * seed)}
+            if first:
+                result |= measure_recovery(model, oracle, fresh, protocol, 1000 * seed)
+            if name not in others:
+                save_json(file, result)
+        results[name] = result
+        report(name, seed, result, arguments.wrong if first else None, console)
+    return results
+
+
+def check_settings(file: Path, arguments: Arguments) -> None:
+    """Refuse to go on with other settings than those a seed's folder was made with."""
+    here = {name: value for name, value in asdict(arguments).items() if name not in NOT_SETTINGS}
+    found = differences(load_json(file), here) if file.exists() else []
+    if found:
+        raise RunError(f"{file.parent} was made with other settings ({'; '.join(found[:3])}): give another --runs")
+    save_json(file, here)
 
 
 # ---- the models --------------------------------------------------------------------------------------------------
 
 
-def load_models(arguments: Arguments, oracle: PixelCNN, console: Console) -> dict[str, PixelCNN]:
-    """The bundled light prior, the poor ones, and those of the files, by name."""
-    models: dict[str, PixelCNN] = {"light": load_module(load_light_prior(), PixelCNN)}
+def policies(arguments: Arguments, oracle: PixelCNN) -> dict[str, PixelCNN]:
+    """The PixelCNNs of the files that were given, by name."""
+    models: dict[str, PixelCNN] = {}
     for number, file in enumerate(arguments.policy):
         model: PixelCNN = load_module(Path(file), PixelCNN)
         if model.grid != oracle.grid:
             raise ConfigError(f"{file} draws {model.grid}, the oracle {oracle.grid}: give a PixelCNN of the same grid")
         name = Path(file).stem
-        models[name if name not in models else f"{name}_{number}"] = model
-    if arguments.weak:
-        console.print("Training two poor PixelCNNs ...")
-        seen = torch.from_numpy(CodeSet.load(asset_path("oracle/codes.safetensors")).train).long()  # (1024, T)
-        models["small"] = fit(oracle, seen, arguments.weak_steps, hidden_units=8, residual_units=8, layers=1)
-        models["memoriser"] = fit(oracle, seen[:64], arguments.weak_steps, hidden_units=32, residual_units=32, layers=2)
+        models[f"{name}_{number}" if name in (*models, *arguments.models(True)) else name] = model
     return models
 
 
-def fit(oracle: PixelCNN, codes: Tensor, steps: int, **size: Any) -> PixelCNN:
-    """Maximum likelihood on codes (N, T), with a learning rate that falls to zero."""
-    shape = (oracle.codebook_size, oracle.height, oracle.width)
-    model = PixelCNN(*shape, dropout=0.0, output_stack_layers=1, **size)
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in range(steps):
-        loss = maximum_likelihood_loss(model, codes[torch.randint(len(codes), (64,))])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    return model.eval().requires_grad_(False)
-
-
-def draw(model: PixelCNN, n: int, seed: int) -> Tensor:
-    """Codes (n, T) int64 drawn from a model."""
-    sampler, generator = CachedSampler(model), torch.Generator().manual_seed(seed)
-    return torch.cat([sampler.sample(min(BATCH, n - i), generator=generator)[0] for i in range(0, n, BATCH)])
+def load_trained(name: str, seed: int, folder: Path, arguments: Arguments) -> tuple[PixelCNN, Numbers]:
+    """A model of a seed and the figures of its training; trained, unless its file is there."""
+    if name == "light":
+        return make_model(name, seed, arguments.recipe)
+    file = folder / f"{name}.safetensors"
+    if not file.exists():
+        model, facts = make_model(name, seed, arguments.recipe)
+        save_module(file, model, None, **facts)
+    facts = {fact: value for fact, value in load_tensors(file)[1].items() if fact == "critic_auc"}
+    return load_module(file, PixelCNN), facts
 
 
 # ---- two episodes ------------------------------------------------------------------------------------------------
 
 
-def tell_story(
-    model: PixelCNN, oracle: PixelCNN, given: Tensor, arguments: Arguments, console: Console
-) -> dict[str, Episode]:
+def tell_story(model: PixelCNN, oracle: PixelCNN, arguments: Arguments, console: Console) -> dict[str, Episode]:
     """Play a teacher-forced and a free-running episode, and say row by row what happened."""
-    episodes = {"teacher-forced": play(model, oracle, arguments.seed, given)}
+    seed = 1000 * arguments.seeds[0]
+    episodes = {"teacher-forced": play(model, oracle, seed, draw(oracle, 1, seed + 1)[0])}
     for attempt in range(ATTEMPTS):
-        episodes["free-running"] = play(model, oracle, arguments.seed + attempt, None)
+        episodes["free-running"] = play(model, oracle, seed + attempt, None)
         if episodes["free-running"].first_wrong(arguments.wrong) is not None:
             break
     console.print(
@@ -250,135 +296,44 @@ def play(model: PixelCNN, oracle: PixelCNN, seed: int, given: Tensor | None) -> 
     return episode
 
 
-def rarity(log_o: Tensor, codes: Tensor) -> Tensor:
-    """Probability that the oracle draws a code at most as likely as the one given: (.., K), (..) -> (..)."""
-    own = log_o.gather(-1, codes[..., None])  # (.., 1)
-    return torch.where(log_o <= own, log_o.exp(), 0).sum(-1)
-
-
 def _picture(env: gym.Env[Any, Any]) -> np.ndarray:
     return np.asarray(env.render(), np.uint8)
 
 
-def save_animation(path: Path, episodes: Mapping[str, Episode], width: int, threshold: float) -> None:
-    """Both episodes side by side, a frame per code; a red frame around the first wrong code of each."""
-    parts = [_animate(name, episode, width, threshold) for name, episode in episodes.items()]
-    frames = [Image.fromarray(np.concatenate(pictures, 1)) for pictures in zip(*parts, strict=True)]
-    for frame in frames:  # one palette for all, the greys and red: choosing one per frame takes half a minute
-        frame.putpalette([grey for grey in range(RED) for _ in range(3)] + [220, 0, 0])
-    durations = [120] * (len(frames) - 1) + [4000]  # milliseconds
-    write_atomic(
-        path,
-        lambda temporary: frames[0].save(
-            temporary, format="GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0
-        ),
+# ---- what is said of them ----------------------------------------------------------------------------------------
+
+
+def report(name: str, seed: int, result: Numbers, threshold: float | None, console: Console) -> None:
+    """The lesson of one model; without a threshold its verdict alone."""
+    if threshold is None:
+        console.print(f"seed {seed}, {name}: {result['verdict']}", highlight=False, markup=False)
+        return
+    nll = result["compared"]["nll_test"]["value"]
+    console.print(f"\n[bold]{name}[/], seed {seed} (held-out NLL {nll:.3f} nats per code)", highlight=False)
+    for line in lines_of(result, threshold):
+        console.print(f"  {line}", highlight=False, markup=False)
+    console.print(f"  => {name}: {result['verdict']}", style="bold", highlight=False, markup=False)
+
+
+def caption(arguments: Arguments) -> str:
+    """What stands under the table."""
+    seeds = ", ".join(map(str, arguments.seeds))
+    over_seeds = "Student's t over the seeds (models of one seed: over images)"
+    intervals = over_seeds if len(arguments.seeds) > 1 else "over images, of one training each"
+    return (
+        f"`ral_gym/Oracle-v0`, seeds {seeds}; nats per code; n = {arguments.n:,} images of each model and the oracle "
+        f"per seed; ±: 95 %, {intervals}. All but `light`, `small` and `memoriser` "
+        f"continue `light` for {arguments.updates} updates of {arguments.batch} images. Reward of `ral`: a co-trained "
+        "critic's scores; of `true_reward`: log o - log p."
     )
-
-
-def _animate(name: str, episode: Episode, width: int, threshold: float) -> list[np.ndarray]:
-    """One episode's frames with two lines of text, as indices (Y, X) uint8 of greys and `RED`."""
-    font, wrong, frames = ImageFont.load_default(size=15), episode.first_wrong(threshold), []
-    scale = max(1, LEAST_SIDE // len(episode.frames[0]))
-    side = len(episode.frames[0]) * scale
-    cell = side // width
-    for drawn, picture in enumerate(episode.frames):
-        frame = Image.new("L", (side + 20, side + BAR + 10), RED - 1)
-        grey = Image.fromarray(picture[..., 0].clip(max=RED - 1))
-        frame.paste(grey.resize((side, side), Image.Resampling.NEAREST), (10, 10))
-        pen = ImageDraw.Draw(frame)
-        total = f"log o = {sum(episode.rewards[:drawn]):.1f}"
-        pen.text((10, side + 16), f"{name}\ncode {drawn} of {len(episode.codes)}, {total}", 0, font)
-        if wrong is not None and drawn > wrong:
-            y, x = divmod(wrong, width)
-            pen.rectangle((10 + x * cell, 10 + y * cell, 9 + (x + 1) * cell, 9 + (y + 1) * cell), None, RED, 4)
-            pen.text((10, side + 54), f"first wrong code: number {wrong + 1}", 0, font)
-        frames.append(np.asarray(frame))
-    return frames
-
-
-# ---- the measurements --------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def measure(name: str, model: PixelCNN, oracle: PixelCNN, fresh: Tensor, arguments: Arguments) -> Measured:
-    """Everything about one model; `fresh` (N, T) are the oracle's samples."""
-    given, beginnings, sampler = fresh[: arguments.n], fresh[: arguments.n_prefixes], CachedSampler(model)
-    own = draw(model, arguments.n, arguments.seed + 2)  # (n, T)
-    exposure = exposure_bias(model, oracle, own, given)
-    excess = Estimate.around(
-        float(exposure.excess.mean[-1]), float(exposure.excess.error[-1]), arguments.n, "delta", degrees=arguments.n - 1
-    )
-    generator = torch.Generator().manual_seed(arguments.seed + 3)
-    spoilt: dict[str, Any] = {
-        "fraction": arguments.corrupted,
-        "prefix_rows": arguments.corrupted_rows,
-        "window": oracle.width,
-    }
-    log_o, log_o_given = (
-        conditional_log_probs(oracle, one[: arguments.n_prefixes]) for one in (own, given)
-    )  # (B, T, K)
-    rare = rarity(log_o, own[: arguments.n_prefixes]) < arguments.wrong  # (B, T)
-    entropies = [float(cross_entropy(log, log).mean()) for log in (log_o, log_o_given)]
-    return Measured(
-        nll_test=nll(model, given),
-        exposure=exposure,
-        prefix=prefix_curve(model, oracle, sampler, beginnings, oracle.grid, generator=generator),
-        corruption={
-            "given": corruption_response(model, oracle, beginnings, oracle.grid, generator=generator, **spoilt),
-            "own": corruption_response(
-                model, oracle, beginnings, oracle.grid, generator=generator, sampler=sampler, **spoilt
-            ),
-        },
-        excess=excess,
-        wrong=float(rare.double().mean()),
-        oracle_entropy=(entropies[0], entropies[1]),
-        verdict=f"{name}: {verdict(excess)}",
-    )
-
-
-def verdict(excess: Estimate) -> str:
-    """What the excess of the accumulated error over the whole image says, in words, from its interval alone."""
-    shown = f"({excess.value:+.1f} % [{excess.low:+.1f}, {excess.high:+.1f}])"
-    if excess.low > 0:
-        size = "small" if excess.value < SMALL else "large"
-        return f"{size} exposure bias: errors are larger on the model's own prefixes {shown}"
-    if excess.high < 0:
-        return f"reversed: errors are smaller on the model's own prefixes than on the oracle's {shown}"
-    if max(-excess.low, excess.high) < SMALL:
-        return f"no measurable exposure bias, and one of {SMALL:g} % or more is ruled out {shown}"
-    return f"undecided: neither none nor {SMALL:g} % is ruled out; draw more images {shown}"
-
-
-def report(name: str, result: Measured, threshold: float, console: Console) -> None:
-    """The lesson of one model, in numbers and words."""
-    bias, rows = result.exposure, result.prefix.rows
-    half = len(bias.ratio["kl"].mean) // 2
-    early, late = (float(part.mean()) for part in bias.ratio["kl"].mean.split(half)[:2])
-    console.print(f"\n[bold]{name}[/] (held-out NLL {result.nll_test:.3f} nats per code)", highlight=False)
-    lines = [
-        f"KL(oracle || model): {mean_text(bias.on_model['kl'])} on its own prefixes, {mean_text(bias.on_oracle['kl'])} "
-        f"on the oracle's; gap {interval_text(bias.gap.value, bias.gap.low, bias.gap.high)} nats per code",
-        f"EB-C: {early:.3f} in the first half of the image, {late:.3f} in the second (1: no exposure bias)",
-        f"accumulated error over {len(bias.excess.mean)} codes: {float(bias.accumulated.mean[-1]):.1f}",
-        f"wrong codes: {100 * result.wrong:.2f} % of its own; by definition fewer than "
-        f"{100 * threshold:g} % of the oracle's",
-        f"entropy of the oracle: {result.oracle_entropy[0]:.2f} nats per code on the model's prefixes, "
-        f"{result.oracle_entropy[1]:.2f} on its own (higher: less certain there)",
-        f"prefix curve: harm of its own context {entry_text(result.prefix.harm, 0)} nats per code after {rows[0]} "
-        f"given rows, {entry_text(result.prefix.harm, -1)} after {rows[-1]}",
-    ]
-    for who, text in (("given", "the oracle's codes follow"), ("own", "its own codes follow")):
-        response = result.corruption[who]
-        area = interval_text(response.area.value, response.area.low, response.area.high)
-        life = f"half of it within {response.half_life:.1f} codes" if response.half_life >= 0 else "no measurable bump"
-        lines.append(f"{response.replaced} spoilt codes, {text}: {area} nats more in all; {life}")
-    for line in lines:
-        console.print(f"  {line}", highlight=False)
-    console.print(f"  => {result.verdict}", style="bold", highlight=False, markup=False)
 
 
 def save_results(
-    path: Path, results: Mapping[str, Measured], episodes: Mapping[str, Episode], arguments: Arguments
+    path: Path,
+    results: dict[int, dict[str, Numbers]],
+    comparison: dict[str, dict[str, Numbers]],
+    episodes: dict[str, Episode],
+    arguments: Arguments,
 ) -> None:
     """All numbers behind the text and the pictures."""
     played = {
@@ -386,8 +341,8 @@ def save_results(
         | {"first_wrong": episode.first_wrong(arguments.wrong)}
         for name, episode in episodes.items()
     }
-    measured = {name: as_lists(one._asdict()) for name, one in results.items()}
-    save_json(path, {"settings": asdict(arguments), "episodes": played, "models": measured})
+    values = {"settings": asdict(arguments), "episodes": played, "comparison": comparison, "seeds": results}
+    save_json(path, values)
 
 
 if __name__ == "__main__":

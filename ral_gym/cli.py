@@ -1,6 +1,6 @@
 """The command line, the one place above the three layers: images -> VQ-VAE -> PixelCNN -> RAL -> table and pictures.
 
-``ral-gym train | sample | complete | evaluate | report | presets``; the arguments are those of
+``ral-gym train | sample | complete | evaluate | verify | report | presets``; the arguments are those of
 `ral_gym.commands.arguments`. Training under ``torchrun`` or ``accelerate launch`` shares stages 1 and 2 among the
 processes; the first one alone goes on.
 """
@@ -24,6 +24,7 @@ from ral_gym.commands.arguments import (
     ReportArguments,
     SampleArguments,
     TrainArguments,
+    VerifyArguments,
     parse,
     parse_train,
 )
@@ -319,6 +320,10 @@ def _dispatch(argv: Sequence[str], console: Console) -> None:
             from ral_gym.commands.generate import complete_image
 
             complete_image(arguments, console)
+        case VerifyArguments():
+            from ral_gym.commands.verify import verify_run
+
+            verify_run(arguments, console)
         case ReportArguments():
             from ral_gym.commands.report import report_run
 

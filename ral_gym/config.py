@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ral_gym.errors import ConfigError
+from ral_gym.reward_weights import CRITIC_ALONE, RewardWeights, check_reward_weights
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,12 @@ class PriorConfig:
     """Seeded augmented passes over the images when they are encoded; 1: the images as they are."""
     evaluate_every: int = 25
     """Steps between held-out NLL measurements; the weights of the best one are kept."""
+    scheduled_sampling: Literal["none", "two_pass", "sequential"] = "none"
+    """Mix the model's own codes into the real ones it reads: drawn in one pass more, or one by one (slower, exact)."""
+    scheduled_sampling_schedule: Literal["linear", "exponential", "inverse_sigmoid"] = "linear"
+    """How the share of own codes rises; see `ral_gym.stages.scheduled_sampling`."""
+    scheduled_sampling_share: float = 0.5
+    """The share of own codes at the last step."""
 
 
 @dataclass(frozen=True)
@@ -152,6 +159,13 @@ class RALConfig:
     """Eq. 6 (mean score at the end) or the score map upsampled to the code grid (Section 4.2)."""
     reward_normalization: Literal["max_abs", "standard", "none"] = "max_abs"
     """Scores divided by max |score| over real and fake (Section 4.4); (score - mean real) / std; or as they are."""
+    reward_weights: RewardWeights = field(default_factory=CRITIC_ALONE.copy)
+    """Terms critic, loo_fd, loo_fd_first_order, loo_fd_diagonal, kid and their weights; no critic is trained without
+    the first. Anything but one critic of weight 1: every term is normalised over the batch before it is weighed."""
+    reward_features: Literal["encoder", "pyramid"] = "encoder"
+    """What the distribution terms see: the VQ-VAE's encoder, or the detail of every size; not what the table uses."""
+    reward_ema: float = 0.5
+    """Decay of the Frechet terms' moments over rollouts; 0: each rollout by itself."""
     reset_mode: Literal["full", "continue", "scratch", "mixed"] = "mixed"
     """Partial generation (Section 4.3): full grids, continue real rows, stop early, or either at random."""
     n_envs: int = 16
@@ -169,7 +183,7 @@ class RALConfig:
     baseline: Literal["none", "mean", "leave_one_out", "value"] = "none"
     """REINFORCE's baseline; the paper mentions none. Other algorithms have their own."""
     normalize_advantage: bool = False
-    """Divide REINFORCE's advantages by their standard deviation over the batch."""
+    """Divide the advantages by their standard deviation over the batch (reinforce and grpo)."""
     mle_coef: float = 0.0
     """Share of maximum-likelihood loss on real codes mixed into each policy update (reinforce and grpo)."""
     kl_coef: float = 0.0
@@ -184,6 +198,16 @@ class RALConfig:
     """Decay of the exponential average of the policy's weights (row `ral`; `ral_live` is the policy itself)."""
     checkpoint_every: int = 10
     """Updates between checkpoints."""
+
+    @property
+    def uses_critic(self) -> bool:
+        """Whether a critic is trained."""
+        return "critic" in self.reward_weights
+
+    @property
+    def critic_alone(self) -> bool:
+        """Whether the critic's rewards are the rewards, as in the paper."""
+        return self.reward_weights == CRITIC_ALONE
 
 
 @dataclass(frozen=True)
@@ -244,6 +268,7 @@ class Config:
                 for number in value if isinstance(value, tuple) else (value,):
                     if not holds(number):
                         raise ConfigError(f"{name} is {number}: give {allowed}")
+        check_reward_weights(self.ral.reward_weights)
         sides = [("vqvae.layers", self.vqvae.layers, self.strided_layers)]
         for name, value, layers in (*sides, ("critic.layers", self.critic.layers, self.critic.layers)):
             if self.data.image_size % 2**layers:
@@ -311,9 +336,9 @@ _NAMES: dict[_Rule, str] = {
         """,
     _SHARE: """
         vqvae.decay prior.dropout prior.ema_decay critic.adam_beta1 critic.adam_beta2 ral.adam_beta1 ral.adam_beta2
-        ral.ema_decay
+        ral.ema_decay ral.reward_ema
         """,
-    ("at least 0 and at most 1", lambda value: 0 <= value <= 1): "ral.gamma",
+    ("at least 0 and at most 1", lambda value: 0 <= value <= 1): "ral.gamma prior.scheduled_sampling_share",
     ("1 or 2", lambda value: value in (1, 2)): "vqvae.levels",
     ("2 or more", lambda value: value >= 2): "vqvae.hidden_units",
     ("2 to 32766, so that codes fit 16 bits", lambda value: 2 <= value <= 32_766): "vqvae.codebook_size",

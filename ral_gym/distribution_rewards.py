@@ -131,7 +131,8 @@ class FrechetReward:
             self.root = centred.square().mean(0).sqrt()  # (D,)
         else:
             spectrum, axes = torch.linalg.eigh(centred.T @ centred / len(centred))
-            self.axes = axes[:, -(components or len(spectrum)) :]  # (F, D)
+            # Contiguous, as a restored one is: products of other layouts are rounded in another way.
+            self.axes = axes[:, -(components or len(spectrum)) :].contiguous()  # (F, D)
             self.root = spectrum[-self.axes.shape[1] :].clamp_min(0).sqrt()  # (D,) the diagonal of A
         self._moments: tuple[Tensor, Tensor] | None = None
         self._batches: int | None = 0  # None: the average did not start with a batch
@@ -158,24 +159,16 @@ class FrechetReward:
         return rewards
 
     def state_dict(self) -> dict[str, Any]:
-        """The averaged moments of the features, whose own axes do not depend on how eigenvectors were found."""
+        """The averaged moments, and the axes they are in: found again elsewhere, those may differ in sign."""
         first, second = self._moments or (None, None)
-        if first is not None and second is not None and self.axes is not None:
-            first = self.axes @ first
-            second = self.axes @ (second if second.dim() == 2 else second.diag()) @ self.axes.T
-        return {"first": first, "second": second, "batches": self._batches}
+        return {"first": first, "second": second, "batches": self._batches, "axes": self.axes, "root": self.root}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore them."""
-        first, second, self._batches = state["first"], state["second"], state["batches"]
-        if first is None:
-            self._moments = None
-            return
-        first, second = first.to(self.root), second.to(self.root)
-        if self.axes is not None:
-            first, second = first @ self.axes, self.axes.T @ second @ self.axes
-            second = second.diagonal().clone() if self.form == "diagonal" else second
-        self._moments = first, second
+        """Restore them, bit for bit."""
+        first, second, axes, device = state["first"], state["second"], state["axes"], self.root.device
+        self._batches, self.root = state["batches"], state["root"].to(device)
+        self.axes = None if axes is None else axes.to(device)
+        self._moments = None if first is None else (first.to(device), second.to(device))
 
     def _project(self, features: Tensor) -> Tensor:
         """Checked features (N, F) -> (N, D) float64, relative to the reference's mean."""

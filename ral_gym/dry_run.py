@@ -144,7 +144,7 @@ def _prior_cost(
 
 
 def _ral_cost(config: Config, vqvae: VQVAE, priors: list[PixelCNN], grid: CodeGrid) -> StageCost:
-    """Stage 3: whole images drawn, one pass of the policy gradient, the critic's steps."""
+    """Stage 3: whole images drawn, one pass of the policy gradient, the critic's steps if there is one."""
     ral, settings = config.ral, config.critic
     with META:
         critic = PatchCritic(
@@ -163,18 +163,20 @@ def _ral_cost(config: Config, vqvae: VQVAE, priors: list[PixelCNN], grid: CodeGr
         both = _count(lambda: vqvae(one), backward=False)
     decoded = sum(count for name, count in both.by_module.items() if name in DECODER_PARTS)  # one image
     scored = _count(lambda: critic(one), backward=False).flops
-    per_update = drawn.flops + update.flops + ral.n_envs * (decoded + scored)
-    per_update += settings.n_critic * (critic_flops + 2 * settings.batch_size * decoded)
+    per_update = drawn.flops + update.flops + ral.n_envs * decoded
+    if ral.uses_critic:
+        per_update += ral.n_envs * scored + settings.n_critic * (critic_flops + 2 * settings.batch_size * decoded)
     frozen = sum(_bytes(module.parameters()) for module in [vqvae, *priors])
-    trained = sum(_trained(prior, averages=1) for prior in tuned) + _trained(critic)
+    trained = sum(_trained(prior, averages=1) for prior in tuned) + (_trained(critic) if ral.uses_critic else 0)
     return StageCost(
         stage=f"3 RAL ({ral.algo})",
         parameters=sum(map(_parameters, tuned)),
         batch_size=ral.n_envs,
         steps=ral.n_updates,
         flops_per_step=per_update,
-        memory=frozen + trained + max(update.kept, step.kept),
-        parts={"drawing": drawn.flops // ral.n_envs, "decoder": decoded, "critic": scored},
+        memory=frozen + trained + max(update.kept, step.kept if ral.uses_critic else 0),
+        parts={"drawing": drawn.flops // ral.n_envs, "decoder": decoded}
+        | ({"critic": scored} if ral.uses_critic else {}),
     )
 
 

@@ -12,7 +12,16 @@ from typing import Any
 from ral_gym.config import Config
 from ral_gym.errors import RunError
 from ral_gym.figures import colour
-from ral_gym.metrics.table import COLUMNS, _number, _row_names, results_caption
+from ral_gym.metrics.table import (
+    COLUMNS,
+    columns_of,
+    figure_text,
+    heading,
+    interval,
+    number_text,
+    results_caption,
+    row_names,
+)
 from ral_gym.presets import PRESETS
 from ral_gym.report_figures import curves_svg, frontier_svg
 from ral_gym.report_page import collapsed, command, figure, grid, missing, paragraph, table
@@ -113,17 +122,16 @@ def results_section(run: Run, results: Mapping[str, Any] | None) -> str:
     if results is None:
         return missing(f"No table: {STAGE_NAMES['evaluate']} has not run yet.", stage_command(run))
     try:
-        rows = _row_names(results)
-        keys = [key for key in COLUMNS if any(row.get(key) is not None for row in results["rows"].values())]
+        rows, keys = row_names(results), columns_of(results)
         cells = [[_row_name(name), *_cells(results["rows"][name], keys)] for name in rows]
-        headings = ["row", *(COLUMNS[key][0].replace("-\n", "").replace("\n", " ") for key in keys)]
+        headings = ["row", *map(heading, keys)]
         measured = table("Results of every generator", headings, cells)
         content = figure("results", measured, f"<b>Results.</b> {escape(results_caption(results))}")
     except DAMAGED as error:
         raise _no_results(run) from error
     known = [(name, ROW_NAMES[name]) for name in rows if name in ROW_NAMES]
     terms = "".join(f"<dt><code>{name}</code></dt><dd>{escape(words)}</dd>" for name, words in known)
-    if not any(_interval(row, key) for row in results["rows"].values() for key in COLUMNS):
+    if not any(interval(row, key) for row in results["rows"].values() for key in COLUMNS):
         content += paragraph("One measurement per figure, without intervals: small differences say nothing.")
     return content + collapsed("What the rows are", f"<dl>{terms}</dl>")
 
@@ -141,21 +149,11 @@ def _cells(row: Mapping[str, Any], keys: list[str]) -> list[str]:
     """A row's figures, each above its interval if it has one."""
     cells = []
     for key in keys:
-        value, spec = row.get(key), COLUMNS[key][1]
-        value = value["value"] if isinstance(value, Mapping) else value
-        ends = _interval(row, key)
-        text = escape(_number(value, spec))
+        text, ends = escape(figure_text(row, key)), interval(row, key)
         if ends is not None:
-            text += f"<small>{escape(_number(ends[0], spec))} to {escape(_number(ends[1], spec))}</small>"
+            text += f"<small>{' to '.join(escape(number_text(end, COLUMNS[key][1])) for end in ends)}</small>"
         cells.append(text)
     return cells
-
-
-def _interval(row: Mapping[str, Any], key: str) -> tuple[float, float] | None:
-    """The 95 % interval of a figure: in `intervals`, or beside the value as an estimate's `low` and `high`."""
-    value = row.get(key)
-    ends = (value["low"], value["high"]) if isinstance(value, Mapping) else row.get("intervals", {}).get(key)
-    return None if ends is None else (float(ends[0]), float(ends[1]))
 
 
 def frontier(run: Run, results: Mapping[str, Any] | None) -> str:

@@ -33,16 +33,16 @@ def swap(monkeypatch: pytest.MonkeyPatch):
     return importlib.import_module("swap_algorithm")
 
 
-def swap_flags(folder: Path, *more: str) -> list[str]:
+def swap_flags(runs: Path, *more: str) -> list[str]:
     sizes = ["--images", "30", "--n-envs", "8", "--evaluation-images", "8", "--seeds", "0", "1"]
-    return ["--folder", str(folder), "--quiet", *sizes, *more]
+    return ["--runs", str(runs), "--quiet", "--env", "ral_gym/Toy-v0", *sizes, *more]
 
 
 def test_every_algorithm_swaps_in_from_the_same_start_with_the_same_images(swap, tmp_path: Path) -> None:
     console = Console(record=True, width=120)
     swap.main(swap_flags(tmp_path, "--algos", *swap.ALGORITHMS), console)
-    folder = tmp_path / "ral_gym-Toy-v0"
-    summary = json.loads((folder / "summary.json").read_text())
+    folder = tmp_path / "swap_algorithm"
+    summary = json.loads((folder / "results.json").read_text())["ral_gym/Toy-v0"]
     assert set(summary) == set(swap.ALGORITHMS)
     for algo, runs in summary.items():
         assert [result["seed"] for result in runs] == [0, 1]
@@ -52,20 +52,37 @@ def test_every_algorithm_swaps_in_from_the_same_start_with_the_same_images(swap,
         assert all((result["final"]["entropy"] is None) == values for result in runs)
         assert values or [result["start"] for result in runs] == [result["start"] for result in summary["reinforce"]]
         assert values or all(result["start"]["entropy"] != result["final"]["entropy"] for result in runs)
-    assert (folder / "learning_curves.png").stat().st_size > 10_000
-    text = console.export_text()
-    assert all(re.search(rf"^ *{algo} +\S+ ± \S+ +32 ", text, re.M) for algo in summary), text
+    assert (folder / "ral_gym-Toy-v0" / "learning_curves.png").stat().st_size > 10_000
+    text, table = console.export_text(), (folder / "table.md").read_text()
+    assert "32 images, seeds 0, 1" in text
+    assert all(re.search(rf"^ *{algo} +\S+ ± \S+ ", text, re.M) for algo in summary), text
+    assert all(re.search(rf"^\| {algo} \| \S+ ± \S+ \|.* / \S+ \|$", table, re.M) for algo in summary), table
     assert "dqn and qrdqn: from scratch, without the prior" in text
+
+
+def test_on_the_oracle_the_figure_is_the_divergence_from_it(swap, tmp_path: Path) -> None:
+    flags = swap_flags(tmp_path, "--env", "ral_gym/Oracle-v0", "--algos", "reinforce", "a2c", "--images", "16")
+    swap.main(flags, Console(quiet=True))
+    summary = json.loads((tmp_path / "swap_algorithm" / "results.json").read_text())["ral_gym/Oracle-v0"]
+    for runs in summary.values():
+        for result in runs:
+            assert 0.3 < result["start"]["kl"] < 0.5 and result["final"]["kl"] != result["start"]["kl"]
+            # What the rollouts' log o - log pi say of the same divergence, by a few images.
+            assert len(result["curve"]["kl"]) == len(result["curve"]["reward"]) == 16
+            assert sum(result["curve"]["kl"]) / 16 == pytest.approx(result["start"]["kl"], abs=0.15)
+    table = (tmp_path / "swap_algorithm" / "table.md").read_text()
+    assert re.search(r"^\| algorithm \| KL to oracle \| reward \|.*\| kl, per seed \|$", table, re.M)
+    assert re.search(r"^\| \(start\) \| 0\.[34]\d+ ± \S+ \| -2\d\d", table, re.M)
 
 
 def test_a_finished_pair_is_kept_and_other_settings_are_refused(swap, tmp_path: Path) -> None:
     flags = swap_flags(tmp_path, "--algos", "reinforce")
     swap.main(flags, Console(quiet=True))
-    pair = tmp_path / "ral_gym-Toy-v0" / "reinforce-seed1.json"
+    pair = tmp_path / "swap_algorithm" / "ral_gym-Toy-v0" / "reinforce-seed1.json"
     written = pair.stat().st_mtime_ns
     swap.main([*flags, "--seeds", "1", "2"], Console(quiet=True))
     assert pair.stat().st_mtime_ns == written
-    with pytest.raises(swap.RunError, match=r"learning_rate: None there, 0.01 here.*choose another --folder"):
+    with pytest.raises(swap.RunError, match=r"learning_rate: None there, 0.01 here.*choose another --runs"):
         swap.main([*flags, "--learning-rate", "0.01"], Console(quiet=True))
 
 
@@ -80,14 +97,9 @@ def test_a_finished_pair_is_kept_and_other_settings_are_refused(swap, tmp_path: 
     ],
 )
 def test_what_cannot_be_compared_is_refused_before_anything_runs(swap, flags, message, tmp_path: Path, capsys) -> None:
-    assert swap.run_command(swap.main, ["--folder", str(tmp_path), *flags]) == 2
+    assert swap.run_command(swap.main, ["--runs", str(tmp_path), *flags]) == 2
     assert message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
-
-
-def test_the_interval_is_student_s(swap) -> None:
-    assert swap.mean_and_interval([1.0, 2.0, 3.0], 2) == "2.00 ± 2.48"  # 4.303 * 1 / sqrt(3)
-    assert swap.mean_and_interval([0.5], 3) == "0.500"
 
 
 def test_ppo_single_file_learns_without_sb3(tmp_path: Path) -> None:

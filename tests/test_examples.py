@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from ral_gym.evidence.tables import mean_and_interval
+
 ROOT = Path(__file__).parents[1]
 BLOCKS = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
 
@@ -34,7 +36,13 @@ def test_does_rl_help(tmp_path: Path) -> None:
     example = ROOT / "examples" / "does_rl_help.py"
     text = run_script(example, "--preset", "smoke", "--seeds", "1", "2", "--quiet", cwd=tmp_path)
     assert "Means over seeds 1, 2" in text
-    summary = json.loads((tmp_path / "runs" / "does_rl_help.json").read_text())
+    folder = tmp_path / "runs" / "does_rl_help"
+    summary = json.loads((folder / "results.json").read_text())
     table = [json.loads((tmp_path / "runs" / f"smoke-seed{s}" / "results.json").read_text())["rows"] for s in (1, 2)]
     assert summary["rows"]["ral"]["fd"] == [rows["ral"]["fd"] for rows in table]
-    assert (tmp_path / "runs" / "does_rl_help_seed1.png").stat().st_size > 1000
+    (ral,) = (line for line in (folder / "table.md").read_text().splitlines() if line.startswith("| `ral` |"))
+    assert re.match(r"\| `ral` \| -?[\d.]+ ± [\d.]+ \|", ral)
+    assert f"| {table[0]['ral']['fd']:.1f} / {table[1]['ral']['fd']:.1f} |" in ral
+    differences = [rows["ral"]["fd"] - rows["mle_continued"]["fd"] for rows in table]
+    assert ral.endswith(f"| {mean_and_interval(differences, 1)} |")
+    assert (folder / "frontier_seed1.png").stat().st_size > 1000

@@ -248,7 +248,38 @@ def test_markdown_has_every_figure_in_order_and_a_dash_for_each_missing_one():
     )
 
 
-def test_the_table_fits_80_columns_uncut_and_says_extractor_and_sample_count():
+MEASURED = {
+    "fd": 17.41,
+    "precision": 0.226,
+    "recall": 0.786,
+    "memorisation": 0.0626,
+    "nll_test": 3.4368,
+    "entropy": 3.2694,
+    "temperature": 0.85,
+    "n": 3000,
+    "intervals": {"fd": [16.21, 18.61], "recall": [0.75, 0.8], "memorisation": [0.0386, 0.0866]},
+}
+
+
+def test_intervals_stand_beside_the_figures_from_their_farther_end():
+    markdown = results_markdown({**RESULTS, "rows": {"ral": MEASURED}})
+    lines = markdown.splitlines()
+    assert lines[0] == "| row | FD | precision | recall | memory | NLL test | entropy | n | T |"
+    assert lines[2] == "| `ral` | 17.4 ±1.2 | 0.226 | 0.786 ±0.036 | 0.06 ±0.02 | 3.437 | 3.269 | 3,000 | 0.85 |"
+    assert "memory: how often a sample is nearer to a training image than a held-out image is" in lines[-1]
+    assert "intervals 95 %, over samples or held-out images, not over seeds" in lines[-1]
+
+
+def shown(rows) -> str:
+    """The table on a terminal of 80 columns."""
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(results_table({**RESULTS, "rows": rows}))
+    text = console.export_text()
+    assert "…" not in text and max(map(len, text.splitlines())) <= 80
+    return text
+
+
+def test_the_table_of_an_older_run_fits_80_columns_with_all_its_figures():
     rows = {
         "mle_continued_best_temperature": {
             **RESULTS["rows"]["ral"],
@@ -261,12 +292,21 @@ def test_the_table_fits_80_columns_uncut_and_says_extractor_and_sample_count():
         },
         **RESULTS["rows"],
     }
-    console = Console(width=80, record=True, file=io.StringIO())
-    console.print(results_table({**RESULTS, "rows": rows}))
-    text = console.export_text()
-    assert "…" not in text
+    text = shown(rows)
     for row in results_markdown({**RESULTS, "rows": rows}).splitlines()[2:7]:
         cells = row.replace("`", "").strip("| ").split(" | ")
         del cells[8]  # n stands in the caption
         assert any(line.split() == cells for line in text.splitlines())
     assert "lite0 features; 3,000 samples per generator (floor 144)" in " ".join(text.split())
+
+
+def test_the_table_shows_what_matters_most_and_the_rest_where_there_is_room():
+    more = {"kid": 7.92, "nll_new_people": 4.129, "diversity": 0.984, "density": 0.07, "coverage": 0.17}
+    row = {**MEASURED, **more, "samples_per_kept": 1.0}
+    row |= {"fd": 1332.56, "intervals": {"fd": [1299.66, 1365.46]}}
+    text = shown({"mle_continued_best_temperature": row})
+    (line,) = [words for words in map(str.split, text.splitlines()) if words[:1] == ["mle_continued_best_temperature"]]
+    assert line[1:] == ["1332.6", "±32.9", "0.786", "0.06", "3.437", "4.129", "3.269", "0.85"]
+    assert "memory: how often" in text and "cost" not in text
+    (line,) = [words for words in map(str.split, shown({"ral": row}).splitlines()) if words[:1] == ["ral"]]
+    assert len(line) == 14 and line[3] == "7.92"

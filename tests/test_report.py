@@ -257,6 +257,12 @@ def test_intervals_are_shown_where_they_are_on_record(finished, tmp_path, monkey
     shutil.copy(finished / "config.json", path)
     results = load_json(finished / "results.json")
     save_json(path / "results.json", results)
+    page = Page(report(path))
+    low, high = results["rows"]["ral"]["intervals"]["entropy"]
+    assert f"{low:.3f} to {high:.3f}" in page.text and "memory: how often a sample is nearer" in page.text
+    for row in results["rows"].values():
+        del row["intervals"]
+    save_json(path / "results.json", results)
     assert "without intervals" in Page(report(path)).text
     results["rows"]["mle"]["intervals"] = {"fd": [12.25, 14.75]}
     results["rows"]["ral"]["entropy"] = {"value": 2.5, "low": 2.25, "high": 2.75}

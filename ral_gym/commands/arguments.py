@@ -131,8 +131,34 @@ class ReportArguments:
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
 
 
+@dataclass
+class VerifyArguments:
+    """Measure a finished run again from its saved weights and list what differs from its results.json; writes nothing.
+
+    On the machine, device and number of threads that measured the run all figures agree. Elsewhere rounding changes a
+    code here and there: allow for it with `--tolerance 0.5`. Ends with 0 where all agree, with 2 where not.
+    """
+
+    run: RunFolder
+    """The run folder, for instance runs/demo."""
+    rows: tuple[str, ...] = ()
+    """Only these rows of the table, for instance `--rows mle ral`, and those that they need. None: all."""
+    tolerance: float = 0.0
+    """Accept differences up to this share of half a figure's 95 % interval; 0: up to a millionth of the figure."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda` or `cuda:N`."""
+    quiet: bool = False
+    """No progress bars."""
+
+
 Arguments = (
-    TrainArguments | SampleArguments | CompleteArguments | EvaluateArguments | ReportArguments | PresetsArguments
+    TrainArguments
+    | SampleArguments
+    | CompleteArguments
+    | EvaluateArguments
+    | VerifyArguments
+    | ReportArguments
+    | PresetsArguments
 )
 
 
@@ -149,6 +175,7 @@ def parse(argv: Sequence[str]) -> Arguments:
         Annotated[SampleArguments, tyro.conf.subcommand("sample")],
         Annotated[CompleteArguments, tyro.conf.subcommand("complete")],
         Annotated[EvaluateArguments, tyro.conf.subcommand("evaluate")],
+        Annotated[VerifyArguments, tyro.conf.subcommand("verify")],
         Annotated[ReportArguments, tyro.conf.subcommand("report")],
         Annotated[PresetsArguments, tyro.conf.subcommand("presets")],
     ]

@@ -5,6 +5,8 @@ from ral_gym.metrics.codes import (
     TemperatureMatch,
     code_counts,
     entropy,
+    image_entropy,
+    image_nll,
     match_temperature,
     nll,
     perplexity,
@@ -23,9 +25,11 @@ from ral_gym.metrics.features import (
     make_extractor,
 )
 from ral_gym.metrics.intervals import Estimate, distance_estimates, mean_estimate, repeated, subsampled
+from ral_gym.metrics.memorisation import Memorisation
 from ral_gym.metrics.neighbourhood import Neighbourhood, NeighbourhoodScores
 from ral_gym.metrics.neighbours import nearest
 from ral_gym.metrics.oracle import oracle_metrics, sequence_kl
+from ral_gym.metrics.pyramid import PyramidFeatures
 from ral_gym.metrics.recovery import (
     CorruptionResponse,
     PrefixCurve,
@@ -47,9 +51,11 @@ __all__ = [
     "ImageDistance",
     "InceptionFeatures",
     "Lite0Features",
+    "Memorisation",
     "Neighbourhood",
     "NeighbourhoodScores",
     "PrefixCurve",
+    "PyramidFeatures",
     "TemperatureMatch",
     "as_lists",
     "auc",
@@ -67,6 +73,8 @@ __all__ = [
     "gap",
     "half_life",
     "hamming_distance",
+    "image_entropy",
+    "image_nll",
     "make_extractor",
     "match_temperature",
     "mean_estimate",

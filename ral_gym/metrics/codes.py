@@ -40,12 +40,23 @@ def nll(
     Returns:
         Nats per code, the mean over all N * T of them.
     """
-    total, count = 0.0, 0
+    return float(image_nll(logits, codes, temperature, batch_size, device).mean())
+
+
+@torch.no_grad()
+def image_nll(
+    logits: Logits,
+    codes: Codes,
+    temperature: float = 1.0,
+    batch_size: int = 256,
+    device: str | torch.device | None = None,
+) -> Tensor:
+    """`nll` of each image: (N,) float64 on the CPU, in nats per code."""
+    means = []
     for batch in _batches(codes, batch_size, device):
         log_probs = (logits(batch) / temperature).log_softmax(-1)  # (B, T, K)
-        total -= float(log_probs.gather(-1, batch[..., None]).double().sum())
-        count += batch.numel()
-    return total / count
+        means.append(-log_probs.gather(-1, batch[..., None]).double().mean((1, 2)).cpu())
+    return torch.cat(means)
 
 
 @torch.no_grad()
@@ -71,13 +82,24 @@ def entropy(
     Returns:
         Nats per code, in [0, log K].
     """
-    total, count = 0.0, 0
+    return float(image_entropy(logits, sampled_codes, temperature, batch_size, device).mean())
+
+
+@torch.no_grad()
+def image_entropy(
+    logits: Logits,
+    sampled_codes: Codes,
+    temperature: float = 1.0,
+    batch_size: int = 256,
+    device: str | torch.device | None = None,
+) -> Tensor:
+    """What each sample adds to `entropy`: (N,) float64 on the CPU, in nats per code."""
+    means = []
     for batch in _batches(sampled_codes, batch_size, device):
         log_probs = (logits(batch) / temperature).log_softmax(-1)  # (B, T, K)
         # entr is -p log p with 0 at p = 0, where logits of -inf would give NaN.
-        total += float(torch.special.entr(log_probs.exp()).sum(-1).double().sum())
-        count += batch.numel()
-    return total / count
+        means.append(torch.special.entr(log_probs.exp()).sum(-1).double().mean(1).cpu())
+    return torch.cat(means)
 
 
 def unigram_nll(train_codes: Codes, test_codes: Codes, codebook_size: int) -> float:

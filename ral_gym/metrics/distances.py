@@ -81,7 +81,7 @@ class FeatureDistance:
             DivergedError: a feature is NaN or infinite.
         """
         features = _checked(features, self.extractor)  # (N, F)
-        subset_size = min(KID_MAX_SUBSET_SIZE, min(len(features), len(self.reference)) // 3)
+        subset_size = kid_subset_size(len(features), len(self.reference))
         self._fd.reset()
         self._kid.reset()
         self._fd.update(features, real=False)
@@ -133,6 +133,11 @@ class ImageDistance:
     def floor(self) -> Distance:
         """Distance between two random halves of the reference; `n` is the size of a half."""
         return self.features.floor()
+
+
+def kid_subset_size(n: int, n_reference: int) -> int:
+    """Size of KID's random subsets, for sets of these sizes."""
+    return min(KID_MAX_SUBSET_SIZE, min(n, n_reference) // 3)
 
 
 def floor(extractor: Extractor, reference: Images, *, seed: int = 0) -> Distance:

@@ -3,24 +3,26 @@
 A small set is memorised within minutes, so the weights kept are those of the best held-out NLL, and a prior that
 does not beat the unigram there is said to be bad. With two levels there are two PixelCNNs, trained one after the
 other: of the top codes, and of the bottom codes given the top ones; the second one's files end in ``_bottom``.
+Scheduled sampling is an option (`ral_gym.stages.scheduled_sampling`); the control is always plain maximum likelihood.
 """
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from ral_gym.codes import CodeGrid, CodeSet
+from ral_gym.config import PriorConfig
 from ral_gym.errors import DivergedError
 from ral_gym.metrics import unigram_nll
 from ral_gym.pixelcnn import PixelCNN
 from ral_gym.run import Run, seed_everything
+from ral_gym.stages.boards import due
 from ral_gym.stages.common import Clock, WeightAverage, check_finite, check_weights
 from ral_gym.stages.levels import (
     SECTIONS,
@@ -28,13 +30,14 @@ from ral_gym.stages.levels import (
     LevelCodes,
     Prior,
     build_prior,
-    held_out_nll,
     join_priors,
     maximum_likelihood_loss,
     split_prior,
 )
+from ral_gym.stages.prior_measurements import Board, HeldOut
 from ral_gym.stages.processes import Compute, JointBatches, make_accelerator, partners
-from ral_gym.storage import load_module, save_module, weights_of
+from ral_gym.stages.scheduled_sampling import ScheduledSampling
+from ral_gym.storage import load_module, save_module
 
 STAGE = "prior"
 CONTROL = "prior_continued"
@@ -42,43 +45,6 @@ LOG_EVERY = 10
 logger = logging.getLogger("ral_gym")
 
 __all__ = ["CONTROL", "STAGE", "build_prior", "continue_prior", "maximum_likelihood_loss", "train_prior"]
-
-
-@dataclass
-class _Best:
-    """The best held-out NLL of the live and of the averaged weights, and those weights."""
-
-    nll: dict[str, float] = field(default_factory=lambda: {"live": float("inf"), "ema": float("inf")})
-    step: dict[str, int] = field(default_factory=lambda: {"live": 0, "ema": 0})
-    weights: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-
-    def offer(self, which: str, value: float, step: int, model: PixelCNN) -> None:
-        if value < self.nll[which]:
-            self.nll[which], self.step[which] = value, step
-            self.weights[which] = weights_of(model)
-
-
-@dataclass
-class _HeldOut:
-    """Measures while training, and remembers the best weights."""
-
-    test: LevelCodes
-    new_people: LevelCodes | None
-    every: int
-    best: _Best = field(default_factory=_Best)
-
-    def measure(self, prior: PixelCNN, average: WeightAverage, step: int) -> dict[str, float]:
-        """Held-out figures of the live and the averaged weights."""
-        prior.eval()
-        figures = {"nll_test": held_out_nll(prior, self.test)}
-        if self.new_people is not None:
-            figures["nll_new_people"] = held_out_nll(prior, self.new_people)
-        self.best.offer("live", figures["nll_test"], step, prior)
-        with average.applied(prior):
-            figures["nll_test_ema"] = held_out_nll(prior, self.test)
-            self.best.offer("ema", figures["nll_test_ema"], step, prior)
-        prior.train()
-        return figures
 
 
 @dataclass(frozen=True)
@@ -92,6 +58,8 @@ class _Task:
     batch_setting: str
     steps: int
     max_grad_norm: float
+    sampling: ScheduledSampling
+    board: Board | None = None
 
 
 def train_prior(
@@ -105,10 +73,13 @@ def train_prior(
     """Train, or continue, or load what is there; all processes together where there are several.
 
     Logged: `nll_train` (of the batch, dropout on), and every `evaluate_every` steps `nll_test`, `nll_new_people` and
-    `nll_test_ema`, all in nats per code; with two levels, of each level's own codes.
+    `nll_test_ema`, all in nats per code; with two levels, of each level's own codes. With scheduled sampling
+    `nll_train` is that of real codes given mixed ones, and `own_codes` their share; what is held out is never mixed,
+    so that the weights kept are chosen as without it, and their file says at which share. TensorBoard also has images
+    that the prior draws, where the run has its VQ-VAE.
 
     Raises:
-        ConfigError: the batch cannot be shared out evenly.
+        ConfigError: the batch cannot be shared out evenly, or an unknown kind of scheduled sampling.
         DivergedError: the loss became NaN or infinite.
         RunError: another process is gone.
     """
@@ -126,13 +97,14 @@ def _train_level(
     if file.exists() and run.has(f"prior_ema{suffix}.safetensors"):
         return load_module(file, PixelCNN, device, build_prior(run, grid, level).config)
     config = getattr(run.config, section)
+    board = Board.of(run, level, device)
     seed_everything(run.config.seed * 1000 + 2 + 20 * level)
     accelerator = make_accelerator(device, compute)
     prior = build_prior(run, grid, level).to(accelerator.device)
     optimizer = torch.optim.Adam(prior.parameters(), lr=config.learning_rate)
     average = WeightAverage(prior, config.ema_decay, warm_up=True)
     new_people = None if codes.new_people is None else LevelCodes.of(codes.new_people, grid, level)
-    held_out = _HeldOut(LevelCodes.of(codes.test, grid, level), new_people, config.evaluate_every)
+    held_out = HeldOut(LevelCodes.of(codes.test, grid, level), new_people, config.evaluate_every)
     task = _Task(
         stage=STAGE + suffix,
         label="2 PixelCNN" + suffix.replace("_", " "),
@@ -141,6 +113,8 @@ def _train_level(
         batch_setting=f"{section}.batch_size",
         steps=config.training_steps,
         max_grad_norm=1.0,
+        sampling=ScheduledSampling(prior, config, config.training_steps, section),
+        board=board,
     )
     data = LevelCodes.of(codes.train, grid, level)
     n_parts = compute.gradient_accumulation if compute else 1
@@ -159,7 +133,7 @@ def _fit(
     optimizer: torch.optim.Optimizer,
     average: WeightAverage,
     data: LevelCodes,
-    held_out: _HeldOut | None,
+    held_out: HeldOut | None,
     accelerator: Accelerator,
     n_parts: int,
     progress: bool,
@@ -188,7 +162,7 @@ def _fit(
         for number, rows in enumerate(batches.draw()):
             batch = data[rows].to(accelerator.device)  # (B, T')
             with batches.part(model, number):
-                loss = maximum_likelihood_loss(model, batch.codes, batch.condition)
+                loss = task.sampling.loss(model, batch, step)
                 check_finite(loss, task.stage, step, task.remedy)
                 accelerator.backward(loss / n_parts)
             losses.append(loss.detach())
@@ -196,7 +170,9 @@ def _fit(
         optimizer.step()
         average.update(prior)
         if held_out is not None:
-            figures = {"nll_train": batches.mean(losses)} if step % LOG_EVERY == 0 else {}
+            figures = {}
+            if step % LOG_EVERY == 0:
+                figures = {"nll_train": batches.mean(losses)} | task.sampling.figures(step)
             if main and (step % held_out.every == 0 or step == task.steps):
                 figures |= held_out.measure(prior, average, step)
                 steps.set_postfix(train=f"{loss.item():.2f}", test=f"{figures['nll_test']:.2f}")
@@ -204,6 +180,8 @@ def _fit(
                 run.log(task.stage, step, figures)
                 for name, figure in figures.items():
                     writer.add_scalar(f"{task.stage}/{name}", figure, step)
+            if writer is not None and task.board is not None and due(step, task.steps):
+                task.board.show(writer, f"{task.stage}/samples", prior, step)
         if main and clock.due():
             _save(run, task, step, prior, optimizer, average, batches, held_out)
             clock.book()
@@ -213,7 +191,7 @@ def _fit(
 
 
 def _finish(
-    run: Run, task: _Task, prior: PixelCNN, data: LevelCodes, held_out: _HeldOut, grid: CodeGrid, suffix: str
+    run: Run, task: _Task, prior: PixelCNN, data: LevelCodes, held_out: HeldOut, grid: CodeGrid, suffix: str
 ) -> None:
     """Write the best weights, and say so if they are no better than code frequencies."""
     best = held_out.best
@@ -232,7 +210,7 @@ def _finish(
         )
     facts = {"unigram_nll": unigram}
     for which, name in (("ema", "prior_ema"), ("live", "prior")):
-        facts |= {"nll_test": best.nll[which], "step": best.step[which]}
+        facts |= {"nll_test": best.nll[which], "step": best.step[which]} | task.sampling.figures(best.step[which])
         save_module(run.file(f"{name}{suffix}.safetensors"), prior, best.weights[which], **facts)
 
 
@@ -244,7 +222,7 @@ def _save(
     optimizer: torch.optim.Optimizer,
     average: WeightAverage,
     batches: JointBatches,
-    held_out: _HeldOut | None,
+    held_out: HeldOut | None,
 ) -> None:
     """Write the stage's checkpoint."""
     check_weights(prior, task.stage, step, task.remedy)
@@ -260,7 +238,7 @@ def _resume(
     optimizer: torch.optim.Optimizer,
     average: WeightAverage,
     batches: JointBatches,
-    held_out: _HeldOut | None,
+    held_out: HeldOut | None,
 ) -> int:
     """Load the stage's checkpoint, if any; the step it was taken at."""
     state = run.load_checkpoint(task.stage)
@@ -317,6 +295,7 @@ def _continue_level(
         batch_setting="ral.n_envs",
         steps=config.n_updates,
         max_grad_norm=config.max_grad_norm,
+        sampling=ScheduledSampling(model, PriorConfig(), config.n_updates),  # none
     )
     data = LevelCodes.of(codes.train, grid, level)
     clock = _fit(run, task, model, optimizer, average, data, None, accelerator, 1, progress)

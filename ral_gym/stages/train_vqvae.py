@@ -13,6 +13,7 @@ from ral_gym.config import Config
 from ral_gym.data import ImageSet, augment, to_float
 from ral_gym.metrics import perplexity
 from ral_gym.run import Run, seed_everything
+from ral_gym.stages.boards import add_reconstructions, due
 from ral_gym.stages.common import Clock, check_finite, check_weights
 from ral_gym.stages.processes import Compute, JointBatches, make_accelerator, partners
 from ral_gym.storage import config_arguments, load_module, save_module
@@ -56,7 +57,8 @@ def train_vqvae(
 
     The loss is the mean squared error plus the commitment loss (weight beta); the codebook moves by its own
     exponential average. Logged every 10 steps: `loss`, `reconstruction_error` (mean squared error), `perplexity` and
-    `code_usage` (share of the codebook used; of both, with two levels) of the batch.
+    `code_usage` (share of the codebook used; of both, with two levels) of the batch. TensorBoard also has held-out
+    images above their reconstructions.
 
     Raises:
         ConfigError: the batch cannot be shared out evenly.
@@ -78,6 +80,7 @@ def train_vqvae(
     batches.join_codebooks(vqvae)
     start = _resume(run, vqvae, optimizer, batches)
     clock = Clock(run, STAGE)
+    shown = images.test if len(images.test) else images.train
     writer = None
     if main:
         run.forget_after(STAGE, start)
@@ -115,6 +118,8 @@ def train_vqvae(
                     writer.add_scalar(f"vqvae/{name}", figure, step)
                 error_text = f"{figures['reconstruction_error']:.4f}"
                 steps.set_postfix(error=error_text, perplexity=f"{figures['perplexity']:.0f}")
+        if writer is not None and due(step, config.training_steps):
+            add_reconstructions(writer, "vqvae/real_and_reconstruction", vqvae, shown, step)
         if main and clock.due():
             _save(run, step, vqvae, optimizer, batches)
             clock.book()

@@ -1,0 +1,263 @@
+"""`ral-gym verify`: is ``results.json`` what the saved weights give? Everything is measured again, nothing is written.
+
+On the machine, device and number of threads that measured the run, every figure comes out the same. Elsewhere sums are
+rounded otherwise, now and then another code is drawn and the rest of its image with it: the same measurement with
+slightly other samples. Its figures differ by a part of their intervals, which is what `--tolerance` counts in.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from ral_gym.codes import CodeSet
+from ral_gym.commands.arguments import VerifyArguments
+from ral_gym.commands.generate import open_run
+from ral_gym.data import load_images
+from ral_gym.errors import ConfigError, RunError
+from ral_gym.run import Run
+from ral_gym.stages.common import resolve_device
+from ral_gym.stages.evaluate import check_extractor, load_priors, measure, results_of
+from ral_gym.stages.evaluation import Evaluation
+from ral_gym.stages.levels import load_vqvae
+from ral_gym.storage import load_json
+
+ROUNDING = 1e-6
+"""Relative difference that counts as none."""
+WITHOUT_INTERVAL = 0.02
+"""What stands for half the interval's width of a figure that has none, relative to it where it is above 1."""
+MOST_SHOWN = 60
+"""Lines of the table."""
+SETTINGS = ("extractor", "reference", "n_samples", "seed", "preset")
+
+BEST = "_best_temperature"
+
+Rows = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A figure that is not what it was.
+
+    Attributes:
+        row: name of the row; `settings` for what the table as a whole was measured with.
+        figure: name of the figure, or of one end of its interval; empty for a whole row.
+        saved: in ``results.json``; None: not there.
+        again: measured now; None: not there.
+        interval: half the width of its interval; None where it has none.
+    """
+
+    row: str
+    figure: str
+    saved: Any
+    again: Any
+    interval: float | None = None
+
+    def cells(self) -> list[str]:
+        """Row, figure, saved, again, difference, and the difference in intervals."""
+        apart, share = "-", "-"
+        if _is_number(self.saved) and _is_number(self.again):
+            difference = self.again - self.saved
+            apart = f"{difference:+.3g}"
+            share = f"{abs(difference) / self.interval:.2f}" if self.interval else "-"
+        return [self.row, self.figure, _text(self.saved), _text(self.again), apart, share]
+
+
+@dataclass
+class Comparison:
+    """Saved and measured rows, compared.
+
+    Attributes:
+        differences: what differs, in the rows' order.
+        compared: how many figures were, ends of intervals not counted.
+        largest: the largest relative difference of a figure, also of those that are accepted.
+        unknown: figures that ``results.json`` does not have.
+    """
+
+    differences: list[Difference]
+    compared: int
+    largest: float
+    unknown: list[str]
+
+
+def verify_run(arguments: VerifyArguments, console: Console) -> Comparison:
+    """Measure a finished run again, and print what differs from its results.
+
+    Raises:
+        ConfigError: the tolerance is out of range, or the extractor cannot be had.
+        DataError: the run's images cannot be had.
+        RunError: a figure differs; or the run is not finished or damaged, or has no such row.
+    """
+    if not 0 <= arguments.tolerance < math.inf:
+        raise ConfigError(f"--tolerance is {arguments.tolerance}: give 0 or more")
+    device, run, results = resolve_device(arguments.device), *_open(arguments.run)
+    saved = flat_rows(results, run)
+    if unknown := [name for name in arguments.rows if name not in saved]:
+        raise RunError(f"{run.path} has no row {', '.join(unknown)}: choose among {', '.join(saved)}")
+    check_extractor(run)
+    vqvae, priors = load_vqvae(run, device), load_priors(run, device)
+    codes = CodeSet.load(run.file("codes.safetensors"), vqvae.grid)
+    images = load_images(run.config.data, seed=run.config.seed, progress=not arguments.quiet)
+    evaluation = Evaluation(run, vqvae, codes, images, device)
+    measured: Rows = {}
+    only = {_of_sweep(name) for name in arguments.rows} or None
+    measure(evaluation, priors, measured, only=only, progress=not arguments.quiet)
+    again = results_of(run, evaluation, measured)
+    rows = flat_rows(again, run)
+    if only is not None:
+        # Of a generator that was drawn at one temperature, that one is not the best of several.
+        rows = {name: row for name, row in rows.items() if name in only or not name.endswith(BEST)}
+        saved = {name: row for name, row in saved.items() if name in rows or name in arguments.rows}
+    settings = {"settings": {key: results.get(key) for key in SETTINGS}}
+    found = compare(
+        {**settings, **saved}, {"settings": {key: again[key] for key in SETTINGS}, **rows}, arguments.tolerance
+    )
+    _report(run, found, len(saved), arguments.tolerance, console)
+    return found
+
+
+def compare(saved: Rows, again: Rows, tolerance: float = 0.0) -> Comparison:
+    """Compare rows by name, figure by figure, and the ends of the intervals where the figures agree.
+
+    Args:
+        saved: rows of ``results.json``; figures that they do not have are not compared (an older version wrote them).
+        again: rows measured now.
+        tolerance: differences up to this share of half an interval's width are accepted; 0: only of rounding.
+    """
+    found = Comparison([], 0, 0.0, [])
+    for name in [*saved, *(name for name in again if name not in saved)]:
+        there, here = saved.get(name), again.get(name)
+        if there is None or here is None:
+            saved_row, row_again = (None if row is None else "a row" for row in (there, here))
+            found.differences.append(Difference(name, "", saved_row, row_again))
+            continue
+        found.unknown += [key for key in here if key not in there and key not in found.unknown]
+        for key in there:
+            if key != "intervals":
+                found.compared += 1
+                found.differences += _compare_figure(found, name, key, there, here, tolerance)
+    return found
+
+
+def _compare_figure(
+    found: Comparison, name: str, key: str, there: Mapping[str, Any], here: Mapping[str, Any], tolerance: float
+) -> Iterator[Difference]:
+    """The figure if it differs, else the ends of its interval that do."""
+    old, new = there[key], here.get(key)
+    ends = [row.get("intervals", {}).get(key) for row in (there, here)]
+    widths = [(high - low) / 2 for low, high in filter(None, ends)]
+    width = max(widths, default=None)
+    if _is_number(old) and _is_number(new):
+        one, other = float(old), float(new)  # type: ignore[arg-type]
+        found.largest = max(found.largest, abs(one - other) / max(abs(one), abs(other), 1e-12))
+    if not _agree(old, new, width, tolerance):
+        yield Difference(name, key, old, new, width)
+    elif "intervals" in there and ends != [None, None]:
+        for end, one_end, other_end in zip(("low", "high"), *((pair or [None, None]) for pair in ends), strict=True):
+            if not _agree(one_end, other_end, width, tolerance):
+                yield Difference(name, f"{key} ({end})", one_end, other_end, width)
+
+
+def _agree(old: Any, new: Any, width: float | None, tolerance: float) -> bool:
+    """Whether two figures are the same, up to rounding or the tolerance."""
+    if not (_is_number(old) and _is_number(new)) or (isinstance(old, int) and isinstance(new, int)):
+        return bool(old == new)
+    size = max(abs(float(old)), abs(float(new)))
+    allowed = tolerance * (WITHOUT_INTERVAL * max(size, 1) if width is None else width)
+    return bool(abs(old - new) <= max(allowed, ROUNDING * size))
+
+
+def flat_rows(results: Any, run: Run) -> Rows:
+    """Every row of the results by a name of its own: the table's, `mle_at_0.85` of the sweeps, `ral_after_10`.
+
+    Raises:
+        RunError: the results are not ral_gym's.
+    """
+    try:
+        rows = dict(results["rows"])
+        for start, sweep in results["sweeps"].items():
+            rows |= {f"{start}_at_{row['temperature']:g}": row for row in sweep if row != rows.get(start)}
+        for row in results["checkpoints"]:
+            rows[f"ral_after_{row['updates']}"] = {key: value for key, value in row.items() if key != "updates"}
+        for row in rows.values():
+            if not isinstance(row["fd"], float | int) or not isinstance(row.get("intervals", {}), dict):
+                raise TypeError(f"a figure of {row} is no number")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise RunError(f"{run.file('results.json')} is no results file; remove it to evaluate again") from error
+    return rows
+
+
+def _open(path: str) -> tuple[Run, Any]:
+    """The run and its results.
+
+    Raises:
+        RunError: no run folder, or no results in it.
+    """
+    folder = Path(path)
+    if (folder / "config.json").is_file() and not (folder / "results.json").is_file():
+        raise RunError(f"{path} has no results.json to verify: ral-gym evaluate {path} measures a trained run")
+    run = open_run(path)
+    return run, load_json(run.file("results.json"))
+
+
+def _of_sweep(name: str) -> str:
+    """What to ask `measure` for: a sweep is measured as a whole."""
+    start, at, _ = name.partition("_at_")
+    return start + BEST if at else name
+
+
+def _report(run: Run, found: Comparison, n_rows: int, tolerance: float, console: Console) -> None:
+    """The differences, what was compared, and an error if something differs."""
+    allowed = (
+        f"{tolerance:g} of the 95 % interval's half width" if tolerance else f"rounding ({ROUNDING:g} of a figure)"
+    )
+    if found.differences:
+        console.print(_table(found.differences[:MOST_SHOWN]))
+        if len(found.differences) > MOST_SHOWN:
+            _say(console, f"... and {len(found.differences) - MOST_SHOWN:,} more")
+    if found.unknown:
+        _say(console, f"Not in results.json, so not compared: {', '.join(found.unknown)}.")
+    _say(
+        console,
+        f"{run.path.name}: {found.compared:,} figures of {n_rows} rows measured again from the saved weights; "
+        f"accepted: {allowed}; largest difference: {found.largest:.2g} of a figure.",
+    )
+    if found.differences:
+        names = list(dict.fromkeys(difference.row for difference in found.differences))
+        more = f" and {len(names) - 6} more rows" if len(names) > 6 else ""
+        remedy = "" if tolerance else "; on another machine, device or number of threads allow for it: --tolerance 0.5"
+        raise RunError(
+            f"{run.path}: {len(found.differences)} figures differ from results.json, in {', '.join(names[:6])}{more}"
+            f"{remedy}"
+        )
+    _say(console, "All agree.")
+
+
+def _table(differences: list[Difference]) -> Table:
+    table = Table(title="What differs", box=box.SIMPLE_HEAD, padding=0, show_edge=False, pad_edge=False)
+    table.add_column("row", overflow="fold")
+    table.add_column("figure", overflow="fold")
+    for heading in ("saved", "again", "difference", "in half\nintervals"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for difference in differences:
+        table.add_row(*difference.cells())
+    return table
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _text(value: Any) -> str:
+    return "-" if value is None else f"{value:.6g}" if _is_number(value) else str(value)
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(line, highlight=False, soft_wrap=True, markup=False)

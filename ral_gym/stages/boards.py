@@ -1,0 +1,69 @@
+"""Pictures in TensorBoard while a model trains: what it rebuilds, and what it draws.
+
+None of them touches a random state or a weight, so a run with them is bit for bit the one without.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from ral_gym.codes import decode_codes, encode_images
+from ral_gym.pixelcnn import PixelCNN
+from ral_gym.two_level import Prior, TwoLevelPrior, make_sampler
+from ral_gym.vqvae import VQVAE
+
+N_GRIDS = 5
+"""Grids of a stage, at equal distances; the last one at its end."""
+N_IMAGES = 8
+
+
+def due(step: int, steps: int) -> bool:
+    """Whether step `step` of `steps` shows a grid."""
+    return any(step == max(1, steps * number // N_GRIDS) for number in range(1, N_GRIDS + 1))
+
+
+def add_grid(writer: SummaryWriter, tag: str, images: Tensor | np.ndarray, step: int, columns: int = N_IMAGES) -> None:
+    """Add uint8 images (N, C, S, S) as one picture, row by row; what a last row lacks is black."""
+    array = np.asarray(images)
+    n, c, h, w = array.shape
+    rows = -(-n // columns)
+    padded = np.zeros((rows * columns, c, h, w), np.uint8)
+    padded[:n] = array
+    picture = padded.reshape(rows, columns, c, h, w).transpose(2, 0, 3, 1, 4).reshape(c, rows * h, columns * w)
+    writer.add_image(tag, picture, step)
+
+
+def add_reconstructions(writer: SummaryWriter, tag: str, vqvae: VQVAE, images: np.ndarray, step: int) -> None:
+    """Add the first images of uint8 (N, C, S, S) above their reconstructions."""
+    real = images[:N_IMAGES]
+    rebuilt = decode_codes(vqvae, encode_images(vqvae, real, progress=False))  # (B, C, S, S) uint8
+    add_grid(writer, tag, np.concatenate([real, rebuilt.numpy()]), step, columns=len(real))
+
+
+def add_samples(
+    writer: SummaryWriter,
+    tag: str,
+    prior: Prior,
+    vqvae: VQVAE,
+    step: int,
+    top: PixelCNN | None = None,
+    seed: int = 0,
+) -> None:
+    """Add images that a prior draws, every time from the same uniforms.
+
+    Args:
+        writer: TensorBoard's.
+        tag: the picture's name there.
+        prior: a generator of whole images; or the bottom PixelCNN, with `top`.
+        vqvae: decodes.
+        step: the picture's place on the time axis.
+        top: the top PixelCNN that goes with a bottom one.
+        seed: draws.
+    """
+    whole = prior if top is None else TwoLevelPrior(top, prior)  # type: ignore[arg-type]
+    generator = torch.Generator(next(whole.parameters()).device).manual_seed(seed)
+    codes, _ = make_sampler(whole).sample(2 * N_IMAGES, generator=generator)
+    add_grid(writer, tag, decode_codes(vqvae, codes), step)

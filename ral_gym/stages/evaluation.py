@@ -1,0 +1,254 @@
+"""What a row of the results table is: how far a generator's samples are from the data, each figure with its interval.
+
+Distances are to the decoded training codes, as in the paper ("FID on reconstructed real images"): what the prior is
+trained on. Samples, training images and held-out images have all been through the decoder, so that its blur, which is
+the largest difference from real images, is in none of the figures but `fd_real` and `kid_real`. All generators draw
+from the same uniforms.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ral_gym.codes import CodeSet, decode_codes, encode_images
+from ral_gym.data import ImageSet
+from ral_gym.metrics import (
+    EncoderFeatures,
+    Estimate,
+    FeatureDistance,
+    ImageDistance,
+    Memorisation,
+    Neighbourhood,
+    distance_estimates,
+    entropy,
+    extract,
+    hamming_distance,
+    image_entropy,
+    image_nll,
+    make_extractor,
+    match_temperature,
+    mean_estimate,
+)
+from ral_gym.metrics.distances import kid_subset_size
+from ral_gym.metrics.neighbourhood import FIGURES
+from ral_gym.rejection import Judge, rejection_sample
+from ral_gym.run import Run
+from ral_gym.stages.pictures import sample_codes
+from ral_gym.two_level import Prior
+from ral_gym.vqvae import VQVAE
+
+REJECTION_SHARE = 0.25
+LOGITS_PER_PASS = 2**24
+"""Bounds the images per teacher-forced pass: 64 MiB of logits; 2,048 images of 8 x 8 codes with K = 128."""
+TEMPERATURE_BATCH = 500
+"""Samples per step of the search for the temperature that gives RAL's entropy."""
+SMALLEST_WITH_INTERVALS = 12
+"""Fewer samples have no halves of which FD or the neighbourhood figures could be computed."""
+NEIGHBOURHOOD_REPETITIONS = 20
+"""Halves for the intervals of precision, recall, density and coverage: half the usual number, 0.7 s of a row's 13."""
+MEMORY = 2
+"""Training images in which samples look for their nearest one, in multiples of `n_samples`."""
+HELD_OUT = 500
+"""Held-out images to compare them with; where there are fewer, as many augmented versions of each as this allows."""
+
+Row = dict[str, Any]
+"""A row of the table: figures, what is needed to read them, and `intervals` {figure: [low, high]} (95 %)."""
+
+
+class Evaluation:
+    """Measures generators of one run against the decoded training codes.
+
+    Args:
+        run: the run folder; nothing is written to it.
+        vqvae: its VQ-VAE.
+        codes: its codes.
+        images: its images, for the distance to real ones.
+        device: where the models are.
+    """
+
+    def __init__(self, run: Run, vqvae: VQVAE, codes: CodeSet, images: ImageSet, device: torch.device) -> None:
+        self.run, self.vqvae, self.codes, self.images, self.device = run, vqvae, codes, images, device
+        config = run.config.evaluation
+        self.n_samples, self.seed = config.n_samples, run.config.seed * 1000 + 6
+        self.batch_size = max(1, LOGITS_PER_PASS // (vqvae.grid.n_codes * vqvae.codebook_size))
+        encoder = EncoderFeatures(vqvae.encode_features, vqvae.num_features)
+        self.extractor = make_extractor(config.extractor, encoder, device)
+        self._order = torch.randperm(len(codes.train), generator=torch.Generator().manual_seed(self.seed)).numpy()
+        self.reference = decode_codes(vqvae, codes.train[self._order[: self.n_samples]])  # (N, C, S, S)
+        self.distance = ImageDistance(self.extractor, self.reference, seed=self.seed)
+        real = extract(self.extractor, torch.from_numpy(images.train[: self.n_samples].copy()))
+        self.real_distance = FeatureDistance(real, extractor=self.extractor.name, seed=self.seed)
+
+    def row(self, prior: Prior, temperature: float = 1.0) -> Row:
+        """One row of the table.
+
+        `fd`, `kid`, `precision`, `recall`, `density` and `coverage` compare with the decoded training codes, `fd_real`
+        and `kid_real` with the training images themselves; `memorisation` and `memorisation_near` compare distances to
+        the nearest training image with those of held-out images, `memorisation_new_people` with those of new people
+        (see `ral_gym.metrics.memorisation`); `nll_test`, `nll_new_people` and `entropy` are in nats per code.
+
+        The intervals are over samples or over held-out images: of another set drawn by the same network, not of
+        another network, which only other seeds can tell. Photos of the same person count as independent.
+        """
+        codes = sample_codes(prior, self.n_samples, self.seed, temperature)  # (N, T)
+        row = self.distances(codes)
+        new_people = self.codes.new_people
+        estimates = {
+            "nll_test": self.nll(prior, self.codes.test, temperature),
+            "nll_new_people": None if new_people is None else self.nll(prior, new_people, temperature),
+            "entropy": _mean(image_entropy(prior, codes, temperature, self.batch_size, self.device)),
+            "diversity": hamming_distance(codes),
+        }
+        row |= {name: None if estimate is None else estimate.value for name, estimate in estimates.items()}
+        row["intervals"] |= _intervals(estimates)
+        return row | {"samples_per_kept": 1.0, "temperature": temperature}
+
+    def rejection_row(self, prior: Prior, judge: Judge) -> Row:
+        """The row of rejection sampling, VQ-VAE-2's way to better samples: of every four the one judged best.
+
+        It has no likelihood, so no NLL and no entropy; what it costs is drawn samples, and diversity.
+        """
+        kept = rejection_sample(lambda n: sample_codes(prior, n, self.seed), judge, self.n_samples, REJECTION_SHARE)
+        row, varied = self.distances(kept.codes), hamming_distance(kept.codes)
+        row["intervals"] |= _intervals({"diversity": varied})
+        return row | {"diversity": varied.value, "samples_per_kept": kept.samples_per_kept, "temperature": 1.0}
+
+    def distances(self, codes: Tensor) -> Row:
+        """How far samples (N, T) are from the decoded training codes, the training images, and memorised ones."""
+        features = extract(self.extractor, decode_codes(self.vqvae, codes))  # (N, F)
+        row = self._against(self.distance.features, features)
+        real = self._against(self.real_distance, features)
+        row |= {f"{name}_real": real[name] for name in ("fd", "kid")}
+        row["intervals"] |= {f"{name}_real": ends for name, ends in real["intervals"].items()}
+        for part in (self._neighbours(self.neighbourhood, features), self._memorised(features)):
+            row["intervals"] |= part.pop("intervals")
+            row |= part
+        return row
+
+    def real_rows(self) -> dict[str, Row]:
+        """The rows that say what a distance means: reconstructed against real images, two halves of the reference."""
+        n_clean = min(len(self.images.train), self.n_samples)
+        rebuilt = extract(self.extractor, decode_codes(self.vqvae, self.codes.train[:n_clean]))
+        # The halves of `FeatureDistance.floor`.
+        reference = self.distance.features.reference  # (N, F)
+        order = torch.randperm(len(reference), generator=torch.Generator().manual_seed(self.seed))
+        first, second = reference[order].chunk(2)
+        name = self.extractor.name
+        floor = self._against(FeatureDistance(first, extractor=name, seed=self.seed), second)
+        near = self._neighbours(Neighbourhood(first, extractor=name), second)
+        floor["intervals"] |= near.pop("intervals")
+        return {"reconstruction": self._against(self.real_distance, rebuilt), "floor": floor | near}
+
+    def nll(self, prior: Prior, codes: np.ndarray, temperature: float) -> Estimate:
+        """Nats per code of held-out codes (N, T); the interval is over images."""
+        return _mean(image_nll(prior, codes, temperature, self.batch_size, self.device))
+
+    def temperature_of(self, prior: Prior, target_entropy: float) -> float:
+        """The temperature at which `prior` has the target entropy."""
+        return match_temperature(
+            lambda t: sample_codes(prior, TEMPERATURE_BATCH, self.seed, t),
+            lambda codes, t: entropy(prior, codes, t, self.batch_size, self.device),
+            target_entropy,
+            tolerance=5e-3,
+        ).temperature
+
+    # What samples are compared with, computed when first asked for ---------------------------------------------------
+
+    @functools.cached_property
+    def neighbourhood(self) -> Neighbourhood:
+        """Where the decoded training codes live."""
+        return Neighbourhood(self.distance.features.reference, extractor=self.extractor.name)
+
+    @functools.cached_property
+    def memory(self) -> dict[str, Memorisation]:
+        """What tells copies, by the held-out images it compares with: `test` and `new_people`, where there are any.
+
+        The training images are the augmented, decoded ones of the code file, since those are what a prior can learn by
+        heart; held-out images are augmented in the same way, or they would be nearer to them than a perfect sample.
+        """
+        more = self.codes.train[self._order[self.n_samples : MEMORY * self.n_samples]]
+        train = self.distance.features.reference.float()  # (N, F)
+        if len(more):
+            train = torch.cat([train, extract(self.extractor, decode_codes(self.vqvae, more))])
+        sets = {
+            "test": (self.codes.test, self.images.test),
+            "new_people": (self.codes.new_people, self.images.new_people),
+        }
+        return {
+            name: Memorisation(train, self._versions(codes, images), extractor=self.extractor.name, seed=self.seed)
+            for name, (codes, images) in sets.items()
+            if codes is not None and len(codes)
+        }
+
+    def _versions(self, codes: np.ndarray, images: np.ndarray | None) -> Tensor:
+        """Features (V, P, F) of held-out images, decoded: V images with P augmented versions of each."""
+        picked = np.random.default_rng(self.seed).permutation(len(codes))[:HELD_OUT]
+        passes = min(self.run.config.prior.augmented_passes, math.ceil(HELD_OUT / len(picked)))
+        versions = codes[picked][None]  # (1, V, T)
+        if passes > 1 and images is not None and len(images) == len(codes):
+            again = encode_images(self.vqvae, images[picked], passes=passes, seed=self.seed, progress=False)
+            again = again.reshape(passes, *versions.shape[1:])  # (P, V, T)
+            # Codes may be others than the images', such as an oracle's samples, and then stand for themselves.
+            if (again[0] == versions[0]).mean() > 0.5:
+                versions = again
+        features = extract(self.extractor, decode_codes(self.vqvae, versions.reshape(-1, versions.shape[-1])))
+        return features.view(*versions.shape[:2], -1).transpose(0, 1)  # (V, P, F)
+
+    # Groups of figures of features (N, F) -----------------------------------------------------------------------------
+
+    def _against(self, distance: FeatureDistance, features: Tensor) -> Row:
+        """FD and KID."""
+        n, n_reference = len(features), len(distance.reference)
+        counts = {"n": n, "n_reference": n_reference, "kid_subset_size": kid_subset_size(n, n_reference)}
+        if n < SMALLEST_WITH_INTERVALS:
+            measured = distance.measure(features)
+            return {"fd": measured["fd"], "kid": measured["kid"], **counts, "intervals": {}}
+        estimates = distance_estimates(distance, features, seed=self.seed)
+        return {name: estimate.value for name, estimate in estimates.items()} | {
+            **counts,
+            "intervals": _intervals(estimates),
+        }
+
+    def _neighbours(self, neighbourhood: Neighbourhood, features: Tensor) -> Row:
+        """Precision, recall, density and coverage."""
+        if len(features) < SMALLEST_WITH_INTERVALS:
+            measured = dict(neighbourhood.measure(features))
+            return {name: measured[name] for name in FIGURES} | {"intervals": {}}
+        estimates = neighbourhood.estimates(features, repetitions=NEIGHBOURHOOD_REPETITIONS, seed=self.seed)
+        return {name: estimate.value for name, estimate in estimates.items()} | {"intervals": _intervals(estimates)}
+
+    def _memorised(self, features: Tensor) -> Row:
+        """The memorisation scores; None where there is nothing to compare with."""
+        row: Row = {"memorisation": None, "memorisation_near": None, "memorisation_new_people": None, "intervals": {}}
+        names = {"test": ("memorisation", "memorisation_near"), "new_people": ("memorisation_new_people", None)}
+        for key, memory in self.memory.items():
+            estimates = memory.estimates(features) if memory.has_intervals(len(features)) else {}
+            measured = {name: e.value for name, e in estimates.items()} or memory.measure(features)
+            for name, figure in zip(names[key], ("score", "near"), strict=True):
+                if name is not None:
+                    row[name] = measured[figure]
+                    row["intervals"] |= _intervals({name: estimates.get(figure)})
+        return row
+
+
+def _intervals(estimates: dict[str, Estimate | None] | dict[str, Estimate]) -> dict[str, list[float]]:
+    """The ends of those that have an interval."""
+    return {
+        name: [estimate.low, estimate.high]
+        for name, estimate in estimates.items()
+        if estimate is not None and estimate.low < estimate.high
+    }
+
+
+def _mean(values: Tensor) -> Estimate:
+    """Mean of a figure over images (N,); a single one has no interval."""
+    if len(values) < 2:
+        value = float(values.mean())
+        return Estimate(value, value, value, len(values), "one image", 0.0)
+    return mean_estimate(values, method="mean over images", bounds=(0.0, float("inf")))

@@ -1,0 +1,117 @@
+"""TensorBoard's curves and pictures of every stage, and that looking changes nothing."""
+
+from dataclasses import replace
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
+
+from ral_gym.agents import train_ral as stage_3
+from ral_gym.agents.train_ral import train_ral
+from ral_gym.codes import CodeSet, decode_codes
+from ral_gym.data import load_images
+from ral_gym.presets import SMOKE
+from ral_gym.run import Run, random_state, read_config
+from ral_gym.stages import train_vqvae as stage_1
+from ral_gym.stages.boards import N_IMAGES, add_grid, add_samples, due
+from ral_gym.stages.levels import load_generator, load_vqvae, split_prior
+from ral_gym.stages.train_vqvae import train_vqvae
+from ral_gym.storage import weights_of
+from tests.tiny import make_tiny_run
+
+CPU = torch.device("cpu")
+
+
+def events(folder: Path) -> EventAccumulator:
+    found = EventAccumulator(str(folder), size_guidance={"images": 0, "scalars": 0})
+    found.Reload()
+    return found
+
+
+def picture(event: Any) -> np.ndarray:
+    return np.array(Image.open(BytesIO(event.encoded_image_string)))  # (h, w, 3)
+
+
+def as_text(state: dict[str, Any]) -> str:
+    return str({name: np.asarray(value, dtype=object).tolist() for name, value in state.items()})
+
+
+@pytest.mark.parametrize("steps", [1, 3, 5, 20, 1501])
+def test_there_are_five_grids_or_one_per_step(steps: int) -> None:
+    shown = [step for step in range(1, steps + 1) if due(step, steps)]
+    assert len(shown) == min(5, steps) and shown[-1] == steps
+
+
+def test_a_grid_is_the_images_row_by_row(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(256, size=(5, 3, 4, 6), dtype=np.uint8)
+    with SummaryWriter(str(tmp_path)) as writer:
+        add_grid(writer, "a", images, step=7, columns=3)
+    (event,) = events(tmp_path).Images("a")
+    found = picture(event)
+    assert event.step == 7 and found.shape == (8, 18, 3)
+    for i in range(5):
+        row, column = divmod(i, 3)
+        assert (found[4 * row :, 6 * column :][:4, :6] == images[i].transpose(1, 2, 0)).all()
+    assert not found[4:, 12:].any()
+
+
+def test_stage_1_shows_curves_and_reconstructions_and_is_not_changed_by_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(SMOKE, vqvae=replace(SMOKE.vqvae, training_steps=10))
+    images = load_images(config.data, progress=False)
+    looked, blind = (Run(tmp_path / name, config) for name in ("looked", "blind"))
+    vqvae = train_vqvae(looked, images, CPU, progress=False)
+    monkeypatch.setattr(stage_1, "due", lambda step, steps: False)
+    train_vqvae(blind, images, CPU, progress=False)
+    assert looked.file("vqvae.safetensors").read_bytes() == blind.file("vqvae.safetensors").read_bytes()
+    found = events(looked.file("tensorboard"))
+    scalars = {f"vqvae/{name}" for name in ("loss", "reconstruction_error", "perplexity", "code_usage")}
+    assert set(found.Tags()["scalars"]) == scalars
+    shown = found.Images("vqvae/real_and_reconstruction")
+    assert [event.step for event in shown] == [2, 4, 6, 8, 10]
+    grid = picture(shown[-1])[:, :, 0]
+    side = config.data.image_size
+    real = [grid[:side, i * side :][:, :side] for i in range(N_IMAGES)]
+    assert all((one == image[0]).all() for one, image in zip(real, images.test, strict=False))
+    with torch.no_grad():
+        codes = torch.cat(vqvae.encode(torch.from_numpy(images.test[:1]).float() / 127.5 - 1), dim=1)
+        assert (decode_codes(vqvae, codes)[0, 0].numpy() == grid[side:, :side]).all()
+    assert not events(blind.file("tensorboard")).Tags()["images"]
+
+
+@pytest.mark.parametrize("levels", [1, 2])
+def test_samples_are_the_same_whenever_asked_and_nothing_moves(tmp_path: Path, levels: int) -> None:
+    run = Run(make_tiny_run(tmp_path / "run", levels=levels), read_config(tmp_path / "run"))
+    vqvae, priors = load_vqvae(run), split_prior(load_generator(run, "prior"))
+    prior, top = priors[-1].train(), priors[0] if levels == 2 else None
+    before, state = weights_of(prior), as_text(random_state())
+    with SummaryWriter(str(tmp_path / "board")) as writer:
+        for step in (1, 2):
+            add_samples(writer, "prior/samples", prior, vqvae, step, top)
+    assert as_text(random_state()) == state
+    assert all(torch.equal(weight, before[name]) for name, weight in weights_of(prior).items())
+    assert all(part.training for part in prior.modules()) and not vqvae.training
+    one, other = (picture(event) for event in events(tmp_path / "board").Images("prior/samples"))
+    assert one.shape[:2] == (2 * 32, N_IMAGES * 32)
+    assert (one == other).all() and len(np.unique(one)) > 2
+
+
+def test_stage_3_shows_curves_and_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage_3, "SAMPLE_EVERY", 2)
+    path = make_tiny_run(tmp_path / "run")
+    weights = {"loo_fd": 1.0}
+    config = replace(read_config(path), ral=replace(SMOKE.ral, n_updates=4, checkpoint_every=2, reward_weights=weights))
+    path.joinpath("config.json").write_text(config.to_json())
+    run = Run(path, config)
+    codes = CodeSet.load(run.file("codes.safetensors"))
+    train_ral(run, load_vqvae(run), load_generator(run, "prior"), codes, CPU, progress=False)
+    found = events(run.file("tensorboard"))
+    assert {"reward/loo_fd_distance", "reward/std", "train/loss", "rollout/ep_rew_mean"} <= set(found.Tags()["scalars"])
+    assert len(found.Images("samples/ral")) == 1 and run.file("samples/ral_00002.png").exists()
