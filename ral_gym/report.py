@@ -61,6 +61,10 @@ VISIBLE = 0.5
 """Share of their rows that is given."""
 DRAWN = {"MLE": "prior", "RAL": "policy_ema"}
 """What the page calls a generator -> its file."""
+EXPOSURE_CAPTIONS = {
+    "exposure_given_rows": "<b>Prefix curve.</b> KID of images whose first rows are real and whose others are drawn: "
+    "left nothing is given, right nothing is drawn. It falls anyway, since less is drawn: compare the generators."
+}
 STAGE_OF = {"prior": "prior", "policy_ema": "ral"}
 
 
@@ -257,14 +261,10 @@ class Report:
         return self.scorer.normalizer(raw).cpu()
 
     def exposure_bias(self) -> str:
-        """The curves of an exposure-bias experiment on this run, where one has left its pictures."""
+        """The run's prefix curve, and the curves of an exposure-bias experiment where one has left its pictures."""
         pictures = sorted(self.run.file("samples").glob("exposure*.png"))
         if not pictures:
-            return missing(
-                "No curves: exposure bias is measured against an oracle, in an experiment of its own. Its pictures are "
-                "shown here when they lie among the run's samples, as exposure*.png.",
-                "python examples/exposure_bias.py --help",
-            )
+            return self.lacking("No curves", "evaluate")
         figures = []
         for path in pictures:
             with Image.open(path) as opened:
@@ -274,8 +274,14 @@ class Report:
             small.quantize(128).save(file, format="png", optimize=True)
             words = path.stem.replace("_", " ")
             picture = image(file.getvalue(), f"plot: {words}", small.width, small.height)
-            figures.append(figure(path.stem, picture, f"<b>{escape(words.capitalize())}.</b> {escape(path.name)}"))
-        return grid(figures, "plots")
+            caption = EXPOSURE_CAPTIONS.get(path.stem, f"<b>{escape(words.capitalize())}.</b> {escape(path.name)}")
+            figures.append(figure(path.stem, picture, caption))
+        intro = (
+            "Does a generator suffer from its own mistakes? Against an oracle, whose likelihoods are known, "
+            "examples/exposure_bias.py answers; its pictures are shown here when they lie among the run's samples, as "
+            "exposure*.png."
+        )
+        return paragraph(intro) + grid(figures, "plots")
 
     def header(self) -> str:
         """What this run is, and how far it has come."""

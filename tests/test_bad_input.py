@@ -306,7 +306,7 @@ def at_call(number: int, function: Callable[..., Any]) -> Callable[..., Any]:
 
 NOT_A_NUMBER = [
     ("vqvae", "ral_gym.stages.train_vqvae.to_float", 15, "the loss is nan at step 15; ", 14),
-    ("prior", "ral_gym.stages.train_prior.maximum_likelihood_loss", 15, "the loss is nan at step 15; ", 14),
+    ("prior", "ral_gym.stages.scheduled_sampling.maximum_likelihood_loss", 15, "the loss is nan at step 15; ", 14),
     ("ral", "ral_gym.agents.co_trained_critic.critic_loss", 9, "the critic's loss is nan after 8 critic steps; ", 2),
     ("ral", "ral_gym.agents.co_trained_critic.CoTrainedCritic.score_map", 1, "the critic's scores are NaN or ", 2),
     ("ral", "ral_gym.agents.reinforce.Reinforce._advantages", 1, "weights are NaN or infinite after step 3; ", 2),

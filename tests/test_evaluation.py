@@ -1,5 +1,6 @@
 """A row of the results table: every figure with its interval, memorising seen, older rows measured again."""
 
+import copy
 import dataclasses
 import shutil
 
@@ -15,7 +16,9 @@ from ral_gym.metrics import Neighbourhood, entropy, extract, nll
 from ral_gym.metrics.neighbourhood import FIGURES
 from ral_gym.rejection import diversity
 from ral_gym.run import Run, read_config
+from ral_gym.stages import given_rows
 from ral_gym.stages.evaluate import Evaluation
+from ral_gym.stages.given_rows import measure_given_rows
 from ral_gym.stages.levels import load_generator
 from ral_gym.stages.pictures import sample_codes
 from ral_gym.stages.train_vqvae import vqvae_of
@@ -110,3 +113,35 @@ def test_rows_of_an_older_version_are_measured_again(smoke_run, smoke_options, t
     save_json(file, {**rows, **older})
     assert train_main([*smoke_options, "--runs", str(tmp_path)]) == 0
     assert load_json(run / "results.json")["rows"] == load_json(smoke_run / "results.json")["rows"]
+
+
+def test_the_prefix_curve_goes_from_the_generator_to_real_images(evaluation) -> None:
+    prior = load_generator(evaluation.run, "prior")
+    other = copy.deepcopy(prior)
+    for weights in other.parameters():
+        weights.data *= 1.5
+    measured = measure_given_rows(evaluation, {"mle": prior, "other": other})
+    codes = evaluation.other_codes(500)
+    assert measured["given"] == [0, 1, 2, 3, 4] and measured["height"] == 4 and measured["n"] == len(codes) >= 12
+    real = evaluation.distance.measure(decode_codes(evaluation.vqvae, codes))
+    mle, others = measured["curves"]["mle"], measured["curves"]["other"]
+    assert mle[-1]["kid"] == others[-1]["kid"] == pytest.approx(real["kid"], rel=1e-9)  # nothing is drawn
+    assert all(a["fd"] != b["fd"] for a, b in zip(mle[:-1], others[:-1], strict=True))
+    assert all(point["intervals"]["kid"][0] <= point["kid"] <= point["intervals"]["kid"][1] for point in mle + others)
+
+
+def test_given_rows_stay_and_the_others_are_drawn(evaluation) -> None:
+    prior = load_generator(evaluation.run, "prior")
+    codes = evaluation.other_codes(500)
+    uniforms = torch.rand(codes.shape, generator=torch.Generator().manual_seed(1))
+    for rows in range(5):
+        done = given_rows._finished(prior, codes, rows, uniforms)
+        kept = torch.from_numpy(~prior.grid.mask(rows, 4))
+        assert torch.equal(done[:, kept], codes[:, kept])
+        assert rows == 4 or not torch.equal(done[:, ~kept], codes[:, ~kept])
+
+
+def test_a_finished_run_has_its_prefix_curve(smoke_run) -> None:
+    measured = load_json(smoke_run / "results.json")["given_rows"]
+    assert list(measured["curves"]) == ["mle", "ral"] and measured["given"] == [0, 1, 2, 3, 4]
+    assert (smoke_run / "samples" / "exposure_given_rows.png").stat().st_size > 5_000

@@ -25,6 +25,7 @@ from ral_gym.rewards import CriticScorer
 from ral_gym.run import Run
 from ral_gym.stages.common import Clock
 from ral_gym.stages.evaluation import Evaluation, Row
+from ral_gym.stages.given_rows import measure_given_rows
 from ral_gym.stages.levels import load_generator
 from ral_gym.stages.pictures import draw_pictures
 from ral_gym.storage import differences, load_json, load_module, save_json
@@ -68,6 +69,7 @@ def evaluate(
     priors = load_priors(run, device)
     measure(evaluation, priors, rows, keep=lambda rows: save_json(partial, rows), progress=progress)
     results = results_of(run, evaluation, rows)
+    results["given_rows"] = measure_given_rows(evaluation, {name: priors[name] for name in ("mle", "ral")})
     clock.book()
     results["seconds"] = run.seconds()
     draw_pictures(run, vqvae, codes, images, priors, results)

@@ -145,6 +145,12 @@ class Evaluation:
         floor["intervals"] |= near.pop("intervals")
         return {"reconstruction": self._against(self.real_distance, rebuilt), "floor": floor | near}
 
+    def other_codes(self, n: int) -> Tensor:
+        """Codes (N, T) int64 of up to n images that the reference does not hold: training ones, else held-out ones."""
+        picked = self._order[self.n_samples : self.n_samples + n]
+        codes = self.codes.train[picked] if len(picked) >= SMALLEST_WITH_INTERVALS else self.codes.test[:n]
+        return torch.from_numpy(codes).long()
+
     def nll(self, prior: Prior, codes: np.ndarray, temperature: float) -> Estimate:
         """Nats per code of held-out codes (N, T); the interval is over images."""
         return _mean(image_nll(prior, codes, temperature, self.batch_size, self.device))

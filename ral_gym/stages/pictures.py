@@ -78,6 +78,7 @@ def draw_pictures(
     save_comparison(run.file("samples/real_mle_ral.png"), three, title="Real | MLE | RAL", caption=lines)
     _draw_neighbours(run, sharp["ral"][:12], images)
     _draw_frontier(run, results)
+    _draw_given_rows(run, results)
     _draw_curves(run)
 
 
@@ -104,6 +105,21 @@ def _draw_frontier(run: Run, results: dict[str, Any]) -> None:
     title = f"FD ({results['extractor']}, n = {results['n_samples']}) against entropy, run {run.path.name}"
     curve = sweeps.pop("mle")
     save_frontier(run.file("samples/frontier.png"), curve, points, title=title, sweeps=sweeps)
+
+
+def _draw_given_rows(run: Run, results: dict[str, Any]) -> None:
+    """The prefix curve: KID of images whose first rows are real."""
+    measured = results.get("given_rows")
+    if measured:
+        rows = measured["given"]
+        curves = {name: (rows, [point["kid"] for point in points]) for name, points in measured["curves"].items()}
+        save_curves(
+            run.file("samples/exposure_given_rows.png"),
+            curves,
+            xlabel=f"real rows given, of {measured['height']}",
+            ylabel=f"KID of the finished images ({results['extractor']}, n = {measured['n']})",
+            title="Real rows first, the rest drawn",
+        )
 
 
 def _draw_curves(run: Run) -> None:

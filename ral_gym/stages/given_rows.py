@@ -1,0 +1,75 @@
+"""The prefix curve of a run: how far from the data are images that begin with real rows, and are drawn from there on?
+
+What `ral_gym.metrics.prefix_curve` asks of an oracle, asked of images: the first r rows of codes are real ones, a
+generator draws the others (Section 4.3's "continue"), and the finished images are measured. With all rows given that
+is the distance between two sets of real images, with none that of the generator. In between, every distance grows with
+the share that is drawn, exposure bias or not: compare generators at the same r, not the ends of one curve.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ral_gym.codes import decode_codes
+from ral_gym.completion import continue_codes
+from ral_gym.metrics import distance_estimates, extract
+from ral_gym.stages.evaluation import SMALLEST_WITH_INTERVALS, Evaluation
+from ral_gym.two_level import Prior, make_sampler
+
+N_IMAGES = 500
+BATCH = 250
+STEPS = 4
+"""Parts into which the rows are divided; with 8 rows, the curve has r = 0, 2, 4, 6, 8."""
+
+
+def measure_given_rows(evaluation: Evaluation, priors: Mapping[str, Prior]) -> dict[str, Any]:
+    """FD and KID of images of which r rows are given, for each generator and several r.
+
+    The given rows are of training images (and augmented versions) that are not in the reference; where there are too
+    few others, of held-out ones. All generators draw from the same uniforms at all r.
+
+    Args:
+        evaluation: of the run.
+        priors: name -> generator.
+
+    Returns:
+        `given` (the values of r), `height`, `n`, and `curves`: name -> one {`fd`, `kid`, `intervals`} per r. Empty
+        where there are fewer than 12 images.
+    """
+    grid, codes = evaluation.vqvae.grid, evaluation.other_codes(N_IMAGES)  # (N, T)
+    if len(codes) < SMALLEST_WITH_INTERVALS:
+        return {}
+    given = sorted({grid.height * step // STEPS for step in range(STEPS + 1)})
+    uniforms = torch.rand(codes.shape, generator=torch.Generator().manual_seed(evaluation.seed))  # (N, T)
+    curves = {
+        name: [_measure(evaluation, _finished(prior, codes, rows, uniforms)) for rows in given]
+        for name, prior in priors.items()
+    }
+    return {"given": given, "height": grid.height, "n": len(codes), "curves": curves}
+
+
+def _finished(prior: Prior, codes: Tensor, rows: int, uniforms: Tensor) -> Tensor:
+    """Codes (N, T) of which the generator has drawn all but the first `rows` rows."""
+    grid = prior.grid
+    if rows == grid.height:
+        return codes
+    if rows == 0:
+        sampler, device = make_sampler(prior), next(prior.parameters()).device
+        parts = [sampler.sample(len(part), uniforms=part.to(device))[0] for part in uniforms.split(BATCH)]
+    else:
+        kept = grid.crop(codes, rows)  # (N, codes_of(rows))
+        pairs = zip(kept.split(BATCH), uniforms.split(BATCH), strict=True)
+        parts = [continue_codes(prior, start, part) for start, part in pairs]
+    return torch.cat(parts).cpu()
+
+
+def _measure(evaluation: Evaluation, codes: Tensor) -> dict[str, Any]:
+    features = extract(evaluation.extractor, decode_codes(evaluation.vqvae, codes))  # (N, F)
+    estimates = distance_estimates(evaluation.distance.features, features, seed=evaluation.seed)
+    return {name: estimate.value for name, estimate in estimates.items()} | {
+        "intervals": {name: [estimate.low, estimate.high] for name, estimate in estimates.items()}
+    }
