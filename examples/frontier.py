@@ -5,8 +5,9 @@
 
 A lower sampling temperature lowers FD too, for nothing ("Language GANs Falling Short", Caccia et al., 2018). So the
 controls are curves, FD over entropy at several temperatures: MLE; MLE continued for as many updates as RAL; `loo_fd`
-without its reward, that is the share of maximum likelihood in its updates alone; and MLE continued for as much *time*
-as RAL with its critic took. The recipes are points beside them, at T = 1 and below:
+without its reward, that is the share of maximum likelihood in its updates alone; and, with ``--equal-time``, which
+nearly doubles the work, MLE continued for as much *time* as RAL with its critic took. The recipes are points beside
+them, at T = 1 and below:
 
 * the critic, the preset's RAL, with its checkpoints;
 * `loo_fd`, the leave-one-out Frechet reward, by REINFORCE and by GRPO; `kid`, the kernel one; the critic and `loo_fd`;
@@ -109,10 +110,12 @@ class Arguments:
     """Preset of the base runs. None: demo, or smoke with --quick."""
     curve: tuple[float, ...] = (1.0, 0.9, 0.85, 0.75, 0.65)
     """Temperatures of the controls' curves."""
-    temperatures: tuple[float, ...] = (1.0, 0.85)
+    temperatures: tuple[float, ...] = (1.0, 0.85, 0.75)
     """Temperatures of the recipes."""
+    equal_time: bool = False
+    """Also continue MLE for as long as the critic's RAL took: the strongest control, and the slowest."""
     quick: bool = False
-    """A tiny preset, one seed and three temperatures."""
+    """A tiny preset, one seed, three temperatures, every control."""
     runs: str = "runs"
     """Folder that holds the run folders."""
     name: str = "frontier"
@@ -128,6 +131,7 @@ class Arguments:
         """
         self.seeds = self.seeds or ((0,) if self.quick else (0, 1, 2))
         self.preset = self.preset or ("smoke" if self.quick else "demo")
+        self.equal_time = self.equal_time or self.quick
         if self.quick:
             self.curve, self.temperatures = (1.0, 0.8, 0.6), (1.0, 0.8)
         unknown = [name for name in self.recipes if name not in RECIPES]
@@ -227,10 +231,12 @@ class Frontier:
         continued = load_generator(run, "prior_continued", self.experiment.device)
         seconds = seconds_of(run, "prior_continued")
         found["mle_continued"] = self.control("mle_continued", continued, seconds, self.config.ral.n_updates)
+        found["no_reward"] = self.no_reward()
+        if not self.arguments.equal_time:
+            return found
         updates = self.equal_time(critic_seconds, seconds)
         self.say(f"MLE continued for the time of the critic's RAL, {critic_seconds:.0f} s: {updates} updates")
         timed = replace(self.config, ral=replace(self.config.ral, n_updates=updates))
-        found["no_reward"] = self.no_reward()
         name = "mle_continued_equal_time"
         prior = self.experiment.continue_mle(name, timed)
         spent = seconds_of(Run(self.folder / name, timed), "prior_continued")

@@ -89,7 +89,7 @@ BENCHMARKS: dict[str, tuple[str, ...]] = {
     "partial_generation": ("--rounds", "1", "--threads", "1"),
     "distribution_rewards": (),
 }
-GRADIENT = ("--repeats", "1000")
+GRADIENT = ("--repeats", "500")
 """Its figures do not depend on the machine, so that it may have company."""
 
 

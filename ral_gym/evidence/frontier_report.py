@@ -120,12 +120,13 @@ def each(values: Sequence[float | None]) -> str:
 
 def terminal_table(table: Mapping[str, Mapping[str, list[float | None]]], seeds: Mapping[str, Seed]) -> Table:
     """The table in 80 columns: means over the seeds."""
-    headings = ["generator", "FD\nT=1", "FD\nbest", "T", "re-\ncall", "en-\ntropy", *SHORT.values(), "s"]
+    short = {curve: label for curve, label in SHORT.items() if curve in table}
+    headings = ["generator", "FD\nT=1", "FD\nbest", "T", "re-\ncall", "en-\ntropy", *short.values(), "s"]
     rows = []
     for name, figures in table.items():
         cells = [_mean(figures[key], digits) for key, digits in (("fd", 1), ("best_fd", 1), ("temperature", 2))]
         cells += [_mean(figures[key], 2) for key in ("recall", "entropy")]
-        cells += [_mean(figures.get(f"beyond_{curve}"), 1, "+") for curve in SHORT]
+        cells += [_mean(figures.get(f"beyond_{curve}"), 1, "+") for curve in short]
         rows.append(
             [label_of(name, seeds).replace("MLE continued, ", "MLE cont., "), *cells, _mean(figures["seconds"], 0)]
         )
@@ -145,13 +146,14 @@ def markdown(results: Mapping[str, Any]) -> str:
     """The whole table as Markdown, with its caption and what it says in words."""
     table, seeds = results["table"], results["seeds"]
     headings = ["generator", "FD, T = 1", "best FD", "at T", "KID", "recall", "entropy", "NLL test", "memorisation"]
-    headings += [*(f"beyond {label}" for label in CURVES.values()), "seconds"]
+    shown = {curve: label for curve, label in CURVES.items() if curve in table}
+    headings += [*(f"beyond {label}" for label in shown.values()), "seconds"]
     digits = {"fd": 1, "best_fd": 1, "temperature": 2, "kid": 1, "recall": 3, "entropy": 3, "nll_test": 3}
     digits |= {"memorisation": 3}
     rows = []
     for name, figures in table.items():
         cells = [mean_and_interval(figures[key], places) for key, places in digits.items()]
-        against = [figures.get(f"beyond_{curve}") for curve in CURVES]
+        against = [figures.get(f"beyond_{curve}") for curve in shown]
         cells += ["-" if values is None else each(values) for values in against]
         rows.append([label_of(name, seeds), *cells, _mean(figures["seconds"], 0)])
     interval = "mean ± half the 95 % interval by Student's t over the seeds" if len(seeds) > 1 else "one seed"
