@@ -1,6 +1,6 @@
 """Make everything that docs/results.md reports again, by one command: ``make results``.
 
-    python examples/make_results.py                      # all parts, about an hour on 2 cores
+    python examples/make_results.py                      # all parts, about 75 minutes on 2 cores
     python examples/make_results.py --parts oracle swap  # some of them
     python examples/make_results.py --dry-run            # which commands that is, to run them one by one
     python examples/make_results.py --assemble-only      # only put what is there into the document
@@ -89,7 +89,7 @@ BENCHMARKS: dict[str, tuple[str, ...]] = {
     "partial_generation": ("--rounds", "1", "--threads", "1"),
     "distribution_rewards": (),
 }
-GRADIENT = ("--repeats", "500")
+GRADIENT = ("--repeats", "1000")
 """Its figures do not depend on the machine, so that it may have company."""
 
 
