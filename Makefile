@@ -24,7 +24,7 @@ venv: $(STAMP) ## Build .venv and install the package with its development tools
 demo: $(STAMP) ## Face photos -> VQ-VAE -> PixelCNN -> RAL, table and pictures; options: ARGS="--preset ..."
 	$(PY) examples/train_celeba.py $(ARGS)
 
-results: $(STAMP) ## All of docs/results.md again, an hour on 2 cores; options: ARGS="--parts oracle"
+results: $(STAMP) ## All of docs/results.md again, about 75 minutes on 2 cores; options: ARGS="--parts oracle"
 	$(PY) examples/make_results.py $(ARGS)
 
 assets: $(STAMP) ## Make the models that come with the package again, from the run of `make demo`
