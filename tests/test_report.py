@@ -46,7 +46,7 @@ SAMPLES = {"fig-real", "fig-reconstruction", "fig-mle", "fig-ral"}
 FIGURES = {
     *SAMPLES,
     *(f"fig-completion-{number}" for number in range(1, 5)),
-    *("fig-results", "fig-frontier", "fig-exposure_curves"),
+    *("fig-results", "fig-frontier", "fig-exposure_curves", "fig-exposure_given_rows"),
     *("fig-scores-real", "fig-scores-mle", "fig-scores-ral"),
     *("fig-curve-0-vqvae", "fig-curve-1-vqvae", "fig-curve-2-prior"),
     *("fig-curve-4-ral", "fig-curve-5-ral", "fig-curve-6-ral"),
