@@ -46,9 +46,10 @@ from ral_gym.evidence.ablation_grid import (
     variants_of,
 )
 from ral_gym.evidence.ablation_report import markdown, save_figure, sentences, summary, terminal_table
+from ral_gym.evidence.settings import keep_settings
 from ral_gym.presets import get_preset
 from ral_gym.run import Run
-from ral_gym.storage import differences, load_json, save_json, write_text
+from ral_gym.storage import load_json, save_json, write_text
 from ral_gym.two_level import Prior
 
 QUICK = {"updates": 20, "samples": 1000, "level_samples": 500}
@@ -201,7 +202,7 @@ class Ablation:
                     ("partial_equal_updates", Variant("", "", "", {"ral": {"reset_mode": "mixed"}})),
                 )
             )
-            budget, (start, each) = sum_of(costs(full), full), costs(partial)
+            budget, (start, each) = seconds_of(full, "ral")["cpu_seconds"], costs(partial)
             updates = max(1, round((budget - start) / each)) if each > 0 else partial.config.ral.n_updates
             save_json(file, {"updates": updates, "full_seconds": budget, "start": start, "seconds_per_update": each})
         kept = load_json(file)
@@ -257,11 +258,6 @@ def costs(run: Run) -> tuple[float, float]:
     return start * scale, each * scale
 
 
-def sum_of(cost: tuple[float, float], run: Run) -> float:
-    """Processor seconds of a whole run."""
-    return cost[0] + cost[1] * run.config.ral.n_updates
-
-
 def check_settings(arguments: Arguments) -> Path:
     """The folder, made with these settings or found with the same.
 
@@ -274,14 +270,7 @@ def check_settings(arguments: Arguments) -> Path:
     settings |= {"samples": [arguments.samples_of(preset) for preset in presets]}
     reference = reference_config(get_preset(arguments.preset), arguments.updates)
     settings |= {"reference": described(reference), "normalised": reference.ral.normalize_advantage}
-    file = folder / "settings.json"
-    if not file.exists():
-        save_json(file, settings)
-    if found := differences(load_json(file), settings):
-        raise RunError(
-            f"{folder} was made with other settings ({'; '.join(found)}): remove it, or choose another --name"
-        )
-    return folder
+    return keep_settings(folder, settings)
 
 
 def finished(folder: Path) -> Iterator[dict[str, Any]]:

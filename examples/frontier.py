@@ -35,11 +35,12 @@ from rich.console import Console
 from ral_gym.agents.experiment import Experiment
 from ral_gym.cli import base_run, run_command
 from ral_gym.config import Config
-from ral_gym.errors import ConfigError, RunError
+from ral_gym.errors import ConfigError
 from ral_gym.evidence.frontier_report import PANELS, markdown, save_panels, sentences, summary, terminal_table
+from ral_gym.evidence.settings import keep_settings
 from ral_gym.run import Run
 from ral_gym.stages.levels import load_generator
-from ral_gym.storage import differences, load_json, load_module, save_json, write_text
+from ral_gym.storage import load_json, load_module, save_json, write_text
 from ral_gym.two_level import Prior
 
 NEEDED = (*PANELS, "entropy", "nll_test", "memorisation", "precision")
@@ -294,14 +295,7 @@ def check_settings(arguments: Arguments) -> Path:
     folder = Path(arguments.runs) / arguments.name
     settings = {name: asdict(arguments)[name] for name in ("preset", "curve", "temperatures")}
     settings = {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
-    file = folder / "settings.json"
-    if not file.exists():
-        save_json(file, settings)
-    if found := differences(load_json(file), settings):
-        raise RunError(
-            f"{folder} was made with other settings ({'; '.join(found)}): remove it, or choose another --name"
-        )
-    return folder
+    return keep_settings(folder, settings)
 
 
 def main(argv: Sequence[str], console: Console) -> None:
