@@ -1,17 +1,17 @@
 """The Stable-Baselines3 side: policy, episode buffer, algorithms, callbacks."""
 
-from ral_gym.agents.co_trained_critic import CoTrainedCritic
-from ral_gym.agents.composite_reward import CompositeReward
-from ral_gym.agents.critic_callback import CriticCallback
+from ral_gym.agents.algorithms.grpo import GRPO
+from ral_gym.agents.algorithms.reinforce import Reinforce
 from ral_gym.agents.defaults import ALGORITHMS, algorithm_defaults, policy_for
-from ral_gym.agents.deliveries import CriticRewardWrapper, StepCriticCallback
 from ral_gym.agents.episodes import EpisodeRolloutBuffer, Episodes
 from ral_gym.agents.features import CodeFeatures
-from ral_gym.agents.grpo import GRPO
 from ral_gym.agents.maskable import MaskableEpisodeRolloutBuffer, MaskablePixelCNNPolicy
 from ral_gym.agents.policy import PixelCNNPolicy, PriorWeights
 from ral_gym.agents.regularizers import AdaptiveEntropy, EntropyReward, EntropyTarget, MLEShare, PriorKLReward
-from ral_gym.agents.reinforce import Reinforce
+from ral_gym.agents.rewards.co_trained_critic import CoTrainedCritic
+from ral_gym.agents.rewards.composite import CompositeReward
+from ral_gym.agents.rewards.critic_callback import CriticCallback
+from ral_gym.agents.rewards.deliveries import CriticRewardWrapper, StepCriticCallback
 from ral_gym.agents.train_ral import Stage, load_run
 from ral_gym.agents.vec_env import CodeVecEnv, make_sb3_env
 

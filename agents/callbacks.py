@@ -15,11 +15,11 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import KVWriter
 from tqdm import tqdm
 
-from ral_gym.agents.composite_reward import CompositeReward
-from ral_gym.agents.critic_callback import CriticCallback
+from ral_gym.agents.rewards.composite import CompositeReward
+from ral_gym.agents.rewards.critic_callback import CriticCallback
 from ral_gym.agents.vec_env import unwrap_code_env
-from ral_gym.distribution_rewards import DISTRIBUTION_TERMS
-from ral_gym.run import Run
+from ral_gym.rewards.distribution import DISTRIBUTION_TERMS
+from ral_gym.runs.run import Run
 from ral_gym.stages.common import Clock, WeightAverage, check_weights
 
 STAGE = "ral"

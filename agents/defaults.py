@@ -15,14 +15,14 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.vec_env import VecEnv
 
+from ral_gym.agents.algorithms.grpo import GRPO
+from ral_gym.agents.algorithms.reinforce import Reinforce
 from ral_gym.agents.episodes import EpisodeRolloutBuffer
 from ral_gym.agents.features import CodeFeatures
-from ral_gym.agents.grpo import GRPO
 from ral_gym.agents.maskable import MaskableEpisodeRolloutBuffer, MaskablePixelCNNPolicy
 from ral_gym.agents.policy import PixelCNNPolicy, PriorWeights
-from ral_gym.agents.reinforce import Reinforce
 from ral_gym.errors import ConfigError
-from ral_gym.two_level import Prior
+from ral_gym.priors.two_level import Prior
 
 PIXELCNN_ALGORITHMS: dict[str, Any] = {
     "reinforce": Reinforce,

@@ -1,6 +1,6 @@
 """Experiments on stage 3: variants that start from one finished stage 2, measured with one yardstick.
 
-    base = base_run("demo", seed=0, runs="runs", console=console)        # from ral_gym.cli
+    base = base_run("demo", seed=0, runs="runs", console=console)        # from ral_gym.commands.train
     experiment = Experiment(base, Path("runs/ablation/seed0"))
     config = replace(base.config, ral=replace(base.config.ral, gamma=1.0))
     run = experiment.train("gamma_1", config)
@@ -20,19 +20,19 @@ from pathlib import Path
 from typing import Any
 
 from ral_gym.agents.train_ral import train_ral
-from ral_gym.codes import CodeSet
 from ral_gym.config import Config, EvaluationConfig
-from ral_gym.data import ImageSet, load_images
+from ral_gym.data.images import ImageSet, load_images
 from ral_gym.errors import RunError
-from ral_gym.run import Run
+from ral_gym.priors.two_level import Prior
+from ral_gym.runs.run import Run
+from ral_gym.runs.storage import differences, load_json, save_json
 from ral_gym.stages.common import resolve_device
 from ral_gym.stages.evaluate import Evaluation
 from ral_gym.stages.fork import fork_run
 from ral_gym.stages.levels import load_generator, load_vqvae
 from ral_gym.stages.train_prior import continue_prior
-from ral_gym.storage import differences, load_json, save_json
-from ral_gym.two_level import Prior
-from ral_gym.vqvae import VQVAE
+from ral_gym.tokenizers.code_set import CodeSet
+from ral_gym.tokenizers.vqvae import VQVAE
 
 ROWS = "rows.json"
 CPU = "_cpu"

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ral_gym.agents.episodes import EpisodeRolloutBuffer, Episodes
 from ral_gym.agents.policy import PixelCNNPolicy, episode_logits
-from ral_gym.sampler import draw
+from ral_gym.priors.sampler import draw
 
 Masks = np.ndarray | Tensor | None
 

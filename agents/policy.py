@@ -22,12 +22,12 @@ from torch import Tensor, nn
 
 from ral_gym.agents.episodes import Episodes
 from ral_gym.agents.step_cache import StepCache, first_not_drawn
-from ral_gym.codes import CodeGrid
 from ral_gym.errors import ConfigError
-from ral_gym.pixelcnn import PixelCNN
-from ral_gym.sampler import CachedSampler, draw
-from ral_gym.storage import load_tensors, weights_of
-from ral_gym.two_level import Prior, TwoLevelPrior, build_prior_module
+from ral_gym.grid import CodeGrid
+from ral_gym.priors.pixelcnn import PixelCNN
+from ral_gym.priors.sampler import CachedSampler, draw
+from ral_gym.priors.two_level import Prior, TwoLevelPrior, build_prior_module
+from ral_gym.runs.storage import load_tensors, weights_of
 
 
 def episode_logits(prior: Prior, episodes: Episodes) -> Tensor:

@@ -24,7 +24,7 @@ from ral_gym.agents.episodes import EpisodeRolloutBuffer
 from ral_gym.agents.policy import PixelCNNPolicy, PriorWeights, episode_logits
 from ral_gym.agents.vec_env import real_codes
 from ral_gym.errors import ConfigError
-from ral_gym.two_level import Prior
+from ral_gym.priors.two_level import Prior
 
 
 class AdaptiveEntropy:

@@ -13,23 +13,23 @@ from stable_baselines3.common.logger import Image, Logger, TensorBoardOutputForm
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 
 from ral_gym.agents.callbacks import STAGE, RunCallback, RunWriter, restore_model
-from ral_gym.agents.co_trained_critic import CoTrainedCritic
-from ral_gym.agents.composite_reward import CompositeReward
-from ral_gym.agents.critic_callback import CriticCallback
 from ral_gym.agents.defaults import ALGORITHMS, algorithm_defaults, check_algorithm, policy_for
 from ral_gym.agents.policy import PixelCNNPolicy, PriorWeights
+from ral_gym.agents.rewards.co_trained_critic import CoTrainedCritic
+from ral_gym.agents.rewards.composite import CompositeReward
+from ral_gym.agents.rewards.critic_callback import CriticCallback
 from ral_gym.agents.vec_env import CodeVecEnv, make_sb3_env
-from ral_gym.codes import CodeSet, decode_codes
-from ral_gym.critic import PatchCritic
 from ral_gym.errors import RunError
-from ral_gym.figures import save_grid
 from ral_gym.metrics import PyramidFeatures
-from ral_gym.run import Run, random_state, read_config, seed_everything, set_random_state
+from ral_gym.pictures import save_grid
+from ral_gym.priors.two_level import Prior, make_sampler
+from ral_gym.rewards.critic import PatchCritic
+from ral_gym.runs.run import Run, random_state, read_config, seed_everything, set_random_state
+from ral_gym.runs.storage import load_module, save_module
 from ral_gym.stages.common import resolve_device
 from ral_gym.stages.levels import load_generator, load_vqvae
-from ral_gym.storage import load_module, save_module
-from ral_gym.two_level import Prior, make_sampler
-from ral_gym.vqvae import VQVAE
+from ral_gym.tokenizers.code_set import CodeSet, decode_codes
+from ral_gym.tokenizers.vqvae import VQVAE
 
 SAMPLE_EVERY = 20
 """Updates between sample grids."""

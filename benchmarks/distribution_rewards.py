@@ -23,8 +23,8 @@ import tyro
 from rich.console import Console
 from torch import Tensor
 
-from ral_gym.distribution_rewards import DISTRIBUTION_TERMS, make_distribution_reward
-from ral_gym.evidence.tables import plain_table
+from ral_gym.report.tables import plain_table
+from ral_gym.rewards.distribution import DISTRIBUTION_TERMS, make_distribution_reward
 
 AIM = (1024, 512, 2.0)
 """N, D, and the seconds that `loo_fd` may take there."""

@@ -49,12 +49,12 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from torch import Tensor
 
 from ral_gym.agents import GRPO, CodeVecEnv, EpisodeRolloutBuffer, PixelCNNPolicy, Reinforce
-from ral_gym.agents.reinforce import BASELINES
-from ral_gym.codes import CodeGrid
+from ral_gym.agents.algorithms.reinforce import BASELINES
 from ral_gym.envs.worlds import World
-from ral_gym.evidence.tables import plain_table
-from ral_gym.pixelcnn import PixelCNN
-from ral_gym.sampler import CachedSampler
+from ral_gym.grid import CodeGrid
+from ral_gym.priors.pixelcnn import PixelCNN
+from ral_gym.priors.sampler import CachedSampler
+from ral_gym.report.tables import plain_table
 
 RewardTable = Literal["single", "causal", "whole"]
 NO_CLIPPING = 1e12

@@ -43,13 +43,13 @@ import tyro
 from rich.console import Console
 from torch import Tensor
 
-from ral_gym.codes import CodeGrid
 from ral_gym.config import Config, PriorConfig
-from ral_gym.evidence.tables import plain_table
+from ral_gym.grid import CodeGrid
 from ral_gym.presets import get_preset
-from ral_gym.sampling_cache import SamplingCache
+from ral_gym.priors.pixelcnn_cache import SamplingCache
+from ral_gym.priors.two_level import TwoLevelPrior, TwoLevelSampler
+from ral_gym.report.tables import plain_table
 from ral_gym.stages.levels import prior_of
-from ral_gym.two_level import TwoLevelPrior, TwoLevelSampler
 
 Mode = Literal["full", "continue", "scratch"]
 WANTED = {"cpu": 1.5, "cuda": 1.8}

@@ -46,11 +46,11 @@ from torch import Tensor
 
 import ral_gym.agents.policy as policy_module
 from ral_gym.agents import CodeVecEnv, EpisodeRolloutBuffer, PixelCNNPolicy
-from ral_gym.codes import CodeGrid
 from ral_gym.envs.worlds import World
-from ral_gym.evidence.tables import plain_table
-from ral_gym.pixelcnn import PixelCNN
-from ral_gym.sampler import CachedSampler
+from ral_gym.grid import CodeGrid
+from ral_gym.priors.pixelcnn import PixelCNN
+from ral_gym.priors.sampler import CachedSampler
+from ral_gym.report.tables import plain_table
 
 STOCK_STEPS = 4
 """Steps of a rollout that stock PPO is timed on."""

@@ -28,10 +28,10 @@ from typing import Any
 
 import torch
 
-from ral_gym.packed_weights import PackedWeights
-from ral_gym.pixelcnn import PixelCNN
-from ral_gym.sampler import CachedSampler, draw, sample_naive
-from ral_gym.sampling_cache import SamplingCache
+from ral_gym.priors.packed_weights import PackedWeights
+from ral_gym.priors.pixelcnn import PixelCNN
+from ral_gym.priors.pixelcnn_cache import SamplingCache
+from ral_gym.priors.sampler import CachedSampler, draw, sample_naive
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "8x8, K=128, 128 units x 5 layers": {"codebook_size": 128, "height": 8, "width": 8, "layers": 5},

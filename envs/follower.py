@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ral_gym.envs.worlds import World
-from ral_gym.two_level import Prior, make_sampler
+from ral_gym.priors.two_level import Prior, make_sampler
 
 
 class PriorFollower:

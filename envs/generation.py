@@ -8,10 +8,10 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 
-from ral_gym.codes import CodeGrid
 from ral_gym.envs.core import Finished, GenerationCore
 from ral_gym.envs.rendering import RENDER_FPS, RENDER_MODES, check_render_mode, render_codes, render_text
 from ral_gym.envs.worlds import World
+from ral_gym.grid import CodeGrid
 
 
 def observation_space(grid: CodeGrid) -> spaces.Box:

@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 
 from ral_gym.assets import asset_path
-from ral_gym.codes import CodeGrid, decode_codes
 from ral_gym.envs.generation import GenerationEnv
 from ral_gym.envs.run_world import load_frozen, load_real_codes
 from ral_gym.envs.vector import RegisteredVectorEnv
 from ral_gym.envs.worlds import World, check_device, check_reward, make_masks
-from ral_gym.pixelcnn import PixelCNN
-from ral_gym.rewards import RewardKind, step_rewards
-from ral_gym.vqvae import VQVAE
+from ral_gym.grid import CodeGrid
+from ral_gym.priors.pixelcnn import PixelCNN
+from ral_gym.rewards.score_map import RewardKind, step_rewards
+from ral_gym.tokenizers.code_set import decode_codes
+from ral_gym.tokenizers.vqvae import VQVAE
 
 ORACLE_REWARDS = ("step", "single", "intermediate", "none")
 

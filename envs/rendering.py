@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from ral_gym.codes import CodeGrid
 from ral_gym.envs.worlds import World
+from ral_gym.grid import CodeGrid
 
 RENDER_MODES = ("rgb_array", "ansi")
 RENDER_FPS = 8

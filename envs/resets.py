@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from ral_gym.codes import CodeGrid
+from ral_gym.grid import CodeGrid
 
 ResetMode = Literal["full", "continue", "scratch", "mixed"]
 RESET_MODES: tuple[str, ...] = get_args(ResetMode)

@@ -10,17 +10,18 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from ral_gym.codes import CodeGrid, CodeSet, decode_codes
-from ral_gym.critic import PatchCritic
 from ral_gym.envs.worlds import World, check_device, check_reward, make_masks
 from ral_gym.errors import RunError
-from ral_gym.pixelcnn import PixelCNN
-from ral_gym.rewards import CriticScorer, ScoreNormalizer
-from ral_gym.run import read_config
-from ral_gym.storage import load_module, load_tensors
-from ral_gym.two_level import Prior, TwoLevelPrior
-from ral_gym.vqvae import VQVAE
-from ral_gym.vqvae2 import vqvae_class
+from ral_gym.grid import CodeGrid
+from ral_gym.priors.pixelcnn import PixelCNN
+from ral_gym.priors.two_level import Prior, TwoLevelPrior
+from ral_gym.rewards.critic import PatchCritic
+from ral_gym.rewards.score_map import CriticScorer, ScoreNormalizer
+from ral_gym.runs.run import read_config
+from ral_gym.runs.storage import load_module, load_tensors
+from ral_gym.tokenizers.code_set import CodeSet, decode_codes
+from ral_gym.tokenizers.vqvae import VQVAE
+from ral_gym.tokenizers.vqvae2 import vqvae_class
 
 
 def run_world(

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ral_gym.codes import CodeGrid
 from ral_gym.errors import DeviceError
-from ral_gym.pixelcnn import PixelCNN
-from ral_gym.rewards import RewardKind, step_rewards
-from ral_gym.two_level import Prior
+from ral_gym.grid import CodeGrid
+from ral_gym.priors.pixelcnn import PixelCNN
+from ral_gym.priors.two_level import Prior
+from ral_gym.rewards.score_map import RewardKind, step_rewards
 
 Scorer = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Drawn codes (B, r * W) int64 -> score map (B, h, w), step rewards (B, r * W), all on the world's device."""

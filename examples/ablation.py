@@ -30,12 +30,7 @@ from typing import Any, TypeVar
 
 import torch
 import tyro
-from rich.console import Console
-
-from ral_gym.agents.experiment import Experiment
-from ral_gym.cli import base_run, run_command
-from ral_gym.errors import ConfigError, RunError
-from ral_gym.evidence.ablation_grid import (
+from evidence.ablation_grid import (
     GROUPS,
     LEVELS,
     Group,
@@ -45,12 +40,18 @@ from ral_gym.evidence.ablation_grid import (
     reference_of,
     variants_of,
 )
-from ral_gym.evidence.ablation_report import markdown, save_figure, sentences, summary, terminal_table
-from ral_gym.evidence.settings import keep_settings
+from evidence.ablation_report import markdown, save_figure, sentences, summary, terminal_table
+from evidence.settings import keep_settings
+from rich.console import Console
+
+from ral_gym.agents.experiment import Experiment
+from ral_gym.commands.ending import run_command
+from ral_gym.commands.train import base_run
+from ral_gym.errors import ConfigError, RunError
 from ral_gym.presets import get_preset
-from ral_gym.run import Run
-from ral_gym.storage import load_json, save_json, write_text
-from ral_gym.two_level import Prior
+from ral_gym.priors.two_level import Prior
+from ral_gym.runs.run import Run
+from ral_gym.runs.storage import load_json, save_json, write_text
 
 QUICK = {"updates": 20, "samples": 1000, "level_samples": 500}
 SHARPENED = 0.85

@@ -16,11 +16,13 @@ from typing import Any
 import tyro
 from rich.console import Console
 
-from ral_gym.cli import parse_train, run_command, train
-from ral_gym.evidence.tables import markdown_table, mean_and_interval, plain_table
-from ral_gym.figures import save_frontier
+from ral_gym.commands.arguments import parse_train
+from ral_gym.commands.ending import run_command
+from ral_gym.commands.train import train
 from ral_gym.metrics.table import MEANINGS, ROWS
-from ral_gym.storage import save_json, write_text
+from ral_gym.pictures import save_frontier
+from ral_gym.report.tables import markdown_table, mean_and_interval, plain_table
+from ral_gym.runs.storage import save_json, write_text
 
 GENERATORS = [row for row in ROWS if row not in ("reconstruction", "floor")]
 FIGURES = {

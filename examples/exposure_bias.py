@@ -30,16 +30,8 @@ import gymnasium as gym
 import numpy as np
 import torch
 import tyro
-from rich.console import Console
-from rich.table import Table
-from torch import Tensor
-
-from ral_gym.agents.exposure_models import Recipe, make_model
-from ral_gym.cli import run_command
-from ral_gym.envs.oracle import load_light_prior, load_oracle
-from ral_gym.errors import ConfigError, RunError
-from ral_gym.evidence.exposure_figures import Episode, save_animation, save_comparison, save_plots
-from ral_gym.evidence.exposure_lesson import (
+from evidence.exposure_figures import Episode, save_animation, save_comparison, save_plots
+from evidence.exposure_lesson import (
     Numbers,
     Protocol,
     compare,
@@ -51,9 +43,17 @@ from ral_gym.evidence.exposure_lesson import (
     rarity,
     table_of,
 )
+from evidence.exposure_models import Recipe, make_model
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from ral_gym.commands.ending import run_command
+from ral_gym.envs.oracle import load_light_prior, load_oracle
+from ral_gym.errors import ConfigError, RunError
 from ral_gym.metrics.divergences import conditional_log_probs, kl
-from ral_gym.pixelcnn import PixelCNN
-from ral_gym.storage import differences, load_json, load_module, load_tensors, save_json, save_module, write_text
+from ral_gym.priors.pixelcnn import PixelCNN
+from ral_gym.runs.storage import differences, load_json, load_module, load_tensors, save_json, save_module, write_text
 
 ATTEMPTS = 5  # Free-running episodes played until one has a wrong code to show.
 POOR = ("small", "memoriser")

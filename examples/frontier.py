@@ -30,18 +30,19 @@ from typing import Any
 
 import torch
 import tyro
+from evidence.frontier_report import PANELS, markdown, save_panels, sentences, summary, terminal_table
+from evidence.settings import keep_settings
 from rich.console import Console
 
 from ral_gym.agents.experiment import Experiment
-from ral_gym.cli import base_run, run_command
+from ral_gym.commands.ending import run_command
+from ral_gym.commands.train import base_run
 from ral_gym.config import Config
 from ral_gym.errors import ConfigError
-from ral_gym.evidence.frontier_report import PANELS, markdown, save_panels, sentences, summary, terminal_table
-from ral_gym.evidence.settings import keep_settings
-from ral_gym.run import Run
+from ral_gym.priors.two_level import Prior
+from ral_gym.runs.run import Run
+from ral_gym.runs.storage import load_json, load_module, save_json, write_text
 from ral_gym.stages.levels import load_generator
-from ral_gym.storage import load_json, load_module, save_json, write_text
-from ral_gym.two_level import Prior
 
 NEEDED = (*PANELS, "entropy", "nll_test", "memorisation", "precision")
 """A row without one of these was measured by an older version, and is not taken over."""
@@ -178,7 +179,7 @@ class Frontier:
         }
 
     def run(self) -> dict[str, Any]:
-        """Every control and recipe; what `ral_gym.evidence.frontier_report` calls a seed."""
+        """Every control and recipe; what `evidence.frontier_report` calls a seed."""
         recipes = {"critic": self.critic()}  # first: its time is the third control's
         curves = self.controls(recipes["critic"]["seconds"])
         for name in self.arguments.recipes:

@@ -20,19 +20,19 @@ from torch import Tensor, nn
 from tqdm import trange
 
 from ral_gym.agents import CoTrainedCritic
-from ral_gym.agents.co_trained_critic import FakePool
+from ral_gym.agents.rewards.co_trained_critic import FakePool
 from ral_gym.assets import FOLDER
-from ral_gym.codes import CodeSet
 from ral_gym.config import Config
-from ral_gym.critic import PatchCritic
 from ral_gym.metrics import nll
-from ral_gym.pixelcnn import PixelCNN
 from ral_gym.presets import DEMO
-from ral_gym.run import read_config, seed_everything
-from ral_gym.sampler import CachedSampler
+from ral_gym.priors.pixelcnn import PixelCNN
+from ral_gym.priors.sampler import CachedSampler
+from ral_gym.rewards.critic import PatchCritic
+from ral_gym.runs.run import read_config, seed_everything
+from ral_gym.runs.storage import load_module, save_tensors, write_text
 from ral_gym.stages.train_prior import maximum_likelihood_loss
-from ral_gym.storage import load_module, save_tensors, write_text
-from ral_gym.vqvae import VQVAE
+from ral_gym.tokenizers.code_set import CodeSet
+from ral_gym.tokenizers.vqvae import VQVAE
 
 
 @dataclass

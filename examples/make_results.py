@@ -22,10 +22,7 @@ from pathlib import Path
 from typing import Literal
 
 import tyro
-from rich.console import Console
-
-from ral_gym.cli import run_command
-from ral_gym.commands.results_page import (
+from evidence.results_page import (
     describe_machine,
     fenced,
     fill_document,
@@ -33,9 +30,12 @@ from ral_gym.commands.results_page import (
     table_with_figures,
     times_table,
 )
-from ral_gym.commands.schedule import Job, Schedule
+from evidence.schedule import Job, Schedule
+from rich.console import Console
+
+from ral_gym.commands.ending import run_command
 from ral_gym.errors import ConfigError, RunError
-from ral_gym.storage import load_json, save_json
+from ral_gym.runs.storage import load_json, save_json
 
 ROOT = Path(__file__).resolve().parents[1]
 PartName = Literal["benchmarks", "demo", "ablation", "frontier", "oracle", "swap", "exposure", "gradient"]

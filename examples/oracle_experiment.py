@@ -21,27 +21,28 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
+from evidence.oracle_report import save_nll_curve, save_table, show, verdict
 from rich.console import Console
 from stable_baselines3.common.callbacks import CallbackList
 
 from ral_gym.agents import load_run
 from ral_gym.agents.experiment import Experiment
-from ral_gym.agents.oracle_callbacks import STAGE as CURVE
-from ral_gym.agents.oracle_callbacks import OracleCurve, OracleReward, curve_point, stations
+from ral_gym.agents.rewards.oracle import STAGE as CURVE
+from ral_gym.agents.rewards.oracle import OracleCurve, OracleReward, curve_point, stations
 from ral_gym.agents.train_ral import make_stage, train_ral
-from ral_gym.cli import base_run, run_command
-from ral_gym.codes import CodeSet, decode_codes
+from ral_gym.commands.ending import run_command
+from ral_gym.commands.train import base_run
 from ral_gym.config import Config
 from ral_gym.errors import RunError
-from ral_gym.evidence.oracle_report import save_nll_curve, save_table, show, verdict
 from ral_gym.metrics import EncoderFeatures, FeatureDistance, entropy, extract, make_extractor, oracle_metrics
-from ral_gym.pixelcnn import PixelCNN
-from ral_gym.run import Run
+from ral_gym.priors.pixelcnn import PixelCNN
+from ral_gym.runs.run import Run
+from ral_gym.runs.storage import differences, load_json, load_module, save_json
 from ral_gym.stages.fork import fork_run
 from ral_gym.stages.levels import load_generator, load_vqvae
 from ral_gym.stages.pictures import sample_codes
 from ral_gym.stages.train_prior import train_prior
-from ral_gym.storage import differences, load_json, load_module, save_json
+from ral_gym.tokenizers.code_set import CodeSet, decode_codes
 
 CPU = torch.device("cpu")
 SECTIONS = ("prior", "critic", "ral")

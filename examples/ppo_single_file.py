@@ -38,9 +38,9 @@ from torch.utils.tensorboard import SummaryWriter
 
 import ral_gym  # noqa: F401 (registers the environments)
 from ral_gym.assets import asset_path
-from ral_gym.pixelcnn import PixelCNN
-from ral_gym.sampler import CachedSampler, draw
-from ral_gym.storage import load_module, save_module
+from ral_gym.priors.pixelcnn import PixelCNN
+from ral_gym.priors.sampler import CachedSampler, draw
+from ral_gym.runs.storage import load_module, save_module
 
 BUNDLED_PRIORS = {"ral_gym/Faces-v0": "faces/prior.safetensors", "ral_gym/Oracle-v0": "oracle/prior.safetensors"}
 

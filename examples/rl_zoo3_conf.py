@@ -29,7 +29,7 @@ from rl_zoo3.utils import StoreDict
 
 from ral_gym.agents import CodeFeatures, PriorWeights, algorithm_defaults, make_sb3_env, policy_for
 from ral_gym.errors import ConfigError
-from ral_gym.pixelcnn import PixelCNN
+from ral_gym.priors.pixelcnn import PixelCNN
 
 N_ENVS = 32
 

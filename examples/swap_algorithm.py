@@ -30,6 +30,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 import tyro
+from evidence.learning_curves import save_learning_curves
 from rich.console import Console
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.utils import LinearSchedule, set_random_seed
@@ -45,14 +46,13 @@ from ral_gym.agents import (
 )
 from ral_gym.agents.progress import EpisodeProgress
 from ral_gym.assets import asset_path
-from ral_gym.cli import run_command
+from ral_gym.commands.ending import run_command
 from ral_gym.envs.oracle import load_oracle
 from ral_gym.errors import ConfigError, RunError
-from ral_gym.evidence.learning_curves import save_learning_curves
-from ral_gym.evidence.tables import markdown_table, mean_and_interval, plain_table
 from ral_gym.metrics import entropy, sequence_kl
-from ral_gym.pixelcnn import PixelCNN
-from ral_gym.storage import differences, load_json, save_json, write_text
+from ral_gym.priors.pixelcnn import PixelCNN
+from ral_gym.report.tables import markdown_table, mean_and_interval, plain_table
+from ral_gym.runs.storage import differences, load_json, save_json, write_text
 
 ORACLE = "ral_gym/Oracle-v0"
 BUNDLED_PRIORS = {"ral_gym/Faces-v0": "faces/prior.safetensors", ORACLE: "oracle/prior.safetensors"}

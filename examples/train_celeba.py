@@ -10,7 +10,7 @@ Images -> VQ-VAE -> PixelCNN by maximum likelihood -> reinforced adversarial lea
 
 import sys
 
-from ral_gym.cli import train_main
+from ral_gym.commands.cli import train_main
 
 if __name__ == "__main__":
     sys.exit(train_main())

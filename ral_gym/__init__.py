@@ -3,10 +3,18 @@
 Importing the package registers its environments; no network is imported for that.
 """
 
+from pathlib import Path as _Path
+
 from gymnasium.envs.registration import register as _register
 from gymnasium.envs.registration import registry as _registry
 
 __version__ = "0.1.0"
+
+# In the root of a checkout the folder `ral_gym` shadows the installed package, and `envs` and `agents`, which an
+# installation puts inside it, lie beside it.
+_root = _Path(__file__).resolve().parents[1]
+if not (_root / "ral_gym" / "envs").exists() and (_root / "envs" / "core.py").exists():
+    __path__.append(str(_root))
 
 # No max_episode_steps: the last code ends the episode, that is a termination and no time limit. Only a task with a
 # known optimum has a reward threshold; it is stated for `reward="single"`.

@@ -2,6 +2,6 @@
 
 import sys
 
-from ral_gym.cli import main
+from ral_gym.commands.cli import main
 
 sys.exit(main())

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ral_gym.errors import ConfigError
-from ral_gym.reward_weights import CRITIC_ALONE, RewardWeights, check_reward_weights
+from ral_gym.settings import CRITIC_ALONE, Options, RewardWeights, check_reward_weights
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,10 @@ class DataConfig:
 class VQVAEConfig:
     """Stage 1, image <-> codes (supplement, Tables 4c to 10c): architecture and training."""
 
+    kind: str = "vqvae"
+    """The tokenizer: `vqvae` (VQ-VAE, or VQ-VAE-2 with two levels), a registered name, or your own `module:Class`."""
+    options: Options = field(default_factory=dict)
+    """Arguments of your own tokenizer that are no settings of this section: `--vqvae.options NAME VALUE ..`."""
     hidden_units: int = 128
     """Channels of the encoder and the decoder."""
     residual_units: int = 64
@@ -81,6 +85,10 @@ class VQVAEConfig:
 class PriorConfig:
     """Stage 2, a PixelCNN by maximum likelihood (supplement, Tables 4b to 10b)."""
 
+    kind: str = "pixelcnn"
+    """The network: `pixelcnn`, a registered name, or your own `module:Class`."""
+    options: Options = field(default_factory=dict)
+    """Arguments of your own prior that are no settings of this section: `--prior.options NAME VALUE ..`."""
     hidden_units: int = 128
     """Channels of the vertical and horizontal stacks."""
     residual_units: int = 128
@@ -125,6 +133,10 @@ class PriorConfig:
 class CriticConfig:
     """The PatchGAN critic (Sections 4.2 and 5.1) and its training in stage 3."""
 
+    kind: str = "patch"
+    """The critic: `patch` (PatchGAN), a registered name, or your own `module:Class`."""
+    options: Options = field(default_factory=dict)
+    """Arguments of your own critic that are no settings of this section: `--critic.options NAME VALUE ..`."""
     hidden_units: int = 64
     """Channels after the first strided layer; doubled by each further one up to 8 times this."""
     layers: int = 4
@@ -216,8 +228,11 @@ class EvaluationConfig:
 
     n_samples: int = 3000
     """Generated images per row of the table."""
-    extractor: Literal["lite0", "inception", "encoder"] = "lite0"
-    """Features of FD and KID: EfficientNet-Lite0's block 10 (offline), Inception-v3 or the VQ-VAE's own encoder."""
+    extractor: str = "lite0"
+    """Features of FD and KID: `lite0` (EfficientNet-Lite0's block 10, offline), `inception` (Inception-v3), `encoder`
+    (the tokenizer's own), a registered name, or your own `module:Class`."""
+    metrics: tuple[str, ...] = ()
+    """More columns of the table, by registered name or `module:function`."""
     temperatures: tuple[float, ...] = (0.8, 0.85, 0.9, 0.95)
     """Temperatures of the MLE sweep (1 is always there)."""
 
@@ -300,6 +315,7 @@ class Config:
         """
         evaluation = dict(values["evaluation"])
         evaluation["temperatures"] = tuple(evaluation["temperatures"])
+        evaluation["metrics"] = tuple(evaluation.get("metrics", ()))
         return cls(
             preset=values["preset"],
             data=DataConfig(**values["data"]),

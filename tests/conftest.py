@@ -42,7 +42,7 @@ def smoke_options() -> list[str]:
 @pytest.fixture(scope="session")
 def smoke_run(tmp_path_factory: pytest.TempPathFactory, smoke_options: list[str]) -> Path:
     """The folder of a finished run with `smoke_options`; one per worker, so copy it before changing anything."""
-    from ral_gym.cli import train_main
+    from ral_gym.commands.cli import train_main
 
     runs = tmp_path_factory.mktemp("runs")
     assert train_main([*smoke_options, "--runs", str(runs)]) == 0

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from ral_gym.config import DataConfig
-from ral_gym.data import ImageSet, load_images
+from ral_gym.data.images import ImageSet, load_images
 from ral_gym.errors import DataError
 
 

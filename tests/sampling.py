@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ral_gym.pixelcnn import PixelCNN
-from ral_gym.sampler import CachedSampler, sample_naive
+from ral_gym.priors.pixelcnn import PixelCNN
+from ral_gym.priors.sampler import CachedSampler, sample_naive
 
 B, H, W, K = 5, 4, 5, 11
 T = H * W

@@ -10,16 +10,16 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from evidence import ablation_report
+from evidence.ablation_grid import GROUPS, LEVELS, reference_config, reference_of, variants_of
 from rich.console import Console
 
 from ral_gym import presets
 from ral_gym.config import PriorConfig
 from ral_gym.errors import ConfigError, RunError
-from ral_gym.evidence import ablation_report
-from ral_gym.evidence.ablation_grid import GROUPS, LEVELS, reference_config, reference_of, variants_of
 from ral_gym.presets import DEMO, SMOKE
-from ral_gym.run import Run, read_config
-from ral_gym.storage import differences, load_json, save_json
+from ral_gym.runs.run import Run, read_config
+from ral_gym.runs.storage import differences, load_json, save_json
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 TINY = dataclasses.replace(

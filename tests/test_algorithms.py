@@ -25,7 +25,7 @@ from ral_gym.agents import (
 from ral_gym.agents.defaults import PIXELCNN_ALGORITHMS, check_algorithm
 from ral_gym.envs.worlds import toy_score_map, toy_world
 from ral_gym.errors import ConfigError
-from ral_gym.pixelcnn import PixelCNN
+from ral_gym.priors.pixelcnn import PixelCNN
 
 T, K = 16, 8
 UNMODIFIED = ("ppo", "a2c", "trpo", "maskable_ppo")

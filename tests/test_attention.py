@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from ral_gym.attention import attention_blocks
 from ral_gym.errors import ConfigError
-from ral_gym.pixelcnn import PixelCNN
-from ral_gym.sampler import CachedSampler
-from ral_gym.sampling_cache import SamplingCache
+from ral_gym.priors.attention import attention_blocks
+from ral_gym.priors.pixelcnn import PixelCNN
+from ral_gym.priors.pixelcnn_cache import SamplingCache
+from ral_gym.priors.sampler import CachedSampler
 from tests.sampling import B, Episodes, H, K, T, W, assert_same_draws, small
 
 ATTENTION: dict[str, Any] = {"attention_layers": 2, "attention_heads": 3}

@@ -15,11 +15,13 @@ import pytest
 import torch
 from PIL import Image
 
-from ral_gym.cli import FINISHED, run_command, train_main
+from ral_gym.commands.cli import train_main
+from ral_gym.commands.ending import run_command
+from ral_gym.commands.train import FINISHED
 from ral_gym.errors import RunError
-from ral_gym.run import Run, read_config
-from ral_gym.storage import load_json, load_module, load_tensors, save_module
-from ral_gym.vqvae import VQVAE
+from ral_gym.runs.run import Run, read_config
+from ral_gym.runs.storage import load_json, load_module, load_tensors, save_module
+from ral_gym.tokenizers.vqvae import VQVAE
 
 Train = Callable[..., str]
 
@@ -304,12 +306,31 @@ def at_call(number: int, function: Callable[..., Any]) -> Callable[..., Any]:
     return count
 
 
+CRITIC, REINFORCE = "ral_gym.agents.rewards.co_trained_critic", "ral_gym.agents.algorithms.reinforce.Reinforce"
 NOT_A_NUMBER = [
     ("vqvae", "ral_gym.stages.train_vqvae.to_float", 15, "the loss is nan at step 15; ", 14),
     ("prior", "ral_gym.stages.scheduled_sampling.maximum_likelihood_loss", 15, "the loss is nan at step 15; ", 14),
-    ("ral", "ral_gym.agents.co_trained_critic.critic_loss", 9, "the critic's loss is nan after 8 critic steps; ", 2),
-    ("ral", "ral_gym.agents.co_trained_critic.CoTrainedCritic.score_map", 1, "the critic's scores are NaN or ", 2),
-    ("ral", "ral_gym.agents.reinforce.Reinforce._advantages", 1, "weights are NaN or infinite after step 3; ", 2),
+    (
+        "ral",
+        CRITIC + ".critic_loss",
+        9,
+        "the critic's loss is nan after 8 critic steps; ",
+        2,
+    ),
+    (
+        "ral",
+        CRITIC + ".CoTrainedCritic.score_map",
+        1,
+        "the critic's scores are NaN or ",
+        2,
+    ),
+    (
+        "ral",
+        REINFORCE + "._advantages",
+        1,
+        "weights are NaN or infinite after step 3; ",
+        2,
+    ),
 ]
 """Stage, the function that returns NaN from one call on, what is said, and the step of the checkpoint that stays."""
 

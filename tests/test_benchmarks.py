@@ -16,9 +16,9 @@ from stable_baselines3.common.buffers import RolloutBuffer
 
 from ral_gym.agents import EpisodeRolloutBuffer
 from ral_gym.agents.step_cache import StepCache
-from ral_gym.codes import CodeGrid
-from ral_gym.pixelcnn import PixelCNN
-from ral_gym.sampler import CachedSampler
+from ral_gym.grid import CodeGrid
+from ral_gym.priors.pixelcnn import PixelCNN
+from ral_gym.priors.sampler import CachedSampler
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 CPU = torch.device("cpu")

@@ -17,11 +17,13 @@ import pytest
 import torch
 from PIL import Image
 
-from ral_gym.cli import FINISHED, main, parse_train, train_main
+from ral_gym.commands.arguments import parse_train
+from ral_gym.commands.cli import main, train_main
+from ral_gym.commands.train import FINISHED
 from ral_gym.errors import ConfigError
 from ral_gym.presets import PRESETS
-from ral_gym.run import Run, read_config
-from ral_gym.storage import load_tensors
+from ral_gym.runs.run import Run, read_config
+from ral_gym.runs.storage import load_tensors
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = [
@@ -98,11 +100,11 @@ def test_settings_are_checked_before_anything_is_loaded() -> None:
 
 def test_help_and_mistakes_do_not_wait_for_torch() -> None:
     code = """if True:
-        import sys, ral_gym.cli
+        import sys, ral_gym.commands.cli
         from ral_gym.commands.arguments import parse
-        ral_gym.cli.parse_train(["--seed", "1"])
+        ral_gym.commands.arguments.parse_train(["--seed", "1"])
         parse(["sample", "runs/demo"])
-        ral_gym.cli.main(["presets"])
+        ral_gym.commands.cli.main(["presets"])
         print("torch" in sys.modules)
     """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
@@ -131,7 +133,9 @@ def test_a_finished_run_has_every_file_and_row(smoke_run) -> None:
 
 def test_the_same_command_again_prints_the_table_without_training(train, smoke_run, monkeypatch, capsys) -> None:
     before = {path: path.stat().st_mtime_ns for path in smoke_run.rglob("*")}
-    monkeypatch.setattr("ral_gym.data.load_images", lambda *args, **kwargs: pytest.fail("the images were loaded"))
+    monkeypatch.setattr(
+        "ral_gym.data.images.load_images", lambda *args, **kwargs: pytest.fail("the images were loaded")
+    )
     assert train(smoke_run.parent) == 0
     captured = capsys.readouterr()
     assert captured.err == ""
@@ -196,7 +200,7 @@ def test_ctrl_c_in_every_stage_loses_nothing(train, smoke_run, tmp_path, monkeyp
     run, handler = tmp_path / "smoke", signal.signal(signal.SIGINT, signal.default_int_handler)
     stops: dict[str, tuple[str, Callable[..., bool]]] = {
         "vqvae": ("Run.log", lambda run, stage, step, figures: stage == "vqvae" and step == 10),
-        "codes": ("ral_gym.codes.encode_images", lambda *args: True),
+        "codes": ("ral_gym.tokenizers.code_set.encode_images", lambda *args: True),
         "prior": ("Run.log", lambda run, stage, step, figures: stage == "prior" and step == 20),
         "ral": ("Run.log", lambda run, stage, step, figures: stage == "ral" and step == 3),
         "continued": ("ral_gym.stages.train_prior.check_finite", lambda loss, stage, *rest: stage == "prior_continued"),

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from ral_gym.codes import CodeGrid, CodeSet, decode_codes, encode_images, encode_set
-from ral_gym.data import ImageSet, to_float
+from ral_gym.data.images import ImageSet, to_float
 from ral_gym.errors import ConfigError, RunError
-from ral_gym.storage import save_tensors
-from ral_gym.vqvae import VQVAE
+from ral_gym.grid import CodeGrid
+from ral_gym.runs.storage import save_tensors
+from ral_gym.tokenizers.code_set import CodeSet, decode_codes, encode_images, encode_set
+from ral_gym.tokenizers.vqvae import VQVAE
 
 GRID = CodeGrid(height=4, width=4, codebook_size=8)
 

@@ -8,20 +8,21 @@ import pytest
 import torch
 from PIL import Image
 
-from ral_gym.cli import files_of, finished_files, main
-from ral_gym.codes import CodeSet
 from ral_gym.commands.arguments import STAGES, SampleArguments, TrainArguments, parse
+from ral_gym.commands.cli import main
 from ral_gym.commands.generate import open_run
+from ral_gym.commands.train import files_of, finished_files
 from ral_gym.config import Config
-from ral_gym.pixelcnn import PixelCNN
 from ral_gym.presets import PRESETS, SMOKE, get_preset
-from ral_gym.run import Run
-from ral_gym.sampler import CachedSampler
+from ral_gym.priors.pixelcnn import PixelCNN
+from ral_gym.priors.sampler import CachedSampler
+from ral_gym.priors.two_level import TwoLevelPrior
+from ral_gym.runs.run import Run
+from ral_gym.runs.storage import load_module, save_module
 from ral_gym.stages.levels import load_generator, load_vqvae, prior_of
 from ral_gym.stages.train_prior import continue_prior
 from ral_gym.stages.train_vqvae import vqvae_of
-from ral_gym.storage import load_module, save_module
-from ral_gym.two_level import TwoLevelPrior
+from ral_gym.tokenizers.code_set import CodeSet
 from tests.tiny import make_tiny_run
 
 TWO = dataclasses.replace(SMOKE, vqvae=dataclasses.replace(SMOKE.vqvae, layers=2, levels=2), bottom=SMOKE.prior)

@@ -6,7 +6,7 @@ from torch import nn
 
 from ral_gym.errors import DeviceError, DivergedError
 from ral_gym.presets import SMOKE
-from ral_gym.run import Run
+from ral_gym.runs.run import Run
 from ral_gym.stages import common
 from ral_gym.stages.common import Clock, WeightAverage, check_finite, check_weights, resolve_device
 

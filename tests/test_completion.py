@@ -9,8 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
-from ral_gym.codes import decode_codes
-from ral_gym.completion import (
+from ral_gym.config import DataConfig
+from ral_gym.errors import ConfigError, DataError
+from ral_gym.presets import SMOKE
+from ral_gym.priors.sampler import CachedSampler
+from ral_gym.priors.two_level import TwoLevelSampler
+from ral_gym.stages.completion import (
     HIDDEN,
     complete,
     continue_codes,
@@ -19,14 +23,10 @@ from ral_gym.completion import (
     seeded_uniforms,
     visible_code_rows,
 )
-from ral_gym.config import DataConfig
-from ral_gym.errors import ConfigError, DataError
-from ral_gym.presets import SMOKE
-from ral_gym.sampler import CachedSampler
 from ral_gym.stages.levels import Prior, join_priors, prior_of
 from ral_gym.stages.train_vqvae import vqvae_of
-from ral_gym.two_level import TwoLevelSampler
-from ral_gym.vqvae import VQVAE
+from ral_gym.tokenizers.code_set import decode_codes
+from ral_gym.tokenizers.vqvae import VQVAE
 
 ONE = SMOKE
 TWO = dataclasses.replace(SMOKE, vqvae=dataclasses.replace(SMOKE.vqvae, layers=2, levels=2), bottom=SMOKE.prior)

@@ -18,16 +18,16 @@ from ral_gym.agents import (
     Reinforce,
     make_sb3_env,
 )
-from ral_gym.agents.composite_reward import CompositeReward
+from ral_gym.agents.rewards.composite import CompositeReward
 from ral_gym.agents.vec_env import CodeVecEnv, unwrap_code_env
-from ral_gym.codes import decode_codes
 from ral_gym.config import CriticConfig
-from ral_gym.critic import PatchCritic
-from ral_gym.distribution_rewards import FrechetReward, KernelReward
 from ral_gym.errors import ConfigError, DivergedError
 from ral_gym.metrics import EncoderFeatures
-from ral_gym.pixelcnn import PixelCNN
-from ral_gym.storage import load_tensors, pack_state, save_tensors, unpack_state
+from ral_gym.priors.pixelcnn import PixelCNN
+from ral_gym.rewards.critic import PatchCritic
+from ral_gym.rewards.distribution import FrechetReward, KernelReward
+from ral_gym.runs.storage import load_tensors, pack_state, save_tensors, unpack_state
+from ral_gym.tokenizers.code_set import decode_codes
 from tests.tiny import GRID, make_tiny_run
 
 N_ENVS = 8

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from ral_gym.condition import ConditioningStack, upsample
 from ral_gym.errors import ConfigError
-from ral_gym.pixelcnn import PixelCNN
-from ral_gym.sampler import CachedSampler, sample_naive
+from ral_gym.priors.condition import ConditioningStack, upsample
+from ral_gym.priors.pixelcnn import PixelCNN
+from ral_gym.priors.sampler import CachedSampler, sample_naive
 from tests.sampling import B, Episodes, K, assert_same_draws, small
 
 TOP_H, TOP_W, TOP_K = 2, 3, 7

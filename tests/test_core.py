@@ -10,12 +10,12 @@ import torch
 from gymnasium.error import ResetNeeded
 from torch import Tensor
 
-from ral_gym.codes import CodeGrid
 from ral_gym.envs.core import Finished, GenerationCore
 from ral_gym.envs.resets import RESET_MODES
 from ral_gym.envs.run_world import run_world
 from ral_gym.envs.worlds import World, toy_images, toy_world
-from ral_gym.storage import pack_state, unpack_state
+from ral_gym.grid import CodeGrid
+from ral_gym.runs.storage import pack_state, unpack_state
 from tests.tiny import make_tiny_run
 
 E, T, K = 6, 16, 8

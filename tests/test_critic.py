@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ral_gym.critic import PatchCritic, critic_loss, gradient_penalty
 from ral_gym.errors import ConfigError
-from ral_gym.storage import load_module, save_module
+from ral_gym.rewards.critic import PatchCritic, critic_loss, gradient_penalty
+from ral_gym.runs.storage import load_module, save_module
 
 
 def noise(n: int, seed: int, rows: int = 16) -> Tensor:

@@ -9,15 +9,15 @@ import torch
 from stable_baselines3 import PPO
 
 from ral_gym.agents import CoTrainedCritic, CriticCallback, EpisodeRolloutBuffer, PixelCNNPolicy, Reinforce
-from ral_gym.agents.co_trained_critic import FakePool
+from ral_gym.agents.rewards.co_trained_critic import FakePool
 from ral_gym.agents.vec_env import CodeVecEnv
-from ral_gym.codes import CodeGrid
 from ral_gym.config import CriticConfig
-from ral_gym.critic import PatchCritic
 from ral_gym.envs.worlds import World
 from ral_gym.errors import ConfigError, DivergedError
-from ral_gym.pixelcnn import PixelCNN
-from ral_gym.vqvae import VQVAE
+from ral_gym.grid import CodeGrid
+from ral_gym.priors.pixelcnn import PixelCNN
+from ral_gym.rewards.critic import PatchCritic
+from ral_gym.tokenizers.vqvae import VQVAE
 
 GRID = CodeGrid(4, 4, 8)
 CONFIG = CriticConfig(hidden_units=4, layers=3, learning_rate=1e-3, batch_size=4, warmup_steps=12, n_critic=3)
@@ -95,7 +95,7 @@ def test_order_critic_learns_then_scores_then_the_policy_updates(vqvae, algo, fa
 @pytest.mark.parametrize("reset_mode", ["full", "continue", "scratch", "mixed"])
 def test_real_images_are_decoded_from_as_many_rows_as_the_fakes(vqvae, reset_mode, monkeypatch) -> None:
     shapes: list[tuple] = []
-    import ral_gym.agents.co_trained_critic as module
+    import ral_gym.agents.rewards.co_trained_critic as module
 
     loss = module.critic_loss
     monkeypatch.setattr(

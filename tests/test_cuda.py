@@ -25,8 +25,8 @@ from ral_gym.agents import (
     policy_for,
 )
 from ral_gym.agents.defaults import PIXELCNN_ALGORITHMS
-from ral_gym.pixelcnn import PixelCNN
-from ral_gym.sampler import CachedSampler, sample_naive
+from ral_gym.priors.pixelcnn import PixelCNN
+from ral_gym.priors.sampler import CachedSampler, sample_naive
 from tests.tiny import make_tiny_run
 
 E, T, K = 6, 16, 16

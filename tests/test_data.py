@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ral_gym import image_files
-from ral_gym.data import augment, to_float, to_uint8
+from ral_gym.data import files as image_files
+from ral_gym.data.images import augment, to_float, to_uint8
 from ral_gym.errors import ConfigError
 from tests.image_folders import indices, load, message_of, small, write_images
 

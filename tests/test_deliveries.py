@@ -27,13 +27,13 @@ from ral_gym.agents import (
     StepCriticCallback,
     make_sb3_env,
 )
-from ral_gym.codes import CodeGrid
 from ral_gym.config import CriticConfig
-from ral_gym.critic import PatchCritic
 from ral_gym.envs.worlds import World
 from ral_gym.errors import ConfigError
-from ral_gym.pixelcnn import PixelCNN
-from ral_gym.vqvae import VQVAE
+from ral_gym.grid import CodeGrid
+from ral_gym.priors.pixelcnn import PixelCNN
+from ral_gym.rewards.critic import PatchCritic
+from ral_gym.tokenizers.vqvae import VQVAE
 
 GRID, T, K = CodeGrid(4, 4, 8), 16, 8
 CONFIG = CriticConfig(hidden_units=4, layers=2, learning_rate=1e-3, batch_size=4, warmup_steps=12, n_critic=3)

@@ -10,15 +10,15 @@ from rich.console import Console
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 
-from ral_gym.distribution_rewards import (
+from ral_gym.errors import ConfigError, DivergedError
+from ral_gym.metrics import FeatureDistance
+from ral_gym.rewards.distribution import (
     DISTRIBUTION_TERMS,
     FrechetReward,
     KernelReward,
     make_distribution_reward,
 )
-from ral_gym.errors import ConfigError, DivergedError
-from ral_gym.metrics import FeatureDistance
-from ral_gym.rank_one import root_trace, root_trace_change, spectral
+from ral_gym.rewards.rank_one import root_trace, root_trace_change, spectral
 
 
 def sample(n: int, width: int, seed: int, shift: float = 0.2, mixing_seed: int = 0) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ral_gym.sampler import draw
+from ral_gym.priors.sampler import draw
 
 
 def test_draw_follows_the_distribution() -> None:

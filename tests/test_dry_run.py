@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from ral_gym.commands.dry_run import PENALTY_PASSES, StageCost, dry_run
 from ral_gym.config import Config
-from ral_gym.critic import PatchCritic, gradient_penalty
-from ral_gym.dry_run import PENALTY_PASSES, StageCost, dry_run
 from ral_gym.errors import ConfigError
 from ral_gym.presets import PRESETS, SMOKE, get_preset
+from ral_gym.rewards.critic import PatchCritic, gradient_penalty
 from ral_gym.stages.levels import prior_of
 from ral_gym.stages.processes import Compute
 from ral_gym.stages.train_vqvae import vqvae_of

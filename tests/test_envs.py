@@ -22,14 +22,14 @@ from gymnasium.wrappers import HumanRendering, RecordEpisodeStatistics, RecordVi
 from stable_baselines3.common.env_checker import check_env as sb3_check_env
 
 import ral_gym  # noqa: F401
-from ral_gym.critic import PatchCritic
 from ral_gym.envs import latent_code
 from ral_gym.envs.generation import GenerationEnv
 from ral_gym.envs.resets import RESET_MODES
 from ral_gym.envs.run_world import run_world
 from ral_gym.envs.toy import ToyEnv
 from ral_gym.errors import DeviceError, RunError
-from ral_gym.storage import save_module
+from ral_gym.rewards.critic import PatchCritic
+from ral_gym.runs.storage import save_module
 from tests.tiny import N_IMAGES, make_tiny_run
 
 IDS = sorted(id for id in gym.registry if id.startswith("ral_gym/"))

@@ -8,7 +8,7 @@ from stable_baselines3.common.buffers import RolloutBuffer
 
 from ral_gym.agents import EpisodeRolloutBuffer, PixelCNNPolicy, make_sb3_env
 from ral_gym.errors import ConfigError
-from ral_gym.pixelcnn import PixelCNN
+from ral_gym.priors.pixelcnn import PixelCNN
 
 T, K = 16, 8
 

@@ -9,20 +9,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ral_gym.cli import train_main
-from ral_gym.codes import CodeSet, decode_codes, encode_set
-from ral_gym.data import ImageSet, to_float
+from ral_gym.commands.cli import train_main
+from ral_gym.data.images import ImageSet, to_float
 from ral_gym.metrics import Neighbourhood, entropy, extract, nll
 from ral_gym.metrics.neighbourhood import FIGURES
-from ral_gym.rejection import diversity
-from ral_gym.run import Run, read_config
+from ral_gym.runs.run import Run, read_config
+from ral_gym.runs.storage import load_json, save_json
 from ral_gym.stages import given_rows
 from ral_gym.stages.evaluate import Evaluation
 from ral_gym.stages.given_rows import measure_given_rows
 from ral_gym.stages.levels import load_generator
 from ral_gym.stages.pictures import sample_codes
+from ral_gym.stages.rejection import diversity
 from ral_gym.stages.train_vqvae import vqvae_of
-from ral_gym.storage import load_json, save_json
+from ral_gym.tokenizers.code_set import CodeSet, decode_codes, encode_set
 from tests.tiny import make_tiny_run
 
 MEMORISATION = {"memorisation", "memorisation_near", "memorisation_new_people"}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ral_gym.evidence.tables import mean_and_interval
+from ral_gym.report.tables import mean_and_interval
 
 ROOT = Path(__file__).parents[1]
 BLOCKS = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)

@@ -12,14 +12,14 @@ from rich.console import Console
 
 from ral_gym.agents.experiment import Experiment
 from ral_gym.agents.train_ral import train_ral
-from ral_gym.cli import base_run
-from ral_gym.codes import CodeSet
+from ral_gym.commands.train import base_run
 from ral_gym.config import Config
 from ral_gym.errors import ConfigError, RunError
-from ral_gym.run import Run, read_config
+from ral_gym.runs.run import Run, read_config
+from ral_gym.runs.storage import load_json, save_json
 from ral_gym.stages.fork import fork_run
 from ral_gym.stages.levels import load_generator
-from ral_gym.storage import load_json, save_json
+from ral_gym.tokenizers.code_set import CodeSet
 
 
 def tuned(run: Run, **changes: object) -> Config:

@@ -14,15 +14,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from evidence.exposure_lesson import COMPARED, compare, markdown, rarity, verdict
 from PIL import Image
 from rich.console import Console
 
 from ral_gym.envs.oracle import load_oracle
 from ral_gym.errors import ConfigError, RunError
-from ral_gym.evidence.exposure_lesson import COMPARED, compare, markdown, rarity, verdict
 from ral_gym.metrics import Estimate
-from ral_gym.pixelcnn import PixelCNN
-from ral_gym.storage import save_module
+from ral_gym.priors.pixelcnn import PixelCNN
+from ral_gym.runs.storage import save_module
 
 ROOT = Path(__file__).parents[1]
 LESSON = (ROOT / "docs" / "exposure_bias.md").read_text(encoding="utf-8")

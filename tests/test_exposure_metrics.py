@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ral_gym.codes import CodeGrid
 from ral_gym.errors import ConfigError
+from ral_gym.grid import CodeGrid
 from ral_gym.metrics import (
     as_lists,
     corrupt,
@@ -21,7 +21,7 @@ from ral_gym.metrics import (
     half_life,
     prefix_curve,
 )
-from ral_gym.sampler import CachedSampler
+from ral_gym.priors.sampler import CachedSampler
 from tests.sampling import small
 
 K, T = 3, 4

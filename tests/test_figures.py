@@ -16,9 +16,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 from rich.console import Console
 
-from ral_gym import figures
+from ral_gym import pictures as figures
 from ral_gym.errors import RunError
-from ral_gym.figures import (
+from ral_gym.pictures import (
     COLOURS,
     colour,
     results_markdown,
@@ -210,7 +210,7 @@ def test_a_full_disk_leaves_the_old_picture_and_nothing_else(tmp_path, monkeypat
 
 
 def test_no_window_library_is_loaded():
-    code = "import ral_gym.figures, sys; print('matplotlib.pyplot' in sys.modules)"
+    code = "import ral_gym.pictures, sys; print('matplotlib.pyplot' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
 
 

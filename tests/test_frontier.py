@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from evidence.frontier_report import CURVES, best, beyond, on_curve, save_panels, sentences, summary
 from matplotlib.image import imread
 from rich.console import Console
 
 from ral_gym.errors import ConfigError, RunError
-from ral_gym.evidence.frontier_report import CURVES, best, beyond, on_curve, save_panels, sentences, summary
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from ral_gym.agents import GRPO, AdaptiveEntropy, PixelCNNPolicy, Reinforce, make_sb3_env
-from ral_gym.agents.grpo import clipped_surrogate, start_groups
+from ral_gym.agents.algorithms.grpo import clipped_surrogate, start_groups
 from ral_gym.errors import ConfigError
-from ral_gym.pixelcnn import PixelCNN
+from ral_gym.priors.pixelcnn import PixelCNN
 
 T, K = 16, 8
 

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ral_gym import image_files
 from ral_gym.config import DataConfig
-from ral_gym.image_sources import list_huggingface
+from ral_gym.data import files as image_files
+from ral_gym.data.sources import list_huggingface
 from tests.image_folders import colour_of, indices, load, message_of, peak_memory, small, write_images
 
 

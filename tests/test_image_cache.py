@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ral_gym import image_cache, image_files
-from ral_gym.data import load_images
+from ral_gym.data import cache as image_cache
+from ral_gym.data import files as image_files
+from ral_gym.data.images import load_images
 from tests.image_folders import indices, load, message_of, small, write_images
 
 # Memory and disk ----------------------------------------------------------------------------------------------------
@@ -189,8 +190,8 @@ def test_progress_bar_shows_rate_and_time_left(tmp_path: Path, capsys: pytest.Ca
 SCRIPT = """
 import sys
 if {guard}:
-    from ral_gym.image_cache import decode_groups
-    from ral_gym.image_files import Decoding, list_folder
+    from ral_gym.data.cache import decode_groups
+    from ral_gym.data.files import Decoding, list_folder
     from pathlib import Path
     try:
         print("started", flush=True)

@@ -11,12 +11,12 @@ import torch
 
 from ral_gym.agents import load_run
 from ral_gym.agents.train_ral import Stage, train_ral
-from ral_gym.codes import CodeSet
 from ral_gym.errors import RunError
 from ral_gym.presets import SMOKE
-from ral_gym.run import Run, random_state, read_config
+from ral_gym.runs.run import Run, random_state, read_config
+from ral_gym.runs.storage import load_tensors, save_json
 from ral_gym.stages.levels import load_generator, load_vqvae
-from ral_gym.storage import load_tensors, save_json
+from ral_gym.tokenizers.code_set import CodeSet
 from tests.tiny import make_tiny_run
 
 CPU = torch.device("cpu")

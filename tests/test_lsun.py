@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ral_gym import data, image_files, image_sources
 from ral_gym.config import DataConfig
-from ral_gym.image_files import ImageFile
-from ral_gym.image_sources import Entries, LsunReader, list_lsun
+from ral_gym.data import files as image_files
+from ral_gym.data import images as data
+from ral_gym.data import sources as image_sources
+from ral_gym.data.files import ImageFile
+from ral_gym.data.sources import Entries, LsunReader, list_lsun
 from tests.image_folders import encoded, indices, load, message_of, peak_memory, small, write_images, write_lmdb
 
 

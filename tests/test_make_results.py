@@ -12,10 +12,10 @@ import time
 from pathlib import Path
 
 import pytest
+from evidence.results_page import fenced, fill_blocks, machine_line, table_with_figures, times_table
+from evidence.schedule import Job, Schedule
 from rich.console import Console
 
-from ral_gym.commands.results_page import fenced, fill_blocks, machine_line, table_with_figures, times_table
-from ral_gym.commands.schedule import Job, Schedule
 from ral_gym.errors import RunError
 
 ROOT = Path(__file__).parents[1]
@@ -155,7 +155,7 @@ def test_ctrl_c_lets_the_jobs_save_and_waits_for_them(tmp_path: Path, number: in
 
 
 def test_a_job_that_does_not_stop_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ral_gym.commands.schedule.GRACE_SECONDS", 0.5)
+    monkeypatch.setattr("evidence.schedule.GRACE_SECONDS", 0.5)
     interrupt(tmp_path, signal.SIGINT, "stubborn")
     assert not (tmp_path / "a.saved").exists()
     assert not any(entry["done"] for entry in json.loads((tmp_path / "times.json").read_text())["jobs"].values())

@@ -10,14 +10,14 @@ import torch
 import ral_gym  # noqa: F401
 from ral_gym.agents import EntropyReward, PixelCNNPolicy, Reinforce, algorithm_defaults, make_sb3_env
 from ral_gym.assets import FOLDER, asset_path
-from ral_gym.codes import CodeSet
 from ral_gym.envs.core import GenerationCore
 from ral_gym.envs.oracle import load_light_prior, load_oracle, oracle_world
 from ral_gym.errors import RunError
 from ral_gym.metrics import nll, sequence_kl
-from ral_gym.pixelcnn import PixelCNN
-from ral_gym.sampler import CachedSampler
-from ral_gym.storage import load_module
+from ral_gym.priors.pixelcnn import PixelCNN
+from ral_gym.priors.sampler import CachedSampler
+from ral_gym.runs.storage import load_module
+from ral_gym.tokenizers.code_set import CodeSet
 
 T, K = 64, 128
 

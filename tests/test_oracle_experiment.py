@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from evidence import oracle_report as report
 from rich.console import Console
 
-from ral_gym.agents.oracle_callbacks import log_ratio
-from ral_gym.codes import CodeSet
-from ral_gym.evidence import oracle_report as report
+from ral_gym.agents.rewards.oracle import log_ratio
 from ral_gym.metrics import sequence_kl
-from ral_gym.pixelcnn import PixelCNN
-from ral_gym.storage import load_module
+from ral_gym.priors.pixelcnn import PixelCNN
+from ral_gym.runs.storage import load_module
+from ral_gym.tokenizers.code_set import CodeSet
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 ROWS = ["mle", "mle_continued", "mle @ single", "mle_continued @ single", "mle @ intermediate"]

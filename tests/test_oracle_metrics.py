@@ -20,7 +20,7 @@ from ral_gym.metrics import (
     sequence_kl,
 )
 from ral_gym.metrics.divergences import cross_entropy, jsd, kl, total_variation
-from ral_gym.pixelcnn import PixelCNN
+from ral_gym.priors.pixelcnn import PixelCNN
 
 K, T = 3, 4
 GRIDS = torch.tensor(list(itertools.product(range(K), repeat=T)))  # (81, T)

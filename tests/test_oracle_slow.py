@@ -8,7 +8,7 @@ import torch
 from ral_gym.agents import ALGORITHMS, EntropyReward, PixelCNNPolicy, algorithm_defaults, make_sb3_env
 from ral_gym.envs.oracle import load_light_prior, load_oracle
 from ral_gym.metrics import sequence_kl
-from ral_gym.sampler import CachedSampler
+from ral_gym.priors.sampler import CachedSampler
 
 # gae_lambda 0.5: PPO's value head starts from nothing, and over 64 codes Monte Carlo returns bury it in noise.
 SETTINGS: dict[str, tuple[int, int, dict[str, Any]]] = {

@@ -14,12 +14,12 @@ import pytest
 import torch
 from rich.console import Console
 
-from ral_gym.codes import CodeGrid
 from ral_gym.envs.resets import StartDistribution
+from ral_gym.grid import CodeGrid
 from ral_gym.presets import get_preset
-from ral_gym.sampling_cache import SamplingCache
+from ral_gym.priors.pixelcnn_cache import SamplingCache
+from ral_gym.priors.two_level import TwoLevelSampler
 from ral_gym.stages.train_vqvae import vqvae_of
-from ral_gym.two_level import TwoLevelSampler
 
 PATH = Path(__file__).parents[1] / "benchmarks" / "partial_generation.py"
 CPU = torch.device("cpu")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ral_gym.errors import ConfigError
-from ral_gym.pixelcnn import PixelCNN
+from ral_gym.priors.pixelcnn import PixelCNN
 
 
 def small(height: int = 5, width: int = 6, **kwargs: Any) -> PixelCNN:

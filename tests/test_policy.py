@@ -7,7 +7,7 @@ from stable_baselines3 import PPO
 
 from ral_gym.agents import EpisodeRolloutBuffer, PixelCNNPolicy, PriorWeights, Reinforce, make_sb3_env
 from ral_gym.errors import ConfigError
-from ral_gym.pixelcnn import PixelCNN
+from ral_gym.priors.pixelcnn import PixelCNN
 
 T, K = 16, 8
 

@@ -16,17 +16,17 @@ import numpy as np
 import pytest
 import torch
 
-from ral_gym.cli import train_main
-from ral_gym.codes import CodeSet
+from ral_gym.commands.cli import train_main
 from ral_gym.config import Config
-from ral_gym.data import load_images
+from ral_gym.data.images import load_images
 from ral_gym.errors import ConfigError, DeviceError, RunError
 from ral_gym.presets import SMOKE
-from ral_gym.run import Run
+from ral_gym.runs.run import Run
+from ral_gym.runs.storage import load_tensors
 from ral_gym.stages import processes
 from ral_gym.stages.processes import Compute, JointBatches, make_accelerator, partners
 from ral_gym.stages.train_vqvae import build_vqvae, train_vqvae
-from ral_gym.storage import load_tensors
+from ral_gym.tokenizers.code_set import CodeSet
 
 CPU = torch.device("cpu")
 CONFIG = dataclasses.replace(

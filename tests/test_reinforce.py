@@ -6,9 +6,9 @@ import torch
 from stable_baselines3 import PPO
 
 from ral_gym.agents import EpisodeRolloutBuffer, PixelCNNPolicy, Reinforce, algorithm_defaults, make_sb3_env
-from ral_gym.agents.reinforce import batch_baseline
+from ral_gym.agents.algorithms.reinforce import batch_baseline
 from ral_gym.errors import ConfigError
-from ral_gym.pixelcnn import PixelCNN
+from ral_gym.priors.pixelcnn import PixelCNN
 
 T, K = 16, 8
 

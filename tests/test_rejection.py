@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from ral_gym.errors import ConfigError
-from ral_gym.rejection import classifier_judge, critic_judge, diversity, reject, rejection_sample
-from ral_gym.rewards import CriticScorer
-from ral_gym.storage import load_module
-from ral_gym.vqvae import VQVAE
+from ral_gym.rewards.score_map import CriticScorer
+from ral_gym.runs.storage import load_module
+from ral_gym.stages.rejection import classifier_judge, critic_judge, diversity, reject, rejection_sample
+from ral_gym.tokenizers.vqvae import VQVAE
 from tests.tiny import make_tiny_run
 
 
@@ -66,7 +66,7 @@ def test_as_many_are_drawn_as_it_takes() -> None:
 
 
 def test_a_critic_and_a_classifier_judge_images(tmp_path) -> None:
-    from ral_gym.critic import PatchCritic
+    from ral_gym.rewards.critic import PatchCritic
 
     run = make_tiny_run(tmp_path / "run")
     vqvae = load_module(run / "vqvae.safetensors", VQVAE)

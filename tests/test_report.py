@@ -19,16 +19,16 @@ import pytest
 import torch
 from PIL import Image
 
-from ral_gym.cli import main
 from ral_gym.commands.arguments import TrainArguments, parse
+from ral_gym.commands.cli import main
 from ral_gym.commands.generate import open_run
 from ral_gym.config import Config
 from ral_gym.presets import SMOKE, get_preset
-from ral_gym.report import Report
-from ral_gym.report_figures import HEAT_SHARE, heat, heat_map
-from ral_gym.report_text import stage_command
-from ral_gym.run import Run
-from ral_gym.storage import load_json, save_json
+from ral_gym.report.figures import HEAT_SHARE, heat, heat_map
+from ral_gym.report.report import Report
+from ral_gym.report.text import stage_command
+from ral_gym.runs.run import Run
+from ral_gym.runs.storage import load_json, save_json
 from tests.tiny import make_tiny_run
 
 SECTIONS = {

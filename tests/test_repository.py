@@ -24,8 +24,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = {"ral_gym": ROOT / "ral_gym", "ral_gym.envs": ROOT / "envs", "ral_gym.agents": ROOT / "agents"}
 SCRIPT_FOLDERS = [ROOT / "examples", ROOT / "benchmarks", ROOT / "tests"]
-# The command line is the one place that may put all three parts together.
-COMPOSITION_ROOT = {"ral_gym.cli", "ral_gym.__main__"}
+# The commands are the one place that may put all three parts together.
+COMPOSITION_ROOT = ("ral_gym.commands", "ral_gym.__main__")
 RL_LIBRARIES = {"stable_baselines3", "sb3_contrib"}
 MAX_LINES = 400
 
@@ -70,7 +70,7 @@ def imported_names(source: str, name: str, is_package: bool) -> set[str]:
 
 def forbidden_to(name: str) -> set[str]:
     """The modules (and all below them) that the module `name` may not import."""
-    if name in COMPOSITION_ROOT or name.startswith("ral_gym.agents"):
+    if name.startswith((*COMPOSITION_ROOT, "ral_gym.agents")):
         return {"envs", "agents"}
     if name.startswith("ral_gym.envs"):
         return {"envs", "agents", "ral_gym.agents", *RL_LIBRARIES}
@@ -101,14 +101,14 @@ def test_imports_point_one_way() -> None:
 @pytest.mark.parametrize(
     ("name", "is_package", "source"),
     [
-        ("ral_gym.critic", False, "import ral_gym.agents.policy"),
-        ("ral_gym.critic", False, "from ral_gym import envs"),
-        ("ral_gym.critic", False, "from .agents import policy"),
-        ("ral_gym.critic", False, "def f():\n    from gymnasium import spaces"),
+        ("ral_gym.rewards.critic", False, "import ral_gym.agents.policy"),
+        ("ral_gym.rewards.critic", False, "from ral_gym import envs"),
+        ("ral_gym.grid", False, "from .agents import policy"),
+        ("ral_gym.rewards.critic", False, "def f():\n    from gymnasium import spaces"),
         ("ral_gym.stages.rl", False, "from ..envs.core import GenerationCore"),
         ("ral_gym.stages", True, "from .. import agents"),
         ("ral_gym", True, "import stable_baselines3 as sb3"),
-        ("ral_gym.sampler", False, "import importlib\nimportlib.import_module('ral_gym.envs')"),
+        ("ral_gym.priors.sampler", False, "import importlib\nimportlib.import_module('ral_gym.envs')"),
         ("ral_gym.envs.core", False, "from sb3_contrib.trpo import TRPO"),
         ("ral_gym.envs.core", False, "from ..agents import policy"),
         ("ral_gym.agents.policy", False, "from envs import core"),
@@ -122,13 +122,55 @@ def test_an_import_against_the_arrows_is_seen(name: str, is_package: bool, sourc
     ("name", "source"),
     [
         ("ral_gym", "import gymnasium"),
-        ("ral_gym.cli", "from ral_gym.agents import policy\nfrom ral_gym.envs import core"),
+        ("ral_gym.commands.cli", "from ral_gym.agents import policy\nfrom ral_gym.envs import core"),
         ("ral_gym.envs.core", "import gymnasium\nfrom ral_gym import vqvae\nfrom . import render"),
         ("ral_gym.agents.policy", "from stable_baselines3 import PPO\nfrom ral_gym.envs import core"),
     ],
 )
 def test_an_import_along_the_arrows_is_let_through(name: str, source: str) -> None:
     assert not violations(source, name, is_package=False)
+
+
+def import_graph() -> dict[str, set[str]]:
+    """Module -> the package's modules that it imports, anywhere in its file, for type checking too."""
+    graph = {}
+    for name, path in MODULES.items():
+        found = imported_names(path.read_text(encoding="utf-8"), name, path.name == "__init__.py")
+        # ``from a.b import c`` gives a.b and a.b.c: where c is a module, the package around it is not what is meant.
+        found &= MODULES.keys()
+        graph[name] = {one for one in found if not any(other.startswith(f"{one}.") for other in found)} - {name}
+    return graph
+
+
+def room_of(name: str) -> str:
+    """The folder of a module, or the module itself where it lies at the top; envs and agents are one room each."""
+    parts = name.split(".")
+    return parts[1] if len(parts) > 1 else name
+
+
+def circles(graph: dict[str, set[str]]) -> set[str]:
+    """What is left of a graph when whatever imports nothing that is left is taken away, again and again."""
+    left = dict(graph)
+    while leaves := {name for name, imported in left.items() if not imported & left.keys()}:
+        left = {name: imported for name, imported in left.items() if name not in leaves}
+    return set(left)
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    assert not circles(import_graph())
+
+
+def test_no_room_of_the_house_imports_itself_through_others() -> None:
+    rooms: dict[str, set[str]] = {}
+    for name, imported in import_graph().items():
+        here = rooms.setdefault(room_of(name), set())
+        here |= {room_of(other) for other in imported} - {room_of(name)}
+    assert not circles(rooms)
+    assert len(rooms) <= 22, "the folder list is to be read as the data path"
+
+
+def test_a_circle_is_seen() -> None:
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}, "e": set()}) == {"a", "b", "c", "d"}
 
 
 def run_python(code: str, *options: str, cwd: Path) -> str:
@@ -154,7 +196,7 @@ def test_importing_the_generative_half_loads_no_rl_library() -> None:
     half = [
         name
         for name in IMPORTABLE
-        if not name.startswith(("ral_gym.envs", "ral_gym.agents")) and name not in COMPOSITION_ROOT
+        if not name.startswith(("ral_gym.envs", "ral_gym.agents", *COMPOSITION_ROOT))
     ]
     code = f"""
         import importlib, sys
@@ -169,7 +211,7 @@ def test_importing_the_generative_half_loads_no_rl_library() -> None:
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel, built offline from a copy, since a build writes into the tree it builds from."""
     folder = tmp_path_factory.mktemp("wheel")
-    ignored = shutil.ignore_patterns(".*", "runs", "build", "dist", "*.egg-info", "__pycache__")
+    ignored = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__")
     shutil.copytree(ROOT, folder / "source", ignore=ignored)
     offline = ["--no-index", "--no-deps", "--no-build-isolation", "--disable-pip-version-check", "--quiet"]
     command = [sys.executable, "-m", "pip", "wheel", *offline, "--wheel-dir", str(folder), str(folder / "source")]
@@ -208,6 +250,23 @@ def test_the_installed_wheel_imports_from_another_folder(wheel: Path, tmp_path: 
     """
     files = [Path(line).relative_to(target).as_posix() for line in run_python(code, "-I", "-S", cwd=elsewhere).split()]
     assert files == ["ral_gym/__init__.py", "ral_gym/envs/__init__.py", "ral_gym/agents/__init__.py"]
+
+
+def test_the_root_of_a_checkout_works_after_a_plain_installation(wheel: Path, tmp_path: Path) -> None:
+    # There the folder ral_gym shadows the installed package, and has no envs and no agents in it.
+    target = tmp_path / "target"
+    pip = [sys.executable, "-m", "pip", "install", "--no-index", "--no-deps", "--disable-pip-version-check", "--quiet"]
+    subprocess.run([*pip, "--target", str(target), str(wheel)], check=True, stdin=subprocess.DEVNULL, timeout=240)
+    dependencies = sorted({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
+    code = f"""
+        import sys
+        sys.path[:0] = ["", {str(target)!r}, *{dependencies!r}]
+        import ral_gym, gymnasium
+        gymnasium.make("ral_gym/Toy-v0").reset(seed=0)
+        import ral_gym.agents
+        print(ral_gym.__file__)
+    """
+    assert Path(run_python(code, "-I", "-S", cwd=ROOT).strip()) == ROOT / "ral_gym" / "__init__.py"
 
 
 @pytest.mark.parametrize("name", IMPORTABLE)

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 import ral_gym  # noqa: F401
-from ral_gym.codes import CodeGrid
 from ral_gym.envs.resets import RESET_MODES, StartDistribution, parse_options
 from ral_gym.envs.toy import ToyEnv
+from ral_gym.grid import CodeGrid
 
 GRID = CodeGrid(height=6, width=4, codebook_size=8)
 

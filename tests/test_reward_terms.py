@@ -12,21 +12,21 @@ from tqdm import tqdm
 
 from ral_gym.agents import load_run
 from ral_gym.agents.callbacks import RunCallback
-from ral_gym.agents.composite_reward import CompositeReward
-from ral_gym.agents.critic_callback import CriticCallback
+from ral_gym.agents.rewards.composite import CompositeReward
+from ral_gym.agents.rewards.critic_callback import CriticCallback
 from ral_gym.agents.train_ral import Stage, group_size, make_stage, train_ral
-from ral_gym.cli import files_of
-from ral_gym.codes import CodeSet
 from ral_gym.commands.arguments import parse
+from ral_gym.commands.dry_run import dry_run
+from ral_gym.commands.train import files_of
 from ral_gym.config import Config
-from ral_gym.distribution_rewards import DISTRIBUTION_TERMS
-from ral_gym.dry_run import dry_run
 from ral_gym.errors import ConfigError, RunError
 from ral_gym.presets import SMOKE
-from ral_gym.reward_weights import REWARD_TERMS
-from ral_gym.run import Run, read_config
+from ral_gym.rewards.distribution import DISTRIBUTION_TERMS
+from ral_gym.runs.run import Run, read_config
+from ral_gym.runs.storage import load_json, save_json
+from ral_gym.settings import REWARD_TERMS
 from ral_gym.stages.levels import load_generator, load_vqvae
-from ral_gym.storage import load_json, save_json
+from ral_gym.tokenizers.code_set import CodeSet
 from tests.tiny import make_tiny_run
 
 CPU = torch.device("cpu")

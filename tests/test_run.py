@@ -14,8 +14,8 @@ import torch
 from ral_gym.config import Config
 from ral_gym.errors import ConfigError, RunError
 from ral_gym.presets import SMOKE, get_preset
-from ral_gym.run import Run, read_config, seed_everything
-from ral_gym.storage import save_tensors
+from ral_gym.runs.run import Run, read_config, seed_everything
+from ral_gym.runs.storage import save_tensors
 
 
 def changed(**values: object) -> Config:
@@ -203,7 +203,9 @@ def test_seconds_add_up_over_sittings(run) -> None:
 
 def test_two_processes_cannot_train_in_one_folder(tmp_path: Path) -> None:
     run = Run(tmp_path / "run", SMOKE)
-    command = f"from ral_gym.run import Run, read_config; p = {str(run.path)!r}; lock = Run(p, read_config(p)).locked()"
+    command = (
+        f"from ral_gym.runs.run import Run, read_config; p = {str(run.path)!r}; lock = Run(p, read_config(p)).locked()"
+    )
     other = [sys.executable, "-c", f"{command}; lock.__enter__(); print('in')"]
     with run.locked():
         result = subprocess.run(other, capture_output=True, text=True, timeout=60)

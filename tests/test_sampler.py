@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from ral_gym import packed_weights
 from ral_gym.errors import ConfigError
-from ral_gym.packed_weights import PackedWeights
-from ral_gym.pixelcnn import PixelCNN
-from ral_gym.sampler import CachedSampler, draw, sample_naive
-from ral_gym.sampling_cache import SamplingCache
+from ral_gym.priors import packed_weights
+from ral_gym.priors.packed_weights import PackedWeights
+from ral_gym.priors.pixelcnn import PixelCNN
+from ral_gym.priors.pixelcnn_cache import SamplingCache
+from ral_gym.priors.sampler import CachedSampler, draw, sample_naive
 from tests.sampling import B, Episodes, H, K, T, W, assert_same_draws, small
 
 

@@ -13,15 +13,16 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-from ral_gym.cli import train_main
-from ral_gym.codes import CodeGrid, CodeSet
+from ral_gym.commands.cli import train_main
 from ral_gym.config import Config, PriorConfig
-from ral_gym.drawing import draw
 from ral_gym.errors import ConfigError
-from ral_gym.pixelcnn import PixelCNN
+from ral_gym.grid import CodeGrid
 from ral_gym.presets import SMOKE
-from ral_gym.run import Run
-from ral_gym.sampler import CachedSampler
+from ral_gym.priors.drawing import draw
+from ral_gym.priors.pixelcnn import PixelCNN
+from ral_gym.priors.sampler import CachedSampler
+from ral_gym.runs.run import Run
+from ral_gym.runs.storage import load_tensors, save_module, write_text
 from ral_gym.stages import common, train_prior
 from ral_gym.stages.levels import LevelCodes, maximum_likelihood_loss, prior_of
 from ral_gym.stages.processes import Compute
@@ -32,9 +33,9 @@ from ral_gym.stages.scheduled_sampling import (
     mix_two_pass,
     mixed_loss,
 )
-from ral_gym.storage import load_tensors, save_module, write_text
-from ral_gym.vqvae import VQVAE
-from ral_gym.vqvae2 import vqvae_class
+from ral_gym.tokenizers.code_set import CodeSet
+from ral_gym.tokenizers.vqvae import VQVAE
+from ral_gym.tokenizers.vqvae2 import vqvae_class
 from tests.tiny import arguments
 
 CPU = torch.device("cpu")

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from ral_gym.cli import main, train_main
-from ral_gym.run import read_config
-from ral_gym.storage import load_tensors
+from ral_gym.commands.cli import main, train_main
+from ral_gym.runs.run import read_config
+from ral_gym.runs.storage import load_tensors
 
 
 def test_a_run_starts_from_anothers_prior(smoke_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from ral_gym.critic import PatchCritic
 from ral_gym.errors import RunError
-from ral_gym.storage import (
+from ral_gym.rewards.critic import PatchCritic
+from ral_gym.runs.storage import (
     config_arguments,
     differences,
     load_json,
@@ -31,7 +31,7 @@ from ral_gym.storage import (
     write_atomic,
     write_text,
 )
-from ral_gym.vqvae import VQVAE
+from ral_gym.tokenizers.vqvae import VQVAE
 
 
 def critic(hidden_units: int = 4) -> PatchCritic:

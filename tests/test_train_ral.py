@@ -9,16 +9,17 @@ import torch
 
 from ral_gym.agents.callbacks import RunCallback
 from ral_gym.agents.train_ral import train_ral
-from ral_gym.codes import CodeGrid, CodeSet, encode_set
 from ral_gym.config import Config
-from ral_gym.data import load_images
-from ral_gym.pixelcnn import PixelCNN
+from ral_gym.data.images import load_images
+from ral_gym.grid import CodeGrid
 from ral_gym.presets import SMOKE, get_preset
-from ral_gym.run import Run
+from ral_gym.priors.pixelcnn import PixelCNN
+from ral_gym.runs.run import Run
+from ral_gym.runs.storage import load_module, save_module
 from ral_gym.stages.train_prior import build_prior, continue_prior, train_prior
 from ral_gym.stages.train_vqvae import build_vqvae, train_vqvae
-from ral_gym.storage import load_module, save_module
-from ral_gym.vqvae import VQVAE
+from ral_gym.tokenizers.code_set import CodeSet, encode_set
+from ral_gym.tokenizers.vqvae import VQVAE
 
 CPU = torch.device("cpu")
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from ral_gym.drawing import draw
 from ral_gym.errors import ConfigError
-from ral_gym.pixelcnn import PixelCNN
-from ral_gym.sampler import CachedSampler
-from ral_gym.sampling_cache import SamplingCache
-from ral_gym.storage import load_module, save_module
-from ral_gym.two_level import TwoLevelPrior, TwoLevelSampler, build_prior_module, make_sampler
+from ral_gym.priors.drawing import draw
+from ral_gym.priors.pixelcnn import PixelCNN
+from ral_gym.priors.pixelcnn_cache import SamplingCache
+from ral_gym.priors.sampler import CachedSampler
+from ral_gym.priors.two_level import TwoLevelPrior, TwoLevelSampler, build_prior_module, make_sampler
+from ral_gym.runs.storage import load_module, save_module
 from tests.sampling import small
 
 B, H, W, K = 5, 3, 2, 11

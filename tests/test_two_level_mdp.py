@@ -16,16 +16,16 @@ from torch import Tensor
 from ral_gym.agents import EpisodeRolloutBuffer, Episodes, PixelCNNPolicy, Reinforce, algorithm_defaults, make_sb3_env
 from ral_gym.agents.policy import PriorWeights
 from ral_gym.agents.vec_env import CodeVecEnv
-from ral_gym.codes import CodeGrid
 from ral_gym.envs.core import GenerationCore
 from ral_gym.envs.generation import GenerationEnv, action_space, observation_space
 from ral_gym.envs.resets import RESET_MODES
 from ral_gym.envs.vector import GenerationVectorEnv
 from ral_gym.envs.worlds import World
 from ral_gym.errors import ConfigError
-from ral_gym.pixelcnn import PixelCNN
-from ral_gym.rewards import step_rewards
-from ral_gym.two_level import TwoLevelPrior
+from ral_gym.grid import CodeGrid
+from ral_gym.priors.pixelcnn import PixelCNN
+from ral_gym.priors.two_level import TwoLevelPrior
+from ral_gym.rewards.score_map import step_rewards
 from tests.tiny import make_tiny_run
 
 GRID = CodeGrid(4, 2, 5, levels=2)

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from ral_gym.cli import main
 from ral_gym.commands.arguments import VerifyArguments, parse
+from ral_gym.commands.cli import main
 from ral_gym.commands.verify import Comparison, compare, flat_rows
-from ral_gym.run import Run, read_config
-from ral_gym.storage import load_json, load_tensors, save_json, save_tensors
+from ral_gym.runs.run import Run, read_config
+from ral_gym.runs.storage import load_json, load_tensors, save_json, save_tensors
 from tests.tiny import make_tiny_run
 
 QUICK = ["--device", "cpu", "--quiet"]

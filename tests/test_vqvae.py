@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ral_gym.data import ImageSet
+from ral_gym.data.images import ImageSet
 from ral_gym.errors import ConfigError
 from ral_gym.presets import SMOKE
-from ral_gym.run import Run
+from ral_gym.runs.run import Run
+from ral_gym.runs.storage import load_module, save_module
 from ral_gym.stages.train_vqvae import build_vqvae, train_vqvae
-from ral_gym.storage import load_module, save_module
-from ral_gym.vqvae import VQVAE
+from ral_gym.tokenizers.vqvae import VQVAE
 
 
 def small(**changes: Any) -> VQVAE:

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ral_gym.codes import CodeGrid, CodeSet, decode_codes, encode_images, encode_set
-from ral_gym.data import ImageSet, to_uint8
+from ral_gym.data.images import ImageSet, to_uint8
 from ral_gym.errors import ConfigError, RunError
+from ral_gym.grid import CodeGrid
 from ral_gym.metrics.features import EncoderFeatures, extract
-from ral_gym.storage import load_module, save_module
-from ral_gym.vqvae import VQVAE
-from ral_gym.vqvae2 import VQVAE2, vqvae_class
+from ral_gym.runs.storage import load_module, save_module
+from ral_gym.tokenizers.code_set import CodeSet, decode_codes, encode_images, encode_set
+from ral_gym.tokenizers.vqvae import VQVAE
+from ral_gym.tokenizers.vqvae2 import VQVAE2, vqvae_class
 
 CONFIG = {"codebook_size": 16, "codebook_dim": 8, "hidden_units": 16, "residual_units": 8, "residual_blocks": 1}
 
@@ -241,5 +242,6 @@ def test_a_set_of_images_becomes_sequences(trained, tmp_path) -> None:
 
 def test_the_shape_of_codes_needs_no_quantiser() -> None:
     # Its library takes seconds to import, and the toy environment has no VQ-VAE.
-    script = "import sys, ral_gym.codes; assert not {'vector_quantize_pytorch', 'ral_gym.vqvae'} & sys.modules.keys()"
+    modules = "{'vector_quantize_pytorch', 'ral_gym.tokenizers.vqvae'}"
+    script = f"import sys, ral_gym.tokenizers.code_set; assert not {modules} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)

@@ -9,14 +9,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from ral_gym.codes import CodeGrid, CodeSet
-from ral_gym.critic import PatchCritic
-from ral_gym.pixelcnn import PixelCNN
+from ral_gym.grid import CodeGrid
 from ral_gym.presets import SMOKE
+from ral_gym.priors.pixelcnn import PixelCNN
+from ral_gym.rewards.critic import PatchCritic
+from ral_gym.runs.storage import config_arguments, save_module, write_text
 from ral_gym.stages.levels import SUFFIXES
-from ral_gym.storage import config_arguments, save_module, write_text
-from ral_gym.vqvae import VQVAE
-from ral_gym.vqvae2 import vqvae_class
+from ral_gym.tokenizers.code_set import CodeSet
+from ral_gym.tokenizers.vqvae import VQVAE
+from ral_gym.tokenizers.vqvae2 import vqvae_class
 
 GRID = CodeGrid(height=4, width=4, codebook_size=16)
 N_IMAGES = 12

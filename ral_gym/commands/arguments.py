@@ -13,11 +13,13 @@ import tyro
 from ral_gym.config import Config
 from ral_gym.errors import ConfigError
 from ral_gym.presets import PRESETS, get_preset
+from ral_gym.registry import allow_given, load_plugins
 
 Stage = Literal["vqvae", "prior", "ral", "evaluate"]
 STAGES: tuple[Stage, ...] = ("vqvae", "prior", "ral", "evaluate")
 Generator = Literal["prior", "prior_ema", "prior_continued", "policy", "policy_ema"]
 RunFolder = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+Plugins = Annotated[tuple[str, ...], tyro.conf.arg(name="plugin", metavar="MODULE[:CLASS] ..")]
 ImageFile = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE")]
 
 
@@ -53,6 +55,8 @@ class TrainArguments:
     """Stages 1 and 2: work through each batch in this many parts, for less memory; the step stays the same."""
     quiet: bool = False
     """No progress bars."""
+    plugins: Plugins = ()
+    """Your own parts: modules that register some, or `module:Class` names that the run's files may ask for."""
 
 
 @dataclass
@@ -75,6 +79,8 @@ class SampleArguments:
     """Also write the codes, int16 (n, T), to this .npz file."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
+    plugins: Plugins = ()
+    """Your own parts: modules that register some, or `module:Class` names that the run's files may ask for."""
 
 
 @dataclass
@@ -97,6 +103,8 @@ class CompleteArguments:
     """PNG file. None: RUN/samples/complete_IMAGE.png."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
+    plugins: Plugins = ()
+    """Your own parts: modules that register some, or `module:Class` names that the run's files may ask for."""
 
 
 @dataclass
@@ -109,6 +117,8 @@ class EvaluateArguments:
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
     quiet: bool = False
     """No progress bars."""
+    plugins: Plugins = ()
+    """Your own parts: modules that register some, or `module:Class` names that the run's files may ask for."""
 
 
 @dataclass
@@ -129,6 +139,8 @@ class ReportArguments:
     """HTML file. None: RUN/report.html."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
+    plugins: Plugins = ()
+    """Your own parts: modules that register some, or `module:Class` names that the run's files may ask for."""
 
 
 @dataclass
@@ -149,6 +161,8 @@ class VerifyArguments:
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
     quiet: bool = False
     """No progress bars."""
+    plugins: Plugins = ()
+    """Your own parts: modules that register some, or `module:Class` names that the run's files may ask for."""
 
 
 Arguments = (
@@ -169,6 +183,7 @@ def parse(argv: Sequence[str]) -> Arguments:
         ConfigError: an unknown preset, or a setting out of range.
         SystemExit: wrong arguments (2) or --help (0), by tyro.
     """
+    _load_plugins(argv)
     train: Any = tyro.conf.subcommand("train", default=TrainArguments(_preset(argv)), description=_training_help())
     commands: Any = Union[  # noqa: UP007 (made at run time)
         Annotated[TrainArguments, train],
@@ -199,8 +214,21 @@ def parse_train(argv: Sequence[str]) -> TrainArguments:
         ConfigError: an unknown preset, or a setting out of range.
         SystemExit: wrong arguments (2) or --help (0), by tyro.
     """
+    _load_plugins(argv)
     default = TrainArguments(_preset(argv))
     return _complete(tyro.cli(TrainArguments, args=list(argv), default=default, description=_training_help()))
+
+
+def _load_plugins(argv: Sequence[str]) -> None:
+    """Let in the parts that this command line names, before anything asks for them.
+
+    Raises:
+        ConfigError: a plug-in that cannot be imported.
+    """
+    allow_given(argv)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--plugin", nargs="*", default=[])
+    load_plugins(first.parse_known_args(argv)[0].plugin)
 
 
 def _preset(argv: Sequence[str]) -> Config:
@@ -218,7 +246,7 @@ def _preset(argv: Sequence[str]) -> Config:
         return get_preset(given.preset or "demo")
     if given.preset is not None:
         raise ConfigError(f"--start-from {given.start_from} brings its own settings: leave --preset out")
-    from ral_gym.run import read_config  # imports torch
+    from ral_gym.runs.run import read_config  # imports torch
 
     return read_config(given.start_from)
 

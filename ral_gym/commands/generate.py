@@ -9,16 +9,16 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from ral_gym.codes import decode_codes
 from ral_gym.commands.arguments import CompleteArguments, SampleArguments
-from ral_gym.completion import complete, read_image, save_completion
 from ral_gym.errors import ConfigError, RunError
-from ral_gym.figures import save_grid
-from ral_gym.run import Run, read_config
+from ral_gym.pictures import save_grid
+from ral_gym.runs.run import Run, read_config
+from ral_gym.runs.storage import write_atomic
 from ral_gym.stages.common import resolve_device
+from ral_gym.stages.completion import complete, read_image, save_completion
 from ral_gym.stages.levels import GENERATORS, load_generator, load_vqvae
 from ral_gym.stages.pictures import sample_codes
-from ral_gym.storage import write_atomic
+from ral_gym.tokenizers.code_set import decode_codes
 
 COMPLETED_BY = {"MLE": "prior", "RAL": "policy_ema"}
 """The generators that a completion compares, as in Figure 7."""

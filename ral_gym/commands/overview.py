@@ -79,7 +79,7 @@ def show_dry_run(arguments: TrainArguments, console: Console) -> None:
     Raises:
         ConfigError: the settings do not fit one another.
     """
-    from ral_gym.dry_run import dry_run
+    from ral_gym.commands.dry_run import dry_run
     from ral_gym.stages.processes import Compute, process_count
 
     config = arguments.config

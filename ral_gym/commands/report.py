@@ -8,7 +8,7 @@ from rich.console import Console
 
 from ral_gym.commands.arguments import ReportArguments
 from ral_gym.commands.generate import open_run
-from ral_gym.report import write_report
+from ral_gym.report.report import write_report
 from ral_gym.stages.common import resolve_device
 
 

@@ -17,17 +17,17 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ral_gym.codes import CodeSet
 from ral_gym.commands.arguments import VerifyArguments
 from ral_gym.commands.generate import open_run
-from ral_gym.data import load_images
+from ral_gym.data.images import load_images
 from ral_gym.errors import ConfigError, RunError
-from ral_gym.run import Run
+from ral_gym.runs.run import Run
+from ral_gym.runs.storage import load_json
 from ral_gym.stages.common import resolve_device
 from ral_gym.stages.evaluate import check_extractor, load_priors, measure, results_of
 from ral_gym.stages.evaluation import Evaluation
 from ral_gym.stages.levels import load_vqvae
-from ral_gym.storage import load_json
+from ral_gym.tokenizers.code_set import CodeSet
 
 ROUNDING = 1e-6
 """Relative difference that counts as none."""

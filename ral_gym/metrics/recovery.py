@@ -18,8 +18,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ral_gym.codes import CodeGrid
 from ral_gym.errors import ConfigError
+from ral_gym.grid import CodeGrid
 from ral_gym.metrics.codes import Codes, Logits, _batches, _tensor
 from ral_gym.metrics.divergences import conditional_log_probs, cross_entropy, kl
 from ral_gym.metrics.exposure import Curve

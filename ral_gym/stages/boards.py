@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from ral_gym.codes import decode_codes, encode_images
-from ral_gym.pixelcnn import PixelCNN
-from ral_gym.two_level import Prior, TwoLevelPrior, make_sampler
-from ral_gym.vqvae import VQVAE
+from ral_gym.priors.pixelcnn import PixelCNN
+from ral_gym.priors.two_level import Prior, TwoLevelPrior, make_sampler
+from ral_gym.tokenizers.code_set import decode_codes, encode_images
+from ral_gym.tokenizers.vqvae import VQVAE
 
 N_GRIDS = 5
 """Grids of a stage, at equal distances; the last one at its end."""

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ral_gym.errors import DeviceError, DivergedError
-from ral_gym.run import Run
-from ral_gym.storage import weights_of
+from ral_gym.runs.run import Run
+from ral_gym.runs.storage import weights_of
 
 CHECKPOINT_SECONDS = 30.0
 """Time between two checkpoints of a running stage."""

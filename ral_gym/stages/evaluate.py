@@ -14,23 +14,23 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ral_gym.codes import CodeSet
-from ral_gym.critic import PatchCritic
-from ral_gym.data import ImageSet
+from ral_gym.data.images import ImageSet
 from ral_gym.errors import DataError, RunError
 from ral_gym.metrics import make_extractor
 from ral_gym.metrics.distances import MINIMUM_IMAGES
-from ral_gym.rejection import critic_judge
-from ral_gym.rewards import CriticScorer
-from ral_gym.run import Run
+from ral_gym.priors.two_level import Prior
+from ral_gym.rewards.critic import PatchCritic
+from ral_gym.rewards.score_map import CriticScorer
+from ral_gym.runs.run import Run
+from ral_gym.runs.storage import differences, load_json, load_module, save_json
 from ral_gym.stages.common import Clock
 from ral_gym.stages.evaluation import Evaluation, Row
 from ral_gym.stages.given_rows import measure_given_rows
 from ral_gym.stages.levels import load_generator
 from ral_gym.stages.pictures import draw_pictures
-from ral_gym.storage import differences, load_json, load_module, save_json
-from ral_gym.two_level import Prior
-from ral_gym.vqvae import VQVAE
+from ral_gym.stages.rejection import critic_judge
+from ral_gym.tokenizers.code_set import CodeSet
+from ral_gym.tokenizers.vqvae import VQVAE
 
 __all__ = ["GENERATORS", "SWEPT", "Evaluation", "check_extractor", "check_images", "evaluate", "measure", "results_of"]
 

@@ -16,8 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ral_gym.codes import CodeSet, decode_codes, encode_images
-from ral_gym.data import ImageSet
+from ral_gym.data.images import ImageSet
 from ral_gym.metrics import (
     EncoderFeatures,
     Estimate,
@@ -37,11 +36,12 @@ from ral_gym.metrics import (
 )
 from ral_gym.metrics.distances import kid_subset_size
 from ral_gym.metrics.neighbourhood import FIGURES
-from ral_gym.rejection import Judge, rejection_sample
-from ral_gym.run import Run
+from ral_gym.priors.two_level import Prior
+from ral_gym.runs.run import Run
 from ral_gym.stages.pictures import sample_codes
-from ral_gym.two_level import Prior
-from ral_gym.vqvae import VQVAE
+from ral_gym.stages.rejection import Judge, rejection_sample
+from ral_gym.tokenizers.code_set import CodeSet, decode_codes, encode_images
+from ral_gym.tokenizers.vqvae import VQVAE
 
 REJECTION_SHARE = 0.25
 LOGITS_PER_PASS = 2**24

@@ -7,12 +7,12 @@ import json
 import shutil
 from pathlib import Path
 
-from ral_gym.codes import CodeSet
 from ral_gym.config import Config
 from ral_gym.errors import ConfigError, RunError
-from ral_gym.run import Run
+from ral_gym.runs.run import Run
+from ral_gym.runs.storage import differences, write_atomic
 from ral_gym.stages.levels import SUFFIXES
-from ral_gym.storage import differences, write_atomic
+from ral_gym.tokenizers.code_set import CodeSet
 
 STAGE_1 = ("vqvae.safetensors", "codes.safetensors")
 SECTIONS_OF_STAGE_1 = ("data", "vqvae", "seed")

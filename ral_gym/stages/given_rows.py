@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ral_gym.codes import decode_codes
-from ral_gym.completion import continue_codes
 from ral_gym.metrics import distance_estimates, extract
+from ral_gym.priors.two_level import Prior, make_sampler
+from ral_gym.stages.completion import continue_codes
 from ral_gym.stages.evaluation import SMALLEST_WITH_INTERVALS, Evaluation
-from ral_gym.two_level import Prior, make_sampler
+from ral_gym.tokenizers.code_set import decode_codes
 
 N_IMAGES = 500
 BATCH = 250

@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ral_gym.codes import CodeGrid
 from ral_gym.config import Config
 from ral_gym.errors import RunError
+from ral_gym.grid import CodeGrid
 from ral_gym.metrics import nll
-from ral_gym.pixelcnn import PixelCNN
-from ral_gym.run import Run
-from ral_gym.storage import config_arguments, load_module
-from ral_gym.two_level import TwoLevelPrior
-from ral_gym.vqvae import VQVAE
-from ral_gym.vqvae2 import vqvae_class
+from ral_gym.priors.pixelcnn import PixelCNN
+from ral_gym.priors.two_level import TwoLevelPrior
+from ral_gym.runs.run import Run
+from ral_gym.runs.storage import config_arguments, load_module
+from ral_gym.tokenizers.vqvae import VQVAE
+from ral_gym.tokenizers.vqvae2 import vqvae_class
 
 Prior = PixelCNN | TwoLevelPrior
 SUFFIXES = ("", "_bottom")

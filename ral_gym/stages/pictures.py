@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ral_gym.codes import CodeSet, decode_codes
-from ral_gym.data import ImageSet
-from ral_gym.figures import save_comparison, save_curves, save_frontier, save_neighbours
+from ral_gym.data.images import ImageSet
 from ral_gym.metrics import nearest
-from ral_gym.run import Run
-from ral_gym.two_level import Prior, make_sampler
-from ral_gym.vqvae import VQVAE
+from ral_gym.pictures import save_comparison, save_curves, save_frontier, save_neighbours
+from ral_gym.priors.two_level import Prior, make_sampler
+from ral_gym.runs.run import Run
+from ral_gym.tokenizers.code_set import CodeSet, decode_codes
+from ral_gym.tokenizers.vqvae import VQVAE
 
 SAMPLE_BATCH = 500
 N_SHOWN = 16

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from ral_gym.pixelcnn import PixelCNN
-from ral_gym.run import Run
+from ral_gym.priors.pixelcnn import PixelCNN
+from ral_gym.runs.run import Run
+from ral_gym.runs.storage import load_module, weights_of
 from ral_gym.stages.boards import add_samples
 from ral_gym.stages.common import WeightAverage
 from ral_gym.stages.levels import LevelCodes, held_out_nll, load_vqvae
 from ral_gym.stages.processes import process_index
-from ral_gym.storage import load_module, weights_of
-from ral_gym.vqvae import VQVAE
+from ral_gym.tokenizers.vqvae import VQVAE
 
 
 @dataclass

@@ -36,10 +36,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ral_gym.config import PriorConfig
-from ral_gym.drawing import draw
 from ral_gym.errors import ConfigError
-from ral_gym.pixelcnn import PixelCNN
-from ral_gym.sampler import CachedSampler
+from ral_gym.priors.drawing import draw
+from ral_gym.priors.pixelcnn import PixelCNN
+from ral_gym.priors.sampler import CachedSampler
 from ral_gym.stages.levels import LevelCodes, maximum_likelihood_loss
 
 LEAST_REAL = 0.01

@@ -16,12 +16,13 @@ from accelerate import Accelerator
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from ral_gym.codes import CodeGrid, CodeSet
 from ral_gym.config import PriorConfig
 from ral_gym.errors import DivergedError
+from ral_gym.grid import CodeGrid
 from ral_gym.metrics import unigram_nll
-from ral_gym.pixelcnn import PixelCNN
-from ral_gym.run import Run, seed_everything
+from ral_gym.priors.pixelcnn import PixelCNN
+from ral_gym.runs.run import Run, seed_everything
+from ral_gym.runs.storage import load_module, save_module
 from ral_gym.stages.boards import due
 from ral_gym.stages.common import Clock, WeightAverage, check_finite, check_weights
 from ral_gym.stages.levels import (
@@ -37,7 +38,7 @@ from ral_gym.stages.levels import (
 from ral_gym.stages.prior_measurements import Board, HeldOut
 from ral_gym.stages.processes import Compute, JointBatches, make_accelerator, partners
 from ral_gym.stages.scheduled_sampling import ScheduledSampling
-from ral_gym.storage import load_module, save_module
+from ral_gym.tokenizers.code_set import CodeSet
 
 STAGE = "prior"
 CONTROL = "prior_continued"

@@ -8,17 +8,17 @@ from torch.nn import functional as F
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from ral_gym.codes import CodeGrid
 from ral_gym.config import Config
-from ral_gym.data import ImageSet, augment, to_float
+from ral_gym.data.images import ImageSet, augment, to_float
+from ral_gym.grid import CodeGrid
 from ral_gym.metrics import perplexity
-from ral_gym.run import Run, seed_everything
+from ral_gym.runs.run import Run, seed_everything
+from ral_gym.runs.storage import config_arguments, load_module, save_module
 from ral_gym.stages.boards import add_reconstructions, due
 from ral_gym.stages.common import Clock, check_finite, check_weights
 from ral_gym.stages.processes import Compute, JointBatches, make_accelerator, partners
-from ral_gym.storage import config_arguments, load_module, save_module
-from ral_gym.vqvae import VQVAE
-from ral_gym.vqvae2 import vqvae_class
+from ral_gym.tokenizers.vqvae import VQVAE
+from ral_gym.tokenizers.vqvae2 import vqvae_class
 
 STAGE = "vqvae"
 LOG_EVERY = 10

@@ -1,0 +1,1 @@
+"""REINFORCE and GRPO on whole episodes, as Stable-Baselines3 algorithms."""

@@ -1,0 +1,241 @@
+"""What policy gradients on whole images share: a round of episodes per update, the fast path, two ties to the data.
+
+`Reinforce` and `GRPO` differ in their advantages and in the loss of one code; everything else is here. Both are
+Stable-Baselines3 algorithms: callbacks, loggers, save and load work as they do for `PPO`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.type_aliases import GymEnv, Schedule
+from stable_baselines3.common.vec_env import VecEnv
+from torch import Tensor
+from torch.nn import functional as F
+
+from ral_gym.agents.episodes import EpisodeRolloutBuffer
+from ral_gym.agents.policy import PixelCNNPolicy, PriorWeights, episode_logits
+from ral_gym.agents.vec_env import CodeVecEnv, real_codes
+from ral_gym.errors import ConfigError
+from ral_gym.priors.two_level import Prior
+
+Figures = dict[str, float]
+
+
+class EpisodeAlgorithm(OnPolicyAlgorithm):
+    """The base of `Reinforce` and `GRPO`; their pages explain the arguments. `train` makes `n_epochs` steps.
+
+    Raises:
+        ConfigError: a maximum-likelihood share without real codes.
+    """
+
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {"PixelCNNPolicy": PixelCNNPolicy}
+    rollout_buffer: EpisodeRolloutBuffer
+    policy: PixelCNNPolicy
+    n_epochs = 1
+    needs_values = False
+
+    def __init__(
+        self,
+        policy: str | type[PixelCNNPolicy],
+        env: GymEnv | str,
+        learning_rate: float | Schedule,
+        n_steps: int | None,
+        *,
+        mle_coef: float,
+        kl_coef: float,
+        batch_size: int | None,
+        fast_path: bool,
+        rollout_buffer_class: type[EpisodeRolloutBuffer] | None,
+        vf_coef: float = 0.0,
+        _init_setup_model: bool,
+        **kwargs: Any,
+    ) -> None:
+        self.mle_coef, self.kl_coef = mle_coef, kl_coef
+        self.batch_size, self.fast_path = batch_size, fast_path
+        self._reference: Prior | None = None
+        super().__init__(
+            policy,
+            env,
+            learning_rate=learning_rate,
+            n_steps=n_steps or 0,
+            gae_lambda=1.0,
+            vf_coef=vf_coef,
+            use_sde=False,
+            sde_sample_freq=-1,
+            rollout_buffer_class=rollout_buffer_class or EpisodeRolloutBuffer,
+            supported_action_spaces=(spaces.Discrete,),
+            _init_setup_model=False,
+            **kwargs,
+        )
+        if _init_setup_model:
+            self._setup_model()
+
+    def _setup_model(self) -> None:
+        self.n_steps = self.n_steps or int(self.observation_space.shape[0])  # type: ignore[index]
+        super()._setup_model()
+        self._real_codes: np.ndarray | None = None
+        if self.mle_coef and self.env is not None:
+            self._real_codes = real_codes(self.env)
+            if self._real_codes is None:
+                raise ConfigError("mle_coef needs real codes, but the environment has none: use a run's environment")
+        if self.kl_coef:
+            self._reference = PriorWeights.of(self.policy.prior).build().to(self.device).eval().requires_grad_(False)
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "_reference", "_real_codes"]
+
+    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
+        modules, tensors = super()._get_torch_save_params()
+        return [*modules, *(["_reference"] if self._reference is not None else [])], tensors
+
+    def collect_rollouts(self, env: VecEnv, callback: BaseCallback, rollout_buffer: Any, n_rollout_steps: int) -> bool:
+        """One round: until every environment has finished the episode it is in."""
+        assert self._last_obs is not None, "No previous observation was provided"
+        left = (self._last_obs == rollout_buffer.not_drawn).sum(1)
+        alike = bool((self._last_obs == rollout_buffer.not_drawn).std(0).max() == 0)
+        if self.fast_path and alike and isinstance(env, CodeVecEnv):
+            return self._collect_round(env, callback, rollout_buffer)
+        return super().collect_rollouts(env, callback, rollout_buffer, int(left.max()))
+
+    def _collect_round(self, env: CodeVecEnv, callback: BaseCallback, rollout_buffer: EpisodeRolloutBuffer) -> bool:
+        """The whole-image fast path: the sampler draws all codes, then the environment does its bookkeeping.
+
+        ``callback.on_step`` is called once for the round.
+        """
+        self.policy.set_training_mode(False)
+        rollout_buffer.reset()
+        callback.on_rollout_start()
+        obs: np.ndarray = self._last_obs  # type: ignore[assignment]
+        codes, values, log_probs = self.policy.draw_round(
+            torch.as_tensor(obs, device=self.device), with_values=self.needs_values
+        )
+        new_obs, rewards, dones, infos = env.step_round(codes.to(env.core.device))
+        self.num_timesteps += int((obs == rollout_buffer.not_drawn).sum())
+        callback.update_locals(locals())
+        if not callback.on_step():
+            return False
+        self._update_info_buffer(infos, dones)
+        if env.world.oracle is not None:  # every code was paid when it was drawn
+            rewards = np.stack([info["step_rewards"] for info in infos])  # (E, T)
+        rollout_buffer.add_round(obs, codes.cpu().numpy(), rewards, values.cpu().numpy(), log_probs.cpu().numpy())
+        self._last_obs, self._last_episode_starts = new_obs, dones
+        rollout_buffer.compute_returns_and_advantage()
+        callback.update_locals(locals())
+        callback.on_rollout_end()
+        return True
+
+    def _advantages(self) -> np.ndarray:
+        """(N,) advantages of the buffer's transitions."""
+        raise NotImplementedError
+
+    def _policy_loss(
+        self, log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, row: Tensor
+    ) -> tuple[Tensor, Figures]:
+        """Loss of every transition (N,), and figures summed over them; `row` (N,) tells which episode each is of."""
+        raise NotImplementedError
+
+    def _prior_kl(self, log_probs: Tensor, log_prob: Tensor, reference: Tensor, actions: Tensor) -> Tensor:
+        """KL(policy || start) at every transition, from log-probabilities (N, K); `log_prob` (N,) of the `actions`."""
+        raise NotImplementedError
+
+    def _value_loss(self, features: Tensor, position: Tensor, stop: Tensor, returns: Tensor) -> Tensor | None:
+        """Squared errors of the value head (N,), or None without one."""
+        return None
+
+    def _stop_early(self, figures: Figures) -> bool:
+        """Whether to make no further epoch."""
+        return False
+
+    def train(self) -> None:
+        """An update from the finished episodes of the round: one optimizer step per epoch."""
+        self.policy.set_training_mode(True)
+        self._update_learning_rate(self.policy.optimizer)
+        advantages = self._advantages()
+        epochs: list[Figures] = []
+        for _ in range(self.n_epochs):
+            epochs.append(self._epoch(advantages))
+            self._n_updates += 1
+            if self._stop_early(epochs[-1]):
+                break
+        for name in epochs[0]:
+            self.logger.record(f"train/{name}", sum(figures[name] for figures in epochs) / len(epochs))
+        self.logger.record("train/advantage_std", float(advantages.std()))
+        self.logger.record("train/n_updates", self._n_updates)
+
+    def _epoch(self, advantages: np.ndarray) -> Figures:
+        """One optimizer step on all episodes; gradients are summed over chunks of them."""
+        buffer = self.rollout_buffer
+        returns, old_log_probs = buffer.returns, buffer.log_probs
+        lengths = buffer.lengths
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        self.policy.optimizer.zero_grad()
+        sums: Figures = {}
+        for rows in self._chunks(lengths):
+            flat = slice(offsets[rows[0]], offsets[rows[-1] + 1])
+            loss, figures = self._loss(rows, advantages[flat], returns[flat], old_log_probs[flat], len(advantages))
+            loss.backward()
+            for name, figure in figures.items():
+                sums[name] = sums.get(name, 0.0) + figure
+        if self.mle_coef:
+            sums["mle_loss"] = self._mle_backward(len(lengths))
+        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
+        self.policy.optimizer.step()
+        return sums | {"grad_norm": norm.item()}
+
+    def _chunks(self, lengths: np.ndarray) -> list[np.ndarray]:
+        """Consecutive episodes of at most `batch_size` transitions (at least one episode each)."""
+        if self.batch_size is None:
+            return [np.arange(len(lengths))]
+        label = (np.cumsum(lengths) - lengths) // max(self.batch_size, 1)
+        return np.split(np.arange(len(lengths)), np.flatnonzero(np.diff(label)) + 1)
+
+    def _loss(
+        self, rows: np.ndarray, advantages: np.ndarray, returns: np.ndarray, old_log_probs: np.ndarray, total: int
+    ) -> tuple[Tensor, Figures]:
+        """The share of some episodes in the loss, and in the logged means over all `total` transitions."""
+        episodes = self.rollout_buffer.episodes(rows)
+        features, position, stop = self.policy._features(episodes)
+        log_probs = self.policy.prior.logits(features, position).log_softmax(1)  # (N, K)
+        actions = episodes.codes[episodes.row, episodes.pos]
+        log_prob = log_probs.gather(1, actions[:, None]).squeeze(1)  # (N,)
+        entropy = -(log_probs.exp() * log_probs).sum(1)  # (N,)
+        old_log_prob = torch.as_tensor(old_log_probs, device=self.device)
+        losses, figures = self._policy_loss(
+            log_prob, old_log_prob, torch.as_tensor(advantages, device=self.device), episodes.row
+        )
+        policy_loss = losses.sum() / total
+        loss = policy_loss - self.ent_coef * entropy.sum() / total
+        figures = {name: figure / total for name, figure in figures.items()}
+        figures |= {"policy_gradient_loss": policy_loss.item(), "entropy_loss": -entropy.sum().item() / total}
+        with torch.no_grad():
+            log_ratio = log_prob - old_log_prob
+            figures["approx_kl"] = (log_ratio.exp() - 1 - log_ratio).sum().item() / total
+        value_losses = self._value_loss(features, position, stop, torch.as_tensor(returns, device=self.device))
+        if value_losses is not None:
+            value_loss = value_losses.sum() / total
+            loss = loss + self.vf_coef * value_loss
+            figures["value_loss"] = value_loss.item()
+        if self._reference is not None:
+            with torch.no_grad():
+                reference = episode_logits(self._reference, episodes).log_softmax(1)
+            divergence = self._prior_kl(log_probs, log_prob, reference, actions).sum() / total
+            loss = loss + self.kl_coef * divergence
+            figures["kl_to_prior"] = divergence.item()
+        figures["loss"] = loss.item()
+        return loss, figures
+
+    def _mle_backward(self, n_images: int) -> float:
+        """Gradient of the maximum-likelihood share, on a batch of real codes."""
+        assert self._real_codes is not None
+        rows = np.random.randint(len(self._real_codes), size=n_images)
+        codes = torch.as_tensor(self._real_codes[rows].astype(np.int64), device=self.device)  # (B, T)
+        loss = F.cross_entropy(self.policy.prior(codes).flatten(0, 1), codes.flatten())
+        (self.mle_coef * loss).backward()
+        return loss.item()

@@ -1,0 +1,268 @@
+"""GRPO on whole images: group-relative advantages, a clipped ratio, KL to the frozen prior.
+
+Group Relative Policy Optimization (Shao et al., 2024, "DeepSeekMath") needs no value head: an episode is compared
+with others that started from the same grid. The sequence-level ratio is that of "Group Sequence Policy Optimization"
+(Zheng et al., 2025) in its token form, as used for autoregressive image models by Baran et al. (2026).
+
+What differs from those, and why:
+
+* Advantages are centred per group, but divided by the standard deviation of the whole batch or by nothing: dividing
+  by each group's own weighs starts by how alike their images are, and is no longer the gradient of any one objective.
+* The surrogate is the pessimistic min(ratio A, clip(ratio) A). The code of Baran et al. takes the maximum, which
+  leaves steps in a wrong direction unlimited.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import torch
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
+from stable_baselines3.common.utils import FloatSchedule
+from stable_baselines3.common.vec_env import VecEnv
+from torch import Tensor
+
+from ral_gym.agents.algorithms.base import EpisodeAlgorithm, Figures
+from ral_gym.agents.algorithms.reinforce import batch_baseline
+from ral_gym.agents.episodes import EpisodeRolloutBuffer
+from ral_gym.agents.policy import PixelCNNPolicy
+from ral_gym.agents.regularizers import AdaptiveEntropy
+from ral_gym.agents.vec_env import CodeVecEnv, unwrap_code_env
+from ral_gym.errors import ConfigError
+
+SelfGRPO = TypeVar("SelfGRPO", bound="GRPO")
+
+
+def start_groups(buffer: EpisodeRolloutBuffer) -> np.ndarray:
+    """Labels (n,) of the finished episodes: equal where start, stop and all given codes are."""
+    given = np.where(buffer.mask, -1, buffer.codes)  # (n, T)
+    return np.unique(given, axis=0, return_inverse=True)[1].reshape(-1)
+
+
+def clipped_surrogate(
+    log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, clip_range: float, row: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The pessimistic clipped surrogate of every code.
+
+    Args:
+        log_prob: (N,) under the policy now.
+        old_log_prob: (N,) when drawn.
+        advantages: (N,).
+        clip_range: ratios are clipped to 1 - clip_range .. 1 + clip_range.
+        row: (N,) int64, which episode a code is of: the ratio is the geometric mean over the episode's codes, the
+            gradient stays each code's own (GSPO-token). None: the code's own ratio.
+
+    Returns:
+        the loss (N,), and the ratios (N,).
+    """
+    log_ratio = log_prob - old_log_prob
+    if row is not None:
+        n = int(row.max()) + 1
+        counts = torch.bincount(row, minlength=n)
+        mean = torch.zeros(n, device=row.device).index_add_(0, row, log_ratio.detach()) / counts.clamp_min(1)
+        log_ratio = mean[row] + log_prob - log_prob.detach()
+    ratio = log_ratio.exp()
+    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
+    return -torch.min(ratio * advantages, clipped * advantages), ratio.detach()
+
+
+class GRPO(EpisodeAlgorithm):
+    """Group-relative policy optimisation with one round of episodes per update.
+
+    Args:
+        policy: `PixelCNNPolicy` (the class or its name).
+        env: a `ral_gym` environment, best from `make_sb3_env`.
+        learning_rate: Adam's.
+        n_steps: capacity of the buffer per environment; None: T. A round is one finished episode per environment.
+        gamma: discount.
+        group_size: environments that continue the same real image from the same row, and divides their number. From
+            an empty grid all episodes have the same start, so the group is the batch.
+        scale_advantage: `batch`: divide by the standard deviation over the batch; `none`: do not.
+        n_epochs: optimizer steps per round.
+        ratio: `sequence` or `token`, see `clipped_surrogate`.
+        clip_range: see `clipped_surrogate`.
+        target_kl: make no further epoch once the mean KL per code from the round's policy exceeds 1.5 times this.
+        kl_coef: weight of KL(policy || the policy's starting weights), by the k3 estimator exp(d) - d - 1 with
+            d = log prior - log policy of the drawn codes (Schulman, 2020): never negative.
+        mle_coef: weight of a maximum-likelihood loss on real codes, a batch as large as the round, in every update.
+        ent_coef: weight of the entropy bonus.
+        entropy_target: steer the bonus by `AdaptiveEntropy` around `ent_coef`: a share of ln K or `start`; None: fixed.
+        entropy_schedule: `AdaptiveEntropy`'s `schedule`.
+        max_grad_norm: gradient clipping.
+        batch_size: transitions per forward and backward pass; gradients are summed over passes. None: all at once.
+        fast_path: draw whole images at once where all environments stand alike; False: step by step.
+        rollout_buffer_class: `EpisodeRolloutBuffer`.
+        rollout_buffer_kwargs: its arguments.
+        stats_window_size: episodes in the rollout averages.
+        tensorboard_log: folder.
+        policy_kwargs: `PixelCNNPolicy`'s arguments, such as ``{"prior": "runs/demo"}``.
+        verbose: SB3's.
+        seed: seeds everything.
+        device: SB3's.
+        _init_setup_model: SB3's.
+
+    Raises:
+        ConfigError: unknown `ratio` or `scale_advantage`, groups that do not fit the environments, a maximum-likelihood
+            share without real codes; in training, when no two episodes of a round had the same start.
+    """
+
+    def __init__(
+        self,
+        policy: str | type[PixelCNNPolicy],
+        env: GymEnv | str,
+        learning_rate: float | Schedule = 1e-4,
+        n_steps: int | None = None,
+        gamma: float = 1.0,
+        group_size: int = 8,
+        scale_advantage: Literal["batch", "none"] = "batch",
+        n_epochs: int = 2,
+        ratio: Literal["sequence", "token"] = "sequence",
+        clip_range: float | Schedule = 0.2,
+        target_kl: float | None = None,
+        kl_coef: float = 0.0,
+        mle_coef: float = 0.0,
+        ent_coef: float = 0.0,
+        entropy_target: float | Literal["start"] | None = None,
+        entropy_schedule: bool = False,
+        max_grad_norm: float = 1.0,
+        batch_size: int | None = None,
+        fast_path: bool = True,
+        rollout_buffer_class: type[EpisodeRolloutBuffer] | None = None,
+        rollout_buffer_kwargs: dict[str, Any] | None = None,
+        stats_window_size: int = 100,
+        tensorboard_log: str | None = None,
+        policy_kwargs: dict[str, Any] | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: torch.device | str = "auto",
+        _init_setup_model: bool = True,
+    ) -> None:
+        if ratio not in ("sequence", "token"):
+            raise ConfigError(f"ratio {ratio!r} is unknown: choose sequence or token")
+        if scale_advantage not in ("batch", "none"):
+            raise ConfigError(f"scale_advantage {scale_advantage!r} is unknown: choose batch or none")
+        self.group_size, self.scale_advantage, self.ratio = group_size, scale_advantage, ratio
+        self.n_epochs, self.clip_range, self.target_kl = n_epochs, clip_range, target_kl
+        self.entropy_target, self.entropy_schedule = entropy_target, entropy_schedule
+        self.entropy_rule: AdaptiveEntropy | None = None
+        super().__init__(
+            policy,
+            env,
+            learning_rate,
+            n_steps,
+            gamma=gamma,
+            mle_coef=mle_coef,
+            kl_coef=kl_coef,
+            ent_coef=ent_coef,
+            max_grad_norm=max_grad_norm,
+            batch_size=batch_size,
+            fast_path=fast_path,
+            rollout_buffer_class=rollout_buffer_class,
+            rollout_buffer_kwargs=rollout_buffer_kwargs,
+            stats_window_size=stats_window_size,
+            tensorboard_log=tensorboard_log,
+            policy_kwargs=policy_kwargs,
+            verbose=verbose,
+            seed=seed,
+            device=device,
+            _init_setup_model=_init_setup_model,
+        )
+
+    def _setup_model(self) -> None:
+        super()._setup_model()
+        self.clip_range = FloatSchedule(self.clip_range)
+        if self.entropy_target is not None and self.entropy_rule is None:
+            size = self.policy.prior.codebook_size
+            self.entropy_rule = AdaptiveEntropy(
+                size, self.ent_coef, self.entropy_target, schedule=self.entropy_schedule
+            )
+        if self.env is not None:
+            self._check_groups(self.env)
+
+    def _check_groups(self, env: VecEnv) -> CodeVecEnv | None:
+        """The environment whose rows must be grouped, or None where all start alike anyway.
+
+        Raises:
+            ConfigError: they cannot be.
+        """
+        found = unwrap_code_env(env)
+        if found is None or found.core.distribution.mode not in ("continue", "mixed"):
+            return None
+        if self.group_size < 2 or env.num_envs % self.group_size:
+            raise ConfigError(
+                f"group_size={self.group_size} does not divide {env.num_envs} environments into groups of at least 2 "
+                "that continue the same image: choose a divisor"
+            )
+        if not found.core.lockstep:
+            raise ConfigError("GRPO groups environments that start alike: make them with lockstep=True")
+        return found
+
+    def collect_rollouts(self, env: VecEnv, callback: BaseCallback, rollout_buffer: Any, n_rollout_steps: int) -> bool:
+        """One round: until every environment has finished the episode it is in; each group starts from one grid."""
+        found = self._check_groups(env)
+        if found is not None:
+            # The rows of a group take over the start of its first row, whatever that was drawn or asked to be.
+            leaders = np.arange(env.num_envs) // self.group_size * self.group_size
+            state = found.core.state_dict()
+            found.core.load_state_dict(
+                state | {name: state[name][leaders] for name in ("codes", "start", "position", "stop", "pending")}
+            )
+            self._last_obs = found.core.observations()
+        return super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
+
+    def _advantages(self) -> np.ndarray:
+        """(N,) returns of the buffer's transitions minus their group's mean at the same position."""
+        buffer = self.rollout_buffer
+        group = start_groups(buffer)
+        if len(group) > 1 and np.bincount(group).max() == 1:
+            raise ConfigError(
+                f"the {len(group)} episodes of a round all started from different grids, so there is nothing to "
+                "compare: use make_sb3_env, or reset_mode='full'"
+            )
+        mask = buffer.mask
+        returns = np.zeros(mask.shape, np.float32)
+        returns[mask] = buffer.returns
+        advantages = (returns - batch_baseline(returns, mask, group, leave_one_out=False))[mask]
+        if self.scale_advantage == "batch":
+            advantages = advantages / (advantages.std() + 1e-8)
+        return advantages
+
+    def _policy_loss(
+        self, log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, row: Tensor
+    ) -> tuple[Tensor, Figures]:
+        clip_range = self._clip_range
+        losses, ratio = clipped_surrogate(
+            log_prob, old_log_prob, advantages, clip_range, row if self.ratio == "sequence" else None
+        )
+        return losses, {"clip_fraction": ((ratio - 1).abs() > clip_range).float().sum().item()}
+
+    def _prior_kl(self, log_probs: Tensor, log_prob: Tensor, reference: Tensor, actions: Tensor) -> Tensor:
+        difference = reference.gather(1, actions[:, None]).squeeze(1) - log_prob  # (N,)
+        return difference.exp() - difference - 1
+
+    def _stop_early(self, figures: Figures) -> bool:
+        return self.target_kl is not None and figures["approx_kl"] > 1.5 * self.target_kl
+
+    def train(self) -> None:
+        """An update from the finished episodes of the round: one optimizer step per epoch."""
+        self._clip_range = self.clip_range(self._current_progress_remaining)  # type: ignore[operator]
+        if self.entropy_rule is not None:
+            entropy = -float(self.rollout_buffer.log_probs.mean())
+            self.ent_coef = self.entropy_rule(entropy, 1 - self._current_progress_remaining)
+            self.logger.record("train/ent_coef", self.ent_coef)
+        super().train()
+        self.logger.record("train/clip_range", self._clip_range)
+
+    def learn(
+        self: SelfGRPO,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int = 1,
+        tb_log_name: str = "GRPO",
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> SelfGRPO:
+        """Train for at least `total_timesteps` drawn codes; SB3's arguments."""
+        return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)

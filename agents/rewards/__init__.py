@@ -1,0 +1,1 @@
+"""What brings rewards into a rollout."""

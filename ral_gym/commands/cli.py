@@ -1,0 +1,67 @@
+"""The command line, the one place above the three layers: ``ral-gym train | sample | complete | evaluate | ...``.
+
+The arguments are those of `ral_gym.commands.arguments`; each command is one file beside this one.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from ral_gym.commands.arguments import (
+    CompleteArguments,
+    EvaluateArguments,
+    PresetsArguments,
+    ReportArguments,
+    SampleArguments,
+    TrainArguments,
+    VerifyArguments,
+    parse,
+    parse_train,
+)
+from ral_gym.commands.ending import run_command
+from ral_gym.commands.train import evaluate_run, train
+
+__all__ = ["main", "train_main"]
+
+
+def _dispatch(argv: Sequence[str], console: Console) -> None:
+    """Parse and run one command."""
+    arguments = parse(argv)
+    match arguments:
+        case TrainArguments():
+            train(arguments, console)
+        case EvaluateArguments():
+            evaluate_run(arguments, console)
+        case SampleArguments():
+            from ral_gym.commands.generate import sample
+
+            sample(arguments, console)
+        case CompleteArguments():
+            from ral_gym.commands.generate import complete_image
+
+            complete_image(arguments, console)
+        case VerifyArguments():
+            from ral_gym.commands.verify import verify_run
+
+            verify_run(arguments, console)
+        case ReportArguments():
+            from ral_gym.commands.report import report_run
+
+            report_run(arguments, console)
+        case PresetsArguments():
+            from ral_gym.commands.overview import show_presets
+
+            show_presets(arguments, console)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """``ral-gym``."""
+    return run_command(_dispatch, sys.argv[1:] if argv is None else argv)
+
+
+def train_main(argv: Sequence[str] | None = None) -> int:
+    """The training command alone, for ``examples/train_celeba.py``."""
+    return run_command(lambda args, console: train(parse_train(args), console), sys.argv[1:] if argv is None else argv)

@@ -1,0 +1,260 @@
+"""What a configuration will cost, without training: its models on the meta device, which computes shapes only.
+
+Operations are `torch.utils.flop_counter`'s, of matrix products and convolutions, forward and backward; a multiply-add
+counts as two. Memory is weights, gradients, Adam's two moments and averages, and what the backward pass keeps of one
+part of a batch; a framework's own buffers come on top. The quantiser's forward does not run on the meta device, so
+encoder, lookup and decoder are counted apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ral_gym.config import Config
+from ral_gym.grid import CodeGrid
+from ral_gym.priors.pixelcnn import PixelCNN
+from ral_gym.rewards.critic import PatchCritic
+from ral_gym.stages.levels import SECTIONS, prior_of
+from ral_gym.stages.processes import Compute
+from ral_gym.stages.train_vqvae import vqvae_of
+from ral_gym.tokenizers.vqvae import VQVAE
+
+META = torch.device("meta")
+DECODER_PARTS = ("decoder", "upsample_top")
+"""Submodules of a VQ-VAE that paint; the others encode."""
+PENALTY_PASSES = 6
+"""A gradient penalty in forward passes: one forward, one to the image, and twice each for their own gradients."""
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """One stage's estimate."""
+
+    stage: str
+    """Its name."""
+    parameters: int
+    """Trained weights."""
+    batch_size: int
+    """Images or code grids per step."""
+    steps: int
+    """How many steps it takes."""
+    flops_per_step: int
+    """Operations of one step, forward and backward."""
+    memory: int
+    """Bytes per process while it trains."""
+    parts: dict[str, int] = field(default_factory=dict)
+    """Operations per image of the forward pass's parts."""
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """The estimate of all stages."""
+
+    grid: CodeGrid
+    """The shape of an image's codes; `grid.n_codes` is T."""
+    channels: int
+    """1 (grey) or 3."""
+    stages: list[StageCost]
+    """In order."""
+
+
+@dataclass
+class _Count:
+    """What one pass over a batch on the meta device takes."""
+
+    flops: int = 0
+    kept: int = 0
+    """Bytes that the backward pass needs, without weights."""
+    by_module: dict[str, Any] = field(default_factory=dict)
+
+
+def dry_run(config: Config, compute: Compute | None = None, processes: int = 1) -> DryRun:
+    """Estimate all stages of a configuration.
+
+    Args:
+        config: the settings; no data are read: images have one channel if `data.grey` or `faces`, else three.
+        compute: precision and parts of stages 1 and 2.
+        processes: how many share each batch of stages 1 and 2.
+
+    Raises:
+        ConfigError: the settings do not fit one another.
+    """
+    config.check()
+    compute = compute or Compute()
+    compute.check()
+    channels = 1 if config.data.grey or config.data.source == "faces" else 3
+    with META:
+        vqvae = vqvae_of(config, config.data.image_size, channels)
+        grid = CodeGrid(vqvae.height, vqvae.width, vqvae.codebook_size, vqvae.levels)
+        priors = [prior_of(config, grid, level) for level in range(grid.levels)]
+    stages = [_vqvae_cost(config, vqvae, compute, processes)]
+    for level, prior in enumerate(priors):
+        stages.append(_prior_cost(config, prior, grid, level, compute, processes))
+    stages.append(_ral_cost(config, vqvae, priors, grid))
+    return DryRun(grid, channels, stages)
+
+
+def _vqvae_cost(config: Config, vqvae: VQVAE, compute: Compute, processes: int) -> StageCost:
+    """Stage 1: encoder, lookup and decoder, forward and backward."""
+    settings, shares = config.vqvae, processes * compute.gradient_accumulation
+    images = torch.empty(_share(settings.batch_size, shares), *_image_shape(vqvae), device=META)
+    vectors = [0]
+    with _without_lookup(vqvae, vectors):
+        once = _count(lambda: _sum(vqvae(images)[0]))
+        forward = _count(lambda: vqvae(images), backward=False)
+    lookup = 2 * settings.codebook_size * settings.codebook_dim * vectors[0] // 2  # counted in two passes
+    painted = sum(count for name, count in forward.by_module.items() if name in DECODER_PARTS)
+    n = len(images)
+    return StageCost(
+        stage="1 VQ-VAE" if vqvae.levels == 1 else "1 VQ-VAE-2",
+        parameters=_parameters(vqvae),
+        batch_size=settings.batch_size,
+        steps=settings.training_steps,
+        flops_per_step=shares * (once.flops + lookup),
+        memory=_trained(vqvae) + _activations(once, compute),
+        parts={"encoder": (forward.flops - painted) // n, "lookup": lookup // n, "decoder": painted // n},
+    )
+
+
+def _prior_cost(
+    config: Config, prior: PixelCNN, grid: CodeGrid, level: int, compute: Compute, processes: int
+) -> StageCost:
+    """Stage 2 of one level."""
+    settings, shares = getattr(config, SECTIONS[level]), processes * compute.gradient_accumulation
+    n = _share(settings.batch_size, shares)
+    once = _count(lambda: _sum(_logits(prior, grid, level, n)))
+    forward = _count(lambda: _logits(prior, grid, level, 1), backward=False)
+    name = "2 PixelCNN" if grid.levels == 1 else ("2 PixelCNN top", "2 PixelCNN bottom")[level]
+    return StageCost(
+        stage=name,
+        parameters=_parameters(prior),
+        batch_size=settings.batch_size,
+        steps=settings.training_steps,
+        flops_per_step=shares * once.flops,
+        memory=_trained(prior, averages=1) + _activations(once, compute),
+        parts={"PixelCNN": forward.flops},
+    )
+
+
+def _ral_cost(config: Config, vqvae: VQVAE, priors: list[PixelCNN], grid: CodeGrid) -> StageCost:
+    """Stage 3: whole images drawn, one pass of the policy gradient, the critic's steps if there is one."""
+    ral, settings = config.ral, config.critic
+    with META:
+        critic = PatchCritic(
+            vqvae.image_size, vqvae.channels, hidden_units=settings.hidden_units, layers=settings.layers
+        )
+    wanted = {"both": range(grid.levels), "top": [0], "bottom": [grid.levels - 1]}[ral.train_levels]
+    tuned = [priors[level] for level in wanted]
+    drawn = _count(lambda: [_logits(p, grid, level, ral.n_envs) for level, p in enumerate(priors)], backward=False)
+    update = _count(lambda: _sum(*(_logits(priors[level], grid, level, ral.n_envs) for level in wanted)))
+    painted = torch.empty(settings.batch_size, *_image_shape(vqvae), device=META)
+    step = _count(lambda: _sum(critic(torch.cat([painted, painted]))))
+    penalty = PENALTY_PASSES * _count(lambda: critic(painted), backward=False).flops
+    critic_flops = step.flops + (penalty if settings.loss == "wgan_gp" else 0)
+    with _without_lookup(vqvae, [0]):
+        one = torch.empty(1, *_image_shape(vqvae), device=META)
+        both = _count(lambda: vqvae(one), backward=False)
+    decoded = sum(count for name, count in both.by_module.items() if name in DECODER_PARTS)  # one image
+    scored = _count(lambda: critic(one), backward=False).flops
+    per_update = drawn.flops + update.flops + ral.n_envs * decoded
+    if ral.uses_critic:
+        per_update += ral.n_envs * scored + settings.n_critic * (critic_flops + 2 * settings.batch_size * decoded)
+    frozen = sum(_bytes(module.parameters()) for module in [vqvae, *priors])
+    trained = sum(_trained(prior, averages=1) for prior in tuned) + (_trained(critic) if ral.uses_critic else 0)
+    return StageCost(
+        stage=f"3 RAL ({ral.algo})",
+        parameters=sum(map(_parameters, tuned)),
+        batch_size=ral.n_envs,
+        steps=ral.n_updates,
+        flops_per_step=per_update,
+        memory=frozen + trained + max(update.kept, step.kept if ral.uses_critic else 0),
+        parts={"drawing": drawn.flops // ral.n_envs, "decoder": decoded}
+        | ({"critic": scored} if ral.uses_critic else {}),
+    )
+
+
+def _logits(prior: PixelCNN, grid: CodeGrid, level: int, n: int) -> Tensor:
+    """Logits of n code grids of one level, on the meta device."""
+    sizes = grid.level_sizes
+    codes = torch.zeros(n, sizes[level], dtype=torch.int64, device=META)
+    if not level:
+        return prior(codes)
+    return prior(codes, torch.zeros(n, sizes[0], dtype=torch.int64, device=META))
+
+
+def _count(run: Callable[[], Any], backward: bool = True) -> _Count:
+    """Count one pass, and the backward pass from the scalar that it returns."""
+    count, storages = _Count(), {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, nn.Parameter) and not (tensor.is_leaf and tensor.requires_grad):
+            storage = tensor.untyped_storage()
+            storages[storage._cdata] = (storage, storage.nbytes())  # held, so that no address comes twice
+        return tensor
+
+    counter = FlopCounterMode(display=False)
+    with torch.set_grad_enabled(backward), counter:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            result = run()
+        if backward:
+            result.backward()
+    count.flops = counter.get_total_flops()
+    count.kept = sum(size for _, size in storages.values())
+    modules = counter.get_flop_counts()
+    count.by_module = {
+        name.partition(".")[2]: sum(counts.values()) for name, counts in modules.items() if name.count(".") == 1
+    }
+    return count
+
+
+@contextmanager
+def _without_lookup(vqvae: VQVAE, vectors: list[int]) -> Iterator[None]:
+    """Let a VQ-VAE's quantisers pass vectors on as they are, and count them."""
+
+    def passed(z: Tensor, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+        vectors[0] += z.shape[:-1].numel()
+        return z, torch.zeros(z.shape[:-1], dtype=torch.int64, device=z.device), z.new_zeros(1)
+
+    for quantiser in vqvae.quantisers:
+        quantiser.forward = passed
+    try:
+        yield
+    finally:
+        for quantiser in vqvae.quantisers:
+            del quantiser.forward
+
+
+def _share(batch_size: int, shares: int) -> int:
+    return max(1, batch_size // shares)
+
+
+def _image_shape(vqvae: VQVAE) -> tuple[int, int, int]:
+    return (vqvae.channels, vqvae.image_size, vqvae.image_size)
+
+
+def _sum(*tensors: Tensor) -> Tensor:
+    return torch.stack([tensor.sum() for tensor in tensors]).sum()
+
+
+def _parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _bytes(tensors: Any) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _trained(module: nn.Module, averages: int = 0) -> int:
+    """Bytes of weights, gradients, Adam's two moments and weight averages, and of buffers."""
+    return (4 + averages) * _bytes(module.parameters()) + _bytes(module.buffers())
+
+
+def _activations(count: _Count, compute: Compute) -> int:
+    return count.kept // (2 if compute.mixed_precision == "bf16" else 1)

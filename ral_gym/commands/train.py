@@ -1,0 +1,289 @@
+"""`ral-gym train`: images -> VQ-VAE -> PixelCNN -> RAL -> table and pictures, one stage after the other.
+
+Each stage loads what is there, continues what was begun, or trains. Under ``torchrun`` or ``accelerate launch``
+stages 1 and 2 are shared among the processes; the first one alone goes on.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from ral_gym.commands.arguments import STAGES, EvaluateArguments, TrainArguments, parse_train
+from ral_gym.config import Config
+from ral_gym.errors import RunError
+
+# torch and the stages are imported inside the functions: --help and a mistyped flag answer at once, and Ctrl-C during
+# the seconds that they take to load is caught like any other.
+if TYPE_CHECKING:
+    import torch
+
+    from ral_gym.data.images import ImageSet
+    from ral_gym.grid import CodeGrid
+    from ral_gym.runs.run import Run
+    from ral_gym.tokenizers.code_set import CodeSet
+    from ral_gym.tokenizers.vqvae import VQVAE
+
+WEIGHTS = ("vqvae", "codes", "prior", "prior_ema", "prior_continued", "policy", "policy_ema", "critic")
+FINISHED = ("results.json", *(f"{name}.safetensors" for name in WEIGHTS))
+"""The files of a finished run of one level; one that was removed is made again."""
+MADE_BY = {"vqvae": ("vqvae",), "prior": ("codes", "prior", "prior_ema"), "ral": WEIGHTS[4:]}
+"""What each stage leaves for those after it."""
+
+
+def finished_files(config: Config) -> tuple[str, ...]:
+    """The files of a finished run."""
+    return ("results.json", *(file for stage in MADE_BY for file in files_of(stage, config)))
+
+
+def files_of(stage: str, config: Config) -> list[str]:
+    """What a stage leaves; with two levels every prior is two files, and there may be no critic."""
+    names = [
+        name + suffix
+        for name in MADE_BY[stage]
+        if name != "critic" or config.ral.uses_critic
+        for suffix in (("", "_bottom") if name.startswith("prior") and config.vqvae.levels == 2 else ("",))
+    ]
+    return [f"{name}.safetensors" for name in names]
+
+
+def train(arguments: TrainArguments, console: Console) -> dict[str, Any]:
+    """The stages in order; each loads what is there, continues what was begun, or trains.
+
+    Returns:
+        the results table; empty where it was not asked for.
+
+    Raises:
+        RunError: a stage that was asked for needs one that was not and that has not been trained, or another process
+            is at work in the folder.
+    """
+    from ral_gym.agents.defaults import check_algorithm
+    from ral_gym.runs.run import Run
+    from ral_gym.runs.storage import load_json
+    from ral_gym.stages.common import resolve_device
+    from ral_gym.stages.evaluate import check_extractor
+    from ral_gym.stages.processes import process_index
+
+    config, stages = arguments.config, arguments.stages
+    check_algorithm(config.ral.algo)
+    if arguments.dry_run:
+        from ral_gym.commands.overview import show_dry_run
+
+        show_dry_run(arguments, console)
+        return {}
+    device = resolve_device(arguments.device)
+    path = Path(arguments.runs) / str(arguments.name)
+    run = Run(path, config) if arguments.start_from is None else _fork(arguments.start_from, path, config)
+    if "evaluate" in stages and all(map(run.has, finished_files(config))):
+        return report(run, load_json(run.file("results.json")), console)
+    _check_stages(run, stages)
+    if "evaluate" in stages:
+        check_extractor(run)
+    with run.locked() if process_index() == 0 else nullcontext():
+        return _run_stages(Pipeline(run, device, arguments, console), stages, console)
+
+
+def _fork(source: str, path: Path, config: Config) -> Run:
+    """A run that starts from another one's stages 1 and 2."""
+    from ral_gym.runs.run import Run, read_config
+    from ral_gym.stages.fork import fork_run
+
+    return fork_run(Run(source, read_config(source)), path, config)
+
+
+def _run_stages(pipeline: Pipeline, stages: Sequence[str], console: Console) -> dict[str, Any]:
+    """Stages 1 and 2 on all processes, then the others on the first one alone; the results table, or nothing."""
+    from ral_gym.stages.processes import end_processes
+
+    for stage in STAGES[:2]:
+        if stage in stages:
+            pipeline.steps[stage]()
+    if not end_processes():
+        return {}
+    for stage in STAGES[2:]:
+        if stage in stages:
+            pipeline.steps[stage]()
+    if "evaluate" not in stages:
+        _list_files(pipeline.run, stages, console)
+    return pipeline.results
+
+
+def _check_stages(run: Run, stages: Sequence[str]) -> None:
+    """Refuse a stage whose forerunners are neither asked for nor there, before any is begun."""
+    for number, stage in enumerate(STAGES):
+        for earlier in STAGES[:number] if stage in stages else ():
+            missing = [name for name in files_of(earlier, run.config) if not run.has(name)]
+            if missing and earlier not in stages:
+                raise RunError(
+                    f"stage {stage} needs {', '.join(missing)} in {run.path}: run --stages {earlier} first, or leave "
+                    "--stages out for all of them"
+                )
+
+
+class Pipeline:
+    """The stages of one run, with what they hand to one another.
+
+    Args:
+        run: the run folder.
+        device: where to train.
+        arguments: the command's.
+        console: where to say what data these are.
+    """
+
+    def __init__(self, run: Run, device: torch.device, arguments: TrainArguments, console: Console) -> None:
+        from ral_gym.stages.processes import Compute, process_index
+
+        self.run, self.device, self.console = run, device, console
+        self.progress = not arguments.quiet and process_index() == 0
+        self.measuring = "evaluate" in arguments.stages
+        self.compute = Compute(arguments.mixed_precision, arguments.gradient_accumulation)
+        self.results: dict[str, Any] = {}
+        self.steps = {"vqvae": self.train_vqvae, "prior": self.train_prior, "ral": self.train_ral}
+        self.steps["evaluate"] = self.evaluate
+
+    @functools.cached_property
+    def images(self) -> ImageSet:
+        """The run's images, loaded by the first process before the others, which find its cache."""
+        from ral_gym.data.images import load_images
+        from ral_gym.stages.evaluate import check_images
+        from ral_gym.stages.processes import main_process_first
+
+        config = self.run.config
+        with main_process_first(self.device):
+            images = load_images(config.data, seed=config.seed, progress=self.progress)
+        if self.measuring:
+            check_images(images)
+        _introduce(images, self.run, self.device, self.console)
+        return images
+
+    @functools.cached_property
+    def vqvae(self) -> VQVAE:
+        """The trained VQ-VAE."""
+        from ral_gym.stages.levels import load_vqvae
+
+        return load_vqvae(self.run, self.device)
+
+    @property
+    def grid(self) -> CodeGrid:
+        """The shape of an image's codes."""
+        return self.vqvae.grid
+
+    @functools.cached_property
+    def codes(self) -> CodeSet:
+        """The code file: made once, by the first process."""
+        from ral_gym.stages.processes import main_process_first
+        from ral_gym.tokenizers.code_set import CodeSet, encode_set
+
+        file, config = self.run.file("codes.safetensors"), self.run.config
+        images = None if file.exists() else self.images
+        with main_process_first(self.device):
+            if images is not None and not file.exists():
+                passes, seed = config.prior.augmented_passes, config.seed * 1000 + 7
+                encode_set(self.vqvae, images, passes=passes, seed=seed, progress=self.progress).save(file)
+        return CodeSet.load(file, self.grid)
+
+    def train_vqvae(self) -> None:
+        """Stage 1."""
+        from ral_gym.stages.train_vqvae import train_vqvae
+
+        self.vqvae = train_vqvae(self.run, self.images, self.device, self.progress, self.compute)
+
+    def train_prior(self) -> None:
+        """Stage 2."""
+        from ral_gym.stages.train_prior import train_prior
+
+        train_prior(self.run, self.codes, self.grid, self.device, self.progress, self.compute)
+
+    def train_ral(self) -> None:
+        """Stage 3 and its control."""
+        from ral_gym.agents.train_ral import train_ral
+        from ral_gym.stages.levels import load_generator
+        from ral_gym.stages.train_prior import continue_prior
+
+        prior: Any = load_generator(self.run, "prior", self.device)
+        train_ral(self.run, self.vqvae, prior, self.codes, self.device, self.progress)
+        continue_prior(self.run, prior, self.codes, self.device, self.progress)
+
+    def evaluate(self) -> None:
+        """The table and the pictures."""
+        from ral_gym.stages.evaluate import evaluate
+
+        self.results = evaluate(self.run, self.vqvae, self.codes, self.images, self.device, self.progress)
+        report(self.run, self.results, self.console)
+
+
+def _introduce(images: ImageSet, run: Run, device: torch.device, console: Console) -> None:
+    """The first lines: which data, how to give other data, where the run lives."""
+    lines = [f"Data: {images.description}"]
+    if run.config.data.source == "faces":
+        lines += ["  Your own: --data celeba:PATH (img_align_celeba, folder or zip) or --data folder:PATH"]
+    lines += [f"Run:  {run.path}  (preset {run.config.preset}, {run.config.ral.algo}, {device})"]
+    _say(console, lines)
+
+
+def _list_files(run: Run, stages: Sequence[str], console: Console) -> None:
+    """Where the stages' files are, when there is no table to print."""
+    _say(console, [f"  {run.file(name)}" for stage in stages for name in files_of(stage, run.config)])
+
+
+def _say(console: Console, lines: Sequence[str]) -> None:
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+def report(run: Run, results: dict[str, Any], console: Console) -> dict[str, Any]:
+    """The table, and the pictures' paths.
+
+    Raises:
+        RunError: the results are not ral_gym's.
+    """
+    from ral_gym.pictures import results_table
+
+    try:
+        table = results_table(results)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise RunError(f"{run.file('results.json')} is no results file; remove it to evaluate again") from error
+    console.print(table)
+    _say(console, [f"  {picture}" for picture in sorted(run.file("samples").glob("*.png"))])
+    return results
+
+
+def evaluate_run(arguments: EvaluateArguments, console: Console) -> None:
+    """`ral-gym evaluate`: the last stage of the run in this folder."""
+    from ral_gym.commands.generate import open_run
+
+    run = open_run(arguments.run)
+    again = TrainArguments(run.config, name=run.path.name, runs=str(run.path.parent), device=arguments.device)
+    again.stages, again.quiet = ("evaluate",), arguments.quiet
+    train(again, console)
+
+
+def base_run(
+    preset: str, seed: int, runs: str | Path, console: Console, quiet: bool = False, flags: Sequence[str] = ()
+) -> Run:
+    """A run with finished stages 1 and 2, for variants of stage 3; what is missing is trained.
+
+    Args:
+        preset: its settings.
+        seed: its seed.
+        runs: the folder of run folders; the run is called as `ral-gym train` would call it.
+        console: where to say what is trained.
+        quiet: no progress bars.
+        flags: more arguments of `ral-gym train`.
+
+    Raises:
+        RunError: another process is training it.
+    """
+    from ral_gym.runs.run import Run
+
+    argv = ["--preset", preset, "--seed", str(seed), "--runs", str(runs), "--stages", *STAGES[:2], *flags]
+    arguments = parse_train([*argv, "--quiet"] if quiet else argv)
+    run = Run(Path(arguments.runs) / str(arguments.name), arguments.config)
+    if not all(run.has(name) for stage in STAGES[:2] for name in files_of(stage, run.config)):
+        train(arguments, console)
+    return run

@@ -1,0 +1,352 @@
+"""Pictures of a run: sample grids, generators side by side, curves, FD against entropy; and the results table.
+
+Everything is drawn with matplotlib's object interface (no window, no global state) and written atomically. A generator
+has one colour in all figures, from Okabe and Ito's palette, which colour-blind readers can tell apart; curves and
+points differ in marker too. Images are enlarged by whole numbers without smoothing, so that a pixel stays a pixel.
+"""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from torch import Tensor
+
+from ral_gym.metrics.table import results_caption, results_markdown, results_table
+from ral_gym.runs.storage import write_atomic
+
+__all__ = [
+    "colour",
+    "results_caption",
+    "results_markdown",
+    "results_table",
+    "save_comparison",
+    "save_curves",
+    "save_frontier",
+    "save_grid",
+    "save_neighbours",
+]
+
+Images = Tensor | np.ndarray
+"""uint8 images (N, C, S, S), C = 1 or 3."""
+
+DPI = 100
+FACE_PIXELS = 128  # Side at which a small image is shown in a grid.
+MAX_WIDTH = 2600  # Pictures wider than this are shown at a smaller scale.
+GAP = 3  # Pixels between two images of a grid.
+
+COLOURS = {
+    "real": "#000000",
+    "reconstruction": "#7f7f7f",
+    "floor": "#7f7f7f",
+    "mle": "#0072B2",
+    "mle_temperature": "#0072B2",
+    "mle_ema": "#56B4E9",
+    "mle_best_temperature": "#56B4E9",
+    "mle_continued": "#009E73",
+    "ral": "#D55E00",
+    "ral_best_temperature": "#D55E00",
+    "ral_live": "#E69F00",
+}
+OTHER_COLOURS = ("#CC79A7", "#0072B2", "#D55E00", "#009E73", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+
+
+def colour(label: str, others: Sequence[str] = ()) -> str:
+    """Colour of a generator by its name (`mle_continued`, or as printed: `MLE continued`).
+
+    Args:
+        label: the name.
+        others: all labels of the figure; those without a colour of their own take turns in a second list.
+    """
+    name = _name(label)
+    if name in COLOURS:
+        return COLOURS[name]
+    unknown = [_name(other) for other in others if _name(other) not in COLOURS]
+    return OTHER_COLOURS[(unknown.index(name) if name in unknown else 0) % len(OTHER_COLOURS)]
+
+
+class _Panel(NamedTuple):
+    """A block of images: its label, the picture (H, W, 3), and text beside rows by the height of their middle."""
+
+    label: str
+    canvas: np.ndarray
+    rows: Sequence[tuple[float, str]] = ()
+
+
+def save_grid(path: str | Path, images: Images, *, columns: int, title: str, caption: str | None = None) -> None:
+    """One grid of images in raster order.
+
+    Args:
+        path: PNG file to write.
+        images: uint8 (N, C, S, S).
+        columns: images per row.
+        title: above the grid.
+        caption: below the grid, small.
+
+    Raises:
+        RunError: the file cannot be written.
+    """
+    array = _array(images)
+    columns = min(columns, len(array))
+    panel = _Panel("", _tile(array, columns, _scale(array.shape[-1], columns)))
+    _write_panels(path, [panel], title, caption)
+
+
+def save_comparison(
+    path: str | Path, columns: Mapping[str, Images], *, title: str, caption: str | None = None, rows: int = 4
+) -> None:
+    """Generators side by side, a labelled block of images each.
+
+    Args:
+        path: PNG file to write.
+        columns: label -> uint8 (N, C, S, S). All blocks show equally many images: as many full columns of `rows` as the
+            shortest has.
+        title: above the blocks.
+        caption: below the blocks, small.
+        rows: rows of each block.
+
+    Raises:
+        RunError: the file cannot be written.
+    """
+    blocks = {label: _array(images) for label, images in columns.items()}
+    shortest = min(len(array) for array in blocks.values())
+    rows = min(rows, shortest)
+    width = shortest // rows
+    scale = _scale(max(array.shape[-1] for array in blocks.values()), width * len(blocks))
+    panels = [_Panel(label, _tile(array[: rows * width], width, scale)) for label, array in blocks.items()]
+    _write_panels(path, panels, title, caption)
+
+
+def save_neighbours(
+    path: str | Path, samples: Images, neighbours: Images, *, title: str, caption: str | None = None, columns: int = 12
+) -> None:
+    """Each sample above its nearest training image: equal pairs are memorised images.
+
+    Args:
+        path: PNG file to write.
+        samples: uint8 (N, C, S, S).
+        neighbours: uint8 (N, C, S, S), the nearest training image of each.
+        title: above the pairs.
+        caption: below the pairs, small.
+        columns: pairs per row.
+
+    Raises:
+        RunError: the file cannot be written.
+    """
+    above, below = _array(samples), _array(neighbours)
+    columns = min(columns, len(above))
+    scale = _scale(above.shape[-1], columns)
+    parts: list[np.ndarray] = []
+    labels: list[tuple[float, str]] = []
+    y = 0
+    for start in range(0, len(above), columns):
+        for label, images, gap in (("sample", above, GAP), ("nearest", below, 6 * GAP)):
+            strip = _tile(images[start : start + columns], columns, scale)
+            labels.append((y + len(strip) / 2, label))
+            parts += [strip, np.full((gap, strip.shape[1], 3), 255, np.uint8)]
+            y += len(strip) + gap
+    _write_panels(path, [_Panel("", np.concatenate(parts[:-1]), labels)], title, caption)
+
+
+def save_curves(
+    path: str | Path,
+    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    *,
+    xlabel: str,
+    ylabel: str,
+    title: str,
+) -> None:
+    """Lines over a common axis, for instance a loss over steps.
+
+    Args:
+        path: PNG file to write.
+        curves: label -> (x, y); points whose y is NaN are left out.
+        xlabel: what x is, with its unit.
+        ylabel: what y is, with its unit.
+        title: above the plot.
+
+    Raises:
+        RunError: the file cannot be written.
+    """
+    figure, axes = _axes(xlabel, ylabel, title)
+    for number, (label, (x, y)) in enumerate(curves.items()):
+        known = np.isfinite(np.asarray(y, float))
+        xs, ys = np.asarray(x, float)[known], np.asarray(y, float)[known]
+        # A marker on each of many points would hide the line.
+        axes.plot(
+            xs,
+            ys,
+            label=label,
+            color=colour(label, list(curves)),
+            marker=MARKERS[number % len(MARKERS)],
+            markersize=5,
+            markevery=max(1, len(xs) // 12),
+            linewidth=1.8,
+        )
+    if len(curves) > 1:
+        axes.legend(frameon=False, fontsize=10)
+    _write(figure, path)
+
+
+def save_frontier(
+    path: str | Path,
+    curve: Sequence[tuple[float, float, float]],
+    points: Mapping[str, Sequence[tuple[float, float]]],
+    *,
+    title: str,
+    sweeps: Mapping[str, Sequence[tuple[float, float, float]]] | None = None,
+) -> None:
+    """FD against entropy: temperature sweeps as curves, other generators and checkpoints as points.
+
+    Lower is better at the same entropy. A generator that only sharpens lies on MLE's curve.
+
+    Args:
+        path: PNG file to write.
+        curve: (temperature, entropy in nats per code, FD) of MLE's sweep.
+        points: label -> (entropy, FD) of each checkpoint, in order; NaN are left out.
+        title: above the plot.
+        sweeps: label -> sweep of another generator, as `curve`.
+
+    Raises:
+        RunError: the file cannot be written.
+    """
+    figure, axes = _axes("entropy (nats per code)", "FD (lower is better)", title)
+    for label, sweep in {"mle": curve, **(sweeps or {})}.items():
+        _draw_sweep(axes, sweep, "MLE by temperature" if label == "mle" else f"{label} by temperature", colour(label))
+    for number, (label, measured) in enumerate(points.items()):
+        known = [(entropy, fd) for entropy, fd in measured if math.isfinite(entropy) and math.isfinite(fd)]
+        axes.plot(
+            [entropy for entropy, _ in known],
+            [fd for _, fd in known],
+            label=f"{label} (checkpoints in order)" if len(known) > 1 else label,
+            color=colour(label, list(points)),
+            marker=MARKERS[(number + 1) % len(MARKERS)],
+            markersize=8,
+            linestyle=":" if len(known) > 1 else "none",
+            linewidth=1,
+            markeredgecolor="white",
+        )
+        if len(known) > 1:
+            for order, position in enumerate(known, start=1):
+                axes.annotate(str(order), position, xytext=(-9, 5), textcoords="offset points", fontsize=8)
+    axes.margins(0.08, 0.12)
+    axes.legend(frameon=False, fontsize=10)
+    _write(figure, path)
+
+
+def _draw_sweep(axes: Axes, curve: Sequence[tuple[float, float, float]], label: str, line_colour: str) -> None:
+    """One generator's (temperature, entropy, FD), joined by entropy, each point with its temperature."""
+    sweep = sorted((entropy, fd, temperature) for temperature, entropy, fd in curve)
+    axes.plot([e for e, _, _ in sweep], [f for _, f, _ in sweep], color=line_colour, marker="o", label=label)
+    for number, (entropy, fd, temperature) in enumerate(sweep):
+        # Below the curve, on the side that it leaves free.
+        falling = number + 1 < len(sweep) and sweep[number + 1][1] < fd
+        axes.annotate(
+            f"T={temperature:g}",
+            (entropy, fd),
+            xytext=(-6 if falling else 6, -12),
+            ha="right" if falling else "left",
+            textcoords="offset points",
+            fontsize=9,
+            color=line_colour,
+        )
+
+
+def _name(label: str) -> str:
+    return label.strip().lower().replace(" ", "_").replace("-", "_")
+
+
+def _array(images: Images) -> np.ndarray:
+    """Images as uint8 (N, C, S, S).
+
+    Raises:
+        ValueError: they are something else.
+    """
+    array = images.detach().cpu().numpy() if isinstance(images, Tensor) else np.asarray(images)
+    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[1] not in (1, 3) or len(array) == 0:
+        raise ValueError(f"images must be uint8 (N >= 1, 1 or 3, S, S), not {array.dtype} {array.shape}")
+    return array
+
+
+def _scale(side: int, across: int) -> int:
+    """Whole number by which images are enlarged: up to `FACE_PIXELS` each and `MAX_WIDTH` together."""
+    return max(1, min(FACE_PIXELS // side, MAX_WIDTH // (across * side)))
+
+
+def _tile(images: np.ndarray, columns: int, scale: int) -> np.ndarray:
+    """Images (N, C, S, S) as one white-backed RGB picture (rows, columns, 3), enlarged without smoothing."""
+    n, channels, height, width = images.shape
+    rows = math.ceil(n / columns)
+    step_y, step_x = height * scale + GAP, width * scale + GAP
+    canvas = np.full((rows * step_y - GAP, columns * step_x - GAP, 3), 255, np.uint8)
+    large = images.repeat(scale, axis=2).repeat(scale, axis=3).transpose(0, 2, 3, 1)  # (N, S', S', C)
+    for i in range(n):
+        y, x = i // columns * step_y, i % columns * step_x
+        canvas[y : y + step_y - GAP, x : x + step_x - GAP] = large[i] if channels == 3 else large[i].repeat(3, axis=2)
+    return canvas
+
+
+def _write_panels(path: str | Path, panels: Sequence[_Panel], title: str, caption: str | None) -> None:
+    """Put panels side by side at their exact pixels, with title, labels and caption around them, and write the file."""
+    inner = sum(panel.canvas.shape[1] for panel in panels)
+    text = int(min(34, max(15, inner / 55)))  # Pixels; wide pictures are shown smaller.
+    between, margin = 2 * text, text
+    left = margin + (5 * text if any(panel.rows for panel in panels) else 0)
+    width = max(left + inner + between * (len(panels) - 1) + margin, 24 * text)
+    # Characters per line: DejaVu's are 0.56 em wide on average, bold ones 0.68.
+    title_lines = textwrap.wrap(title, int((width - 2 * margin) / (0.68 * 1.25 * text)))
+    caption_lines = textwrap.wrap(caption or "", int((width - 2 * margin) / (0.56 * text)))
+    label_height = 2 * text if any(panel.label for panel in panels) else 0
+    top = int(margin + 1.7 * text * len(title_lines) + 0.5 * text + label_height)
+    tallest = max(panel.canvas.shape[0] for panel in panels)
+    height = int(top + tallest + margin + (1.4 * text * len(caption_lines) if caption_lines else 0))
+
+    figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI, facecolor="white")
+
+    def write_text(x: float, y: float, words: str, size: float, **style: Any) -> None:
+        figure.text(x / width, 1 - y / height, words, fontsize=size * 72 / DPI, **style)
+
+    write_text(margin, margin, "\n".join(title_lines), 1.25 * text, va="top", weight="bold")
+    labels, x = [panel.label for panel in panels], left
+    for panel in panels:
+        tall, wide = panel.canvas.shape[:2]
+        # figimage takes pixels, so that nothing is resampled.
+        figure.figimage(panel.canvas, xo=x, yo=height - top - tall, origin="upper")
+        if panel.label:
+            tint = colour(panel.label, labels)
+            write_text(x, top - 0.75 * text, panel.label, 1.1 * text, va="bottom", color=tint, weight="bold")
+            bar = Rectangle(
+                (x / width, 1 - (top - 0.3 * text) / height), wide / width, 0.25 * text / height, color=tint
+            )
+            figure.add_artist(bar)
+        for centre, words in panel.rows:
+            write_text(left - 0.5 * text, top + centre, words, text, va="center", ha="right")
+        x += wide + between
+    write_text(margin, top + tallest + 0.7 * text, "\n".join(caption_lines), text, va="top", color="#444444")
+    _write(figure, path)
+
+
+def _axes(xlabel: str, ylabel: str, title: str) -> tuple[Figure, Axes]:
+    """A plot with the labels every plot has."""
+    figure = Figure(figsize=(8, 5), dpi=2 * DPI, facecolor="white", layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_xlabel(xlabel, fontsize=11)
+    axes.set_ylabel(ylabel, fontsize=11)
+    axes.set_title("\n".join(textwrap.wrap(title, 80)), fontsize=12, weight="bold", loc="left")
+    axes.grid(color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _write(figure: Figure, path: str | Path) -> None:
+    """Write a figure as PNG, atomically; no date or version in it, so that equal figures are equal files."""
+    write_atomic(Path(path), lambda temporary: figure.savefig(temporary, format="png", metadata={"Software": None}))

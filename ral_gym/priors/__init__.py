@@ -1,0 +1,1 @@
+"""p(codes): the generators and their cached samplers."""

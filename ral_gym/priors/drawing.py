@@ -1,0 +1,152 @@
+"""Drawing codes from logits, the arguments that all samplers share, and the simple sampler: a full pass per code.
+
+``sample_naive`` is the reference of tests and benchmark for ``ral_gym.priors.sampler``, which does the same without
+repeating work.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ral_gym.errors import ConfigError
+from ral_gym.priors.pixelcnn import PixelCNN, check_condition
+
+
+def draw(logits: Tensor, uniforms: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Draw one code per image by inverting the cumulative distribution, and never one of probability zero.
+
+    Args:
+        logits: (B, K).
+        uniforms: (B,) in [0, 1].
+        temperature: divides the logits.
+
+    Returns:
+        codes (B,) int64 and their log-probabilities (B,) under softmax(logits / temperature).
+    """
+    if logits.dtype in (torch.float16, torch.bfloat16):
+        logits = logits.float()
+    if temperature != 1.0:
+        logits = logits / temperature
+    probs = torch.softmax(logits, dim=1)  # (B, K)
+    cumulative = probs.cumsum(dim=1)  # (B, K)
+    # Rounding leaves the total near 1; the last code of positive probability is just below, whatever the uniform.
+    uniforms = uniforms.to(logits.dtype) * (1 - torch.finfo(logits.dtype).eps)
+    codes = torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True)  # (B, 1)
+    codes.clamp_(max=logits.shape[1] - 1)  # only NaN logits need it: they give NaN log-probabilities and no crash
+    return codes[:, 0], probs.gather(1, codes)[:, 0].log()
+
+
+class Request:
+    """The checked arguments of `sample`, and the grid as it is being drawn."""
+
+    def __init__(
+        self,
+        prior: PixelCNN,
+        batch_size: int | None,
+        codes: Tensor | None,
+        start: int | Tensor,
+        stop: int | None,
+        temperature: float,
+        generator: torch.Generator | None,
+        uniforms: Tensor | None,
+        condition: Tensor | None,
+    ):
+        like = prior.input.embedding.weight
+        full, width = prior.height * prior.width, prior.width
+        if codes is None:
+            if batch_size is None or batch_size < 1:
+                raise ConfigError(f"sample: batch_size={batch_size}; pass codes, or a batch size of at least 1")
+            codes = torch.full((batch_size, full), prior.codebook_size, device=like.device)
+        batch, length = codes.shape
+        if batch_size is not None and batch_size != batch:
+            raise ConfigError(f"sample: batch_size={batch_size} but codes are {batch} grids; leave batch_size out")
+        check_length(prior, length)
+        check_condition(prior, condition, batch)
+        stop = length if stop is None else stop
+        if stop % width or not 0 < stop <= length:
+            raise ConfigError(f"sample: stop={stop} must be a multiple of {width} from {width} to {length}")
+        if not temperature > 0:
+            raise ConfigError(f"sample: temperature={temperature} must be above 0")
+        starts = host_positions(start, batch, length)
+        self.batch_size = batch
+        self.begin, self.stop = int(starts.min()), stop
+        self.temperature = temperature
+        self.generator = generator
+        self.condition = condition
+        self.uniforms = uniforms
+        # Batch rows that start later are drawn in step with the others, and keep what they were given until then.
+        self.starts = None if (starts == starts[0]).all() else torch.as_tensor(starts, device=like.device)
+        self.codes = codes[:, :stop].clamp(max=prior.codebook_size - 1)  # (B, stop)
+        self.drawn: list[Tensor] = []  # (B,) per position
+        self.log_probs: list[Tensor] = []
+        self.dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+
+    def draw(self, logits: Tensor, position: int) -> Tensor:
+        """Draw every batch row's code at the next position from logits (B, K); returns (B,) int64."""
+        if self.uniforms is not None:
+            uniforms = self.uniforms[:, position]
+        else:
+            device = logits.device if self.generator is None else self.generator.device
+            uniforms = torch.rand(self.batch_size, generator=self.generator, device=device, dtype=torch.float32)
+            uniforms = uniforms.to(logits.device)
+        codes, log_probs = draw(logits, uniforms, self.temperature)
+        if self.starts is not None:
+            given = self.starts > position  # (B,)
+            codes = torch.where(given, self.codes[:, position], codes)
+            log_probs = log_probs.masked_fill(given, 0.0)
+        self.drawn.append(codes)
+        self.log_probs.append(log_probs)
+        return codes
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """The grids (B, stop) and the log-probabilities (B, stop) of what was drawn."""
+        log_probs = self.codes.new_zeros(self.codes.shape, dtype=self.dtype)
+        if self.drawn:
+            self.codes[:, self.begin :] = torch.stack(self.drawn, dim=1)
+            log_probs[:, self.begin :] = torch.stack(self.log_probs, dim=1)
+        return self.codes, log_probs
+
+
+def check_length(prior: PixelCNN, length: int) -> None:
+    """Raise ConfigError if `length` codes are not 1..H whole rows of the network's grid."""
+    full, width = prior.height * prior.width, prior.width
+    if length % width or not 0 < length <= full:
+        raise ConfigError(f"grids of {length} codes; pass whole rows, a multiple of {width} from {width} to {full}")
+
+
+def host_positions(position: int | Tensor, batch: int, length: int) -> np.ndarray:
+    """Positions as (B,) int64 on the host, checked to lie in 0..length."""
+    positions = np.empty(batch, dtype=np.int64)
+    positions[:] = position.cpu().numpy() if isinstance(position, Tensor) else position
+    if positions.min() < 0 or positions.max() > length:
+        raise ConfigError(
+            f"positions from {positions.min()} to {positions.max()} do not fit grids of {length} codes; "
+            f"they must be from 0 to {length}"
+        )
+    return positions
+
+
+@torch.no_grad()
+def sample_naive(
+    prior: PixelCNN,
+    batch_size: int | None = None,
+    *,
+    codes: Tensor | None = None,
+    start: int | Tensor = 0,
+    stop: int | None = None,
+    temperature: float = 1.0,
+    generator: torch.Generator | None = None,
+    uniforms: Tensor | None = None,
+    condition: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Draw like `CachedSampler.sample`, by a full pass per code: simple, slow, and what the cache is tested against."""
+    request = Request(prior, batch_size, codes, start, stop, temperature, generator, uniforms, condition)
+    training = prior.training
+    prior.eval()
+    for position in range(request.begin, request.stop):
+        logits = prior(request.codes, request.condition)  # (B, T, K)
+        request.codes[:, position] = request.draw(logits[:, position], position)
+    prior.train(training)
+    return request.result()

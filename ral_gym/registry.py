@@ -1,0 +1,234 @@
+"""The doors: every kind of part by name, and how a stranger's part comes in without an edit in this package.
+
+A part is found by its name in one of these ways:
+
+* it comes with the package (imported when it is first asked for);
+* its module has registered it: ``@REWARDS.register("bright")``;
+* an installed package offers it as an entry point of the kind's group, such as ``ral_gym.rewards``;
+* the name is ``module:Class`` and stands in a call or on the command line.
+
+The last one imports a module, which runs its code. So a name that merely stands in a *file* (config.json, the metadata
+of weights, a checkpoint) is imported only if the same name was also given by the user: on the command line
+(``--plugin module:Class``, or any other flag that says it), or by `allow` in a program. Files from strangers cannot
+name code to run.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import importlib
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from importlib.metadata import entry_points
+from typing import Any, TypeVar
+
+from ral_gym.errors import ConfigError
+
+Part = TypeVar("Part")
+
+_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
+_MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
+_allowed: set[str] = set()
+
+
+def is_path(name: str) -> bool:
+    """Whether a name has the form ``module:Class``."""
+    return _PATH.fullmatch(name) is not None
+
+
+def allow(*names: str) -> None:
+    """Let these ``module:Class`` names be imported from now on, wherever they stand. For names that a user gave.
+
+    Raises:
+        ConfigError: a name of another form.
+    """
+    for name in names:
+        if not is_path(name):
+            raise ConfigError(f"plug-in {name!r} is no module:Class: give, for instance, my_parts:Bright")
+    _allowed.update(names)
+
+
+def allow_given(argv: Iterable[str]) -> None:
+    """Allow every ``module:Class`` that stands in a command line's words, such as ``--algo my_parts:Mine``.
+
+    A data source may have an argument behind it: ``--data my_parts:Array:images.npy``.
+    """
+    for word in argv:
+        value = word.partition("=")[2] if word.startswith("--") else word
+        for name in (value, ":".join(value.split(":")[:2])):
+            if is_path(name):
+                allow(name)
+
+
+def load_plugins(names: Iterable[str]) -> None:
+    """Import modules that register parts, or allow ``module:Class`` names: what ``--plugin`` and ``plugins=`` say.
+
+    Args:
+        names: ``module`` (imported now; its decorators register its parts) or ``module:Class`` (imported when asked
+            for by that name).
+
+    Raises:
+        ConfigError: a name of another form, or a module that cannot be imported.
+    """
+    for name in names:
+        if is_path(name):
+            allow(name)
+        elif _MODULE.fullmatch(name):
+            _import(name, f"plug-in {name!r}")
+        else:
+            raise ConfigError(f"plug-in {name!r} is no module and no module:Class: give my_parts or my_parts:Bright")
+
+
+class Registry(Mapping[str, Any]):
+    """The parts of one kind by name.
+
+    Args:
+        kind: what messages call it, such as "prior".
+        group: the entry-point group of installed packages.
+        builtin: name -> ``module:attribute`` of the package's own parts, imported when they are first asked for.
+    """
+
+    def __init__(self, kind: str, group: str, builtin: Mapping[str, str] | None = None) -> None:
+        self.kind, self.group = kind, group
+        self._builtin = dict(builtin or {})
+        self._parts: dict[str, Any] = {}
+
+    def register(self, name: str) -> Callable[[Part], Part]:
+        """Decorate a part to make it known under `name`; registering the same object again changes nothing.
+
+        Raises:
+            ConfigError: the name is empty, looks like ``module:Class``, or is another part's.
+        """
+        if not name or ":" in name or name != name.strip():
+            raise ConfigError(f"{self.kind} {name!r}: give a name without a colon or spaces around it")
+
+        def keep(part: Part) -> Part:
+            known = self._parts.get(name)
+            again = known is part or (known is not None and path_of(known) == path_of(part))  # a module run twice
+            if name in self._builtin or (known is not None and not again):
+                raise ConfigError(f"a {self.kind} called {name!r} is registered already: choose another name")
+            self._parts[name] = part
+            return part
+
+        return keep
+
+    def check(self, name: str) -> None:
+        """Raise `ConfigError` for a name that `get` would refuse; imports nothing of this package or of a path."""
+        if name in self._parts or name in self._builtin or name in _allowed or name in self._offered():
+            return
+        known = ", ".join(self)
+        if is_path(name):
+            raise ConfigError(
+                f"{self.kind} {name!r} is code that a file names; it is imported only if you name it too: add --plugin "
+                f"{name}, or call ral_gym.registry.allow({name!r}); known without it: {known}"
+            )
+        near = difflib.get_close_matches(name, list(self), n=1)
+        meant = f" (did you mean {near[0]}?)" if near else ""
+        raise ConfigError(
+            f"{self.kind} {name!r} is unknown{meant}: choose one of {known}, or bring your own as module:Class"
+        )
+
+    def get(self, name: str) -> Any:  # type: ignore[override]
+        """The part called `name`.
+
+        Raises:
+            ConfigError: there is none, or it may not or cannot be imported; the known names are listed.
+        """
+        if name not in self._parts:
+            self.check(name)
+            if name in self._builtin:
+                self._parts[name] = _attribute(self._builtin[name], f"{self.kind} {name!r}")
+            elif name in self._offered():
+                self._parts[name] = _attribute(self._offered()[name], f"{self.kind} {name!r}")
+            else:
+                self._parts[name] = _attribute(name, f"{self.kind} {name!r}")
+        return self._parts[name]
+
+    def name_of(self, part: Any) -> str:
+        """The name of a part that is at hand, such as the class of an object in a call.
+
+        A class without a name becomes known in this process as ``module:Class``.
+        """
+        for name, known in self._parts.items():
+            if known is part:
+                return name
+        path = path_of(part)
+        for name, builtin in self._builtin.items():
+            if builtin == path:
+                return name
+        self._parts[path] = part
+        return path
+
+    def __getitem__(self, name: str) -> Any:
+        return self.get(name)
+
+    def __iter__(self) -> Iterator[str]:
+        """The known names: the package's own first, then registered and offered ones."""
+        return iter(dict.fromkeys([*self._builtin, *self._parts, *self._offered()]))
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and name in list(self)
+
+    def _offered(self) -> dict[str, str]:
+        """What installed packages offer: name -> ``module:attribute``."""
+        return _entry_points(self.group)
+
+
+@functools.cache
+def _entry_points(group: str) -> dict[str, str]:
+    """Name -> ``module:attribute``; looking through all installed packages takes tens of milliseconds."""
+    return {point.name: point.value for point in entry_points(group=group)}
+
+
+def path_of(part: Any) -> str:
+    """The ``module:Class`` of a class or function; that of its class for any other object."""
+    named = part if hasattr(part, "__qualname__") else type(part)
+    return f"{named.__module__}:{named.__qualname__}"
+
+
+def _import(module: str, what: str) -> Any:
+    if "" not in sys.path and "." not in sys.path:
+        sys.path.append(".")  # last, so that a user's own file is found and shadows nothing
+    try:
+        return importlib.import_module(module)
+    except Exception as error:
+        reason = (str(error).strip() or "no reason given").splitlines()[0]
+        raise ConfigError(
+            f"{what}: importing {module} failed ({type(error).__name__}: {reason}); it must be installed, or lie in "
+            "the folder where you start"
+        ) from error
+
+
+def _attribute(path: str, what: str) -> Any:
+    """Import ``module:attribute``."""
+    module, _, names = path.partition(":")
+    part = _import(module, what)
+    for name in names.split("."):
+        if not hasattr(part, name):
+            raise ConfigError(f"{what}: module {module} has no {names}")
+        part = getattr(part, name)
+    return part
+
+
+TOKENIZERS = Registry(
+    "tokenizer",
+    "ral_gym.tokenizers",
+    {"vqvae": "ral_gym.tokenizers.vqvae:VQVAE", "vqvae2": "ral_gym.tokenizers.vqvae2:VQVAE2"},
+)
+PRIORS = Registry(
+    "prior",
+    "ral_gym.priors",
+    {"pixelcnn": "ral_gym.priors.pixelcnn:PixelCNN", "two_level": "ral_gym.priors.two_level:TwoLevelPrior"},
+)
+CRITICS = Registry("critic", "ral_gym.critics", {"patch": "ral_gym.rewards.critic:PatchCritic"})
+REWARDS = Registry("reward", "ral_gym.rewards")
+SOURCES = Registry("data source", "ral_gym.sources")
+EXTRACTORS = Registry("extractor", "ral_gym.extractors")
+METRICS = Registry("metric", "ral_gym.metrics")
+ALGORITHMS = Registry("algorithm", "ral_gym.algorithms")
+PRESETS = Registry("preset", "ral_gym.presets")

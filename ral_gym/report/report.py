@@ -1,0 +1,352 @@
+"""A run as one HTML page: pictures drawn now, curves, the table, score maps, settings and the commands to repeat it.
+
+Everything is taken from the run folder and the images it was trained on, with fixed seeds, so that the same run gives
+the same page. A section whose stage has not run says so, with the command that runs it.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+import ral_gym
+from ral_gym.data.images import ImageSet, load_images, to_float
+from ral_gym.errors import ConfigError, DataError
+from ral_gym.report.figures import heat, heat_colours, strip
+from ral_gym.report.page import (
+    Section,
+    colour_scale,
+    definitions,
+    figure,
+    grid,
+    image,
+    missing,
+    page,
+    paragraph,
+)
+from ral_gym.report.text import (
+    STAGE_NAMES,
+    configuration,
+    frontier,
+    learning_curves,
+    repeat,
+    results_section,
+    stage_command,
+)
+from ral_gym.rewards.critic import PatchCritic
+from ral_gym.rewards.score_map import CriticScorer, ScoreNormalizer
+from ral_gym.runs.run import Run
+from ral_gym.runs.storage import load_json, load_module, load_tensors, write_text
+from ral_gym.stages.completion import complete
+from ral_gym.stages.levels import SUFFIXES, Prior, load_generator, load_vqvae
+from ral_gym.stages.pictures import sample_codes
+from ral_gym.tokenizers.code_set import CodeSet, decode_codes, encode_images
+from ral_gym.tokenizers.vqvae import VQVAE
+
+N_SHOWN = 16
+"""Images of a kind among the samples."""
+N_SCORED = 8
+"""Images of a kind under the critic's map; the first of the samples."""
+N_COMPLETED, COMPLETIONS = 4, 4
+"""Held-out images that are completed, and how often by each generator."""
+VISIBLE = 0.5
+"""Share of their rows that is given."""
+DRAWN = {"MLE": "prior", "RAL": "policy_ema"}
+"""What the page calls a generator -> its file."""
+EXPOSURE_CAPTIONS = {
+    "exposure_given_rows": "<b>Prefix curve.</b> KID of images whose first rows are real and whose others are drawn: "
+    "left nothing is given, right nothing is drawn. It falls anyway, since less is drawn: compare the generators."
+}
+STAGE_OF = {"prior": "prior", "policy_ema": "ral"}
+
+
+class Report:
+    """The material of one page, loaded when it is first asked for.
+
+    Args:
+        run: the run folder.
+        device: where to draw.
+        progress: show a progress bar where decoding the images takes long.
+    """
+
+    def __init__(self, run: Run, device: torch.device, progress: bool = True) -> None:
+        self.run, self.device, self.progress = run, device, progress
+        self.seed = run.config.seed * 1000 + 8  # the seed of the run's own pictures
+
+    @functools.cached_property
+    def vqvae(self) -> VQVAE | None:
+        """The VQ-VAE, if it has been trained."""
+        return load_vqvae(self.run, self.device) if self.run.has("vqvae.safetensors") else None
+
+    @functools.cached_property
+    def images(self) -> ImageSet | str:
+        """The run's images, or why they cannot be had."""
+        try:
+            return load_images(self.run.config.data, seed=self.run.config.seed, progress=self.progress)
+        except (ConfigError, DataError) as error:
+            return str(error)
+
+    @functools.cached_property
+    def held_out(self) -> Tensor | None:
+        """Held-out images (N, C, S, S) uint8, up to `N_SHOWN` of a seeded order."""
+        if isinstance(self.images, str) or not len(self.images.test):
+            return None
+        order = torch.randperm(len(self.images.test), generator=torch.Generator().manual_seed(self.seed))
+        return torch.from_numpy(self.images.test[order[:N_SHOWN].numpy()].copy())
+
+    @property
+    def no_images(self) -> str:
+        """Why there are no held-out images."""
+        return self.images if isinstance(self.images, str) else "the data set is too small to hold any out"
+
+    @functools.cached_property
+    def reconstruction(self) -> Tensor | None:
+        """The same images from their codes; without the images, those of the code file."""
+        if self.vqvae is None:
+            return None
+        if self.held_out is not None:
+            return decode_codes(self.vqvae, encode_images(self.vqvae, self.held_out.numpy(), progress=False))
+        if not self.run.has("codes.safetensors"):
+            return None
+        return decode_codes(
+            self.vqvae, CodeSet.load(self.run.file("codes.safetensors"), self.vqvae.grid).test[:N_SHOWN]
+        )
+
+    @functools.cached_property
+    def generators(self) -> dict[str, Prior]:
+        """The generators that have been trained, by the page's names."""
+        names = {label: name for label, name in DRAWN.items() if all(map(self.run.has, self._files(name)))}
+        return {label: load_generator(self.run, name, self.device) for label, name in names.items()}
+
+    @functools.cached_property
+    def drawn(self) -> dict[str, Tensor]:
+        """Codes (N_SHOWN, T) of each generator, from the same uniforms."""
+        return {label: sample_codes(prior, N_SHOWN, self.seed) for label, prior in self.generators.items()}
+
+    @functools.cached_property
+    def results(self) -> dict[str, Any] | None:
+        """The results table, if there is one."""
+        return load_json(self.run.file("results.json")) if self.run.has("results.json") else None
+
+    @functools.cached_property
+    def scorer(self) -> CriticScorer | None:
+        """The critic on the scale it was saved with."""
+        file = self.run.file("critic.safetensors")
+        if self.vqvae is None or not file.is_file():
+            return None
+        metadata = load_tensors(file)[1]
+        normalizer = ScoreNormalizer(metadata.get("normalization", "none"))
+        normalizer.shift, normalizer.scale = metadata.get("shift", 0.0), metadata.get("scale", 1.0)
+        return CriticScorer(self.vqvae, load_module(file, PatchCritic, self.device), normalizer=normalizer)
+
+    def _files(self, name: str) -> list[str]:
+        """The files of a generator."""
+        levels = self.run.config.vqvae.levels if name.startswith("prior") else 1
+        return [f"{name}{suffix}.safetensors" for suffix in SUFFIXES[:levels]]
+
+    def lacking(self, what: str, *stages: str) -> str:
+        """HTML that says what is missing, and the command for its stages."""
+        names = " and ".join(STAGE_NAMES[stage] for stage in stages)
+        return missing(f"{what}: {names} has not run yet.", stage_command(self.run, *stages))
+
+    # Sections ---------------------------------------------------------------------------------------------------------
+
+    def samples(self) -> str:
+        """Real | reconstruction | MLE | RAL."""
+        figures, notes = [], []
+        seeded = f"seed {self.seed}, temperature 1"
+        if self.held_out is not None:
+            n = len(self.held_out)
+            alt = f"{n} held-out photos of the data set"
+            figures.append(figure("real", strip(self.held_out, alt, 4), f"<b>Real.</b> {n} held-out images."))
+        else:
+            notes.append(missing(f"No real images: {self.no_images}"))
+        if self.reconstruction is not None:
+            n = len(self.reconstruction)
+            which = "the same images" if self.held_out is not None else "held-out images"
+            picture = strip(self.reconstruction, f"{n} images decoded from their codes", 4)
+            caption = (
+                f"<b>Reconstruction.</b> {which.capitalize()} from their codes: what is lost before anything is drawn."
+            )
+            figures.append(figure("reconstruction", picture, caption))
+        else:
+            notes.append(self.lacking("No reconstructions", "vqvae"))
+        words = {"MLE": "the prior of stage 2", "RAL": "the average of stage 3's policy"}
+        for label, name in DRAWN.items():
+            if label in self.drawn and self.vqvae is not None:
+                alt = f"{N_SHOWN} images drawn by {label}, not selected"
+                picture = strip(decode_codes(self.vqvae, self.drawn[label]), alt, 4)
+                caption = f"<b>{label}.</b> Drawn by {words[label]}; not selected, {seeded}."
+                figures.append(figure(label.lower(), picture, caption))
+            else:
+                notes.append(self.lacking(f"No samples of {label}", STAGE_OF[name]))
+        intro = "MLE and RAL draw from the same random numbers, so images at the same place can be compared."
+        return (paragraph(intro) if len(self.drawn) > 1 else "") + grid(figures, "tiles") + "".join(notes)
+
+    def completions(self) -> str:
+        """Held-out images whose lower half is drawn anew."""
+        untrained = [STAGE_OF[name] for label, name in DRAWN.items() if label not in self.generators]
+        if self.vqvae is None or untrained:
+            stages = [*(["vqvae"] if self.vqvae is None else []), *untrained]
+            return self.lacking("No completions", *stages)
+        if self.held_out is None:
+            return missing(f"No held-out images to complete: {self.no_images}")
+        figures = []
+        for number, original in enumerate(self.held_out[:N_COMPLETED], start=1):
+            try:
+                done = complete(self.vqvae, self.generators, original, VISIBLE, COMPLETIONS, self.seed)
+            except ConfigError as error:
+                return missing(str(error))
+            given = torch.stack([original, done.visible])
+            parts = {"Original, given": strip(given, f"held-out image {number}, and the rows of it that are given", 2)}
+            for label, images in done.completed.items():
+                alt = f"{COMPLETIONS} completions of held-out image {number} by {label}"
+                parts[label] = strip(images, alt, COMPLETIONS)
+            strips = "".join(
+                f'<div><span class="label">{escape(label)}</span>{picture}</div>' for label, picture in parts.items()
+            )
+            share = f"{done.rows} of {self.vqvae.height} rows of codes are given"
+            last = self.seed + COMPLETIONS - 1
+            caption = f"<b>Image {number}.</b> {share}; not selected; seeds {self.seed} to {last}, temperature 1."
+            figures.append(figure(f"completion-{number}", f'<div class="strips">{strips}</div>', caption))
+        intro = "The lower rows of held-out images are hidden before the image is encoded, then drawn (Section 5.5)."
+        return paragraph(intro) + '<div class="grid">' + "\n".join(figures) + "</div>"
+
+    def score_maps(self) -> str:
+        """What the critic says of each patch of real and drawn images."""
+        if self.scorer is None or self.vqvae is None:
+            return self.lacking("No score maps", "ral")
+        images = {} if self.reconstruction is None else {"Real": self.reconstruction[:N_SCORED]}
+        images |= {label: decode_codes(self.vqvae, codes[:N_SCORED]) for label, codes in self.drawn.items()}
+        maps = {label: self._scores(shown) for label, shown in images.items()}
+        if not maps:
+            return missing(f"No images to score: {self.no_images}")
+        both = torch.cat([scores.flatten() for scores in maps.values()])
+        low, high = (float(end) for end in np.quantile(both.cpu().numpy(), (0.02, 0.98)))
+        side = next(iter(maps.values())).shape[-1]
+        whose = {"Real": "the first reconstructions above: the critic sees no image that is not decoded"}
+        figures = []
+        for label, shown in images.items():
+            mean = float(maps[label].mean())
+            alt = f"the critic's scores over {len(shown)} images, {label}; their mean is {mean:.3g}"
+            overlay = strip(heat(shown, maps[label], low, high), alt, 4)
+            which = whose.get(label, f"the first {len(shown)} samples of {label} above")
+            caption = f"<b>{label}.</b> {which[0].upper()}{which[1:]}. Mean score {mean:.3f}."
+            figures.append(figure(f"scores-{label.lower()}", overlay, caption))
+        scale = colour_scale(
+            heat_colours(),
+            (f"{low:.2f}", f"{(low + high) / 2:.2f}", f"{high:.2f}"),
+            f"colour scale of the scores, from {low:.3g} (orange) to {high:.3g} (violet)",
+        )
+        intro = (
+            f"The critic's map of {side} x {side} scores, each over its patch: orange is low, more like drawn images; "
+            "violet is high, more like real ones. Scores are normalised as for the rewards; the colours span the "
+            "middle 96 % of them."
+        )
+        return paragraph(intro) + scale + grid(figures, "maps")
+
+    def _scores(self, images: Tensor) -> Tensor:
+        """Normalised score maps (N, h, w) of images (N, C, S, S)."""
+        assert self.scorer is not None
+        with torch.no_grad():
+            raw = self.scorer.critic(to_float(images).to(self.device))
+        return self.scorer.normalizer(raw).cpu()
+
+    def exposure_bias(self) -> str:
+        """The run's prefix curve, and the curves of an exposure-bias experiment where one has left its pictures."""
+        pictures = sorted(self.run.file("samples").glob("exposure*.png"))
+        if not pictures:
+            return self.lacking("No curves", "evaluate")
+        figures = []
+        for path in pictures:
+            with Image.open(path) as opened:
+                small = opened.convert("RGB")
+            small.thumbnail((1200, 1200))
+            file = io.BytesIO()
+            small.quantize(128).save(file, format="png", optimize=True)
+            words = path.stem.replace("_", " ")
+            picture = image(file.getvalue(), f"plot: {words}", small.width, small.height)
+            caption = EXPOSURE_CAPTIONS.get(path.stem, f"<b>{escape(words.capitalize())}.</b> {escape(path.name)}")
+            figures.append(figure(path.stem, picture, caption))
+        intro = (
+            "Does a generator suffer from its own mistakes? Against an oracle, whose likelihoods are known, "
+            "examples/exposure_bias.py answers; its pictures are shown here when they lie among the run's samples, as "
+            "exposure*.png."
+        )
+        return paragraph(intro) + grid(figures, "plots")
+
+    def header(self) -> str:
+        """What this run is, and how far it has come."""
+        config, seconds = self.run.config, self.run.seconds()
+        side = config.grid_size
+        grids = f"{side} x {side}" + (f" + {2 * side} x {2 * side}" if config.vqvae.levels == 2 else "")
+        done = {
+            "vqvae": self.vqvae is not None,
+            "prior": "MLE" in self.generators,
+            "ral": "RAL" in self.generators,
+            "evaluate": self.results is not None,
+        }
+        taken = {**seconds, "evaluate": seconds.get("evaluation"), "prior": _sum(seconds, "prior", "prior_bottom")}
+        taken["ral"] = _sum(seconds, "ral", "prior_continued", "prior_continued_bottom")
+        stages = [
+            STAGE_NAMES[stage] + (f": {taken[stage]:,.0f} s" if taken.get(stage) else "")
+            for stage in done
+            if done[stage]
+        ]
+        left = [STAGE_NAMES[stage] for stage in done if not done[stage]]
+        facts = [
+            ("Data", self.images.description if isinstance(self.images, ImageSet) else config.data.source),
+            ("Codes", f"{grids} per image, each one of {config.vqvae.codebook_size}"),
+            ("Stage 3", f"{config.ral.algo}, {config.ral.reward} reward, {config.ral.n_updates:,} updates"),
+            ("Preset", f"{config.preset}, seed {config.seed}"),
+            ("Finished", "; ".join(stages) or "no stage"),
+            *([("Not run", "; ".join(left))] if left else []),
+        ]
+        return definitions(facts)
+
+    def html(self) -> str:
+        """The whole page."""
+        sections = [
+            Section("samples", "Samples", self.samples()),
+            Section("completions", "Completions", self.completions()),
+            Section("results", "Results", results_section(self.run, self.results)),
+            Section("frontier", "Frontier", frontier(self.run, self.results)),
+            Section("curves", "Learning curves", learning_curves(self.run)),
+            Section("score-maps", "Score maps", self.score_maps()),
+            Section("exposure-bias", "Exposure bias", self.exposure_bias()),
+            Section("configuration", "Configuration", configuration(self.run.config)),
+            Section("repeat", "Repeat it", repeat(self.run)),
+        ]
+        title = f"{self.run.path.resolve().name}: a run of ral_gym"
+        return page(title, self.header(), sections, f"Written by ral_gym {ral_gym.__version__} (ral-gym report).")
+
+
+def _sum(seconds: dict[str, float], *names: str) -> float:
+    return sum(seconds.get(name, 0.0) for name in names)
+
+
+def write_report(run: Run, path: Path, device: torch.device, progress: bool = True) -> Path:
+    """Write the page of a run, atomically.
+
+    Args:
+        run: the run folder, however far it has come.
+        path: HTML file to write.
+        device: where to draw.
+        progress: show a progress bar where decoding the images takes long.
+
+    Returns:
+        `path`.
+
+    Raises:
+        RunError: a file of the run is damaged, or the page cannot be written.
+    """
+    write_text(path, Report(run, device, progress).html())
+    return path

@@ -1,0 +1,274 @@
+"""The report's sections that are made of figures on record: table, frontier, curves, settings, commands."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shlex
+from collections.abc import Mapping
+from html import escape
+from typing import Any
+
+from ral_gym.config import Config
+from ral_gym.errors import RunError
+from ral_gym.metrics.table import (
+    COLUMNS,
+    columns_of,
+    figure_text,
+    heading,
+    interval,
+    number_text,
+    results_caption,
+    row_names,
+)
+from ral_gym.pictures import colour
+from ral_gym.presets import PRESETS
+from ral_gym.report.figures import curves_svg, frontier_svg
+from ral_gym.report.page import collapsed, command, figure, grid, missing, paragraph, table
+from ral_gym.runs.run import Run
+from ral_gym.stages.pictures import NLLS
+
+STAGE_NAMES = {
+    "vqvae": "stage 1 (VQ-VAE)",
+    "prior": "stage 2 (MLE prior)",
+    "ral": "stage 3 (RAL)",
+    "evaluate": "stage 4 (evaluation)",
+}
+ROW_NAMES = {
+    "mle": "stage 2's prior, the weights of the best held-out NLL",
+    "mle_ema": "the exponential average of its weights",
+    "mle_continued": "the control: maximum likelihood for as many more updates as RAL",
+    "mle_temperature": "MLE at the temperature that gives RAL's entropy",
+    "mle_best_temperature": "MLE at the temperature of its lowest FD",
+    "mle_continued_best_temperature": "the control at the temperature of its lowest FD",
+    "mle_rejection": "MLE, of every four samples the one the critic scores highest",
+    "ral": "RAL, the exponential average of the policy",
+    "ral_live": "RAL, the policy itself",
+    "ral_best_temperature": "RAL at the temperature of its lowest FD",
+    "reconstruction": "real images from their codes, against real images",
+    "floor": "two halves of the reference against each other: what no difference looks like",
+}
+PLOTS = (
+    ("vqvae", {"reconstruction_error": 1}, "mean squared error", "Stage 1: reconstruction error"),
+    ("vqvae", {"code_usage": 1}, "share of the codebook", "Stage 1: codes in use"),
+    ("prior", dict.fromkeys(NLLS, 1), "nats per code", "Stage 2: PixelCNN"),
+    ("prior_bottom", dict.fromkeys(NLLS, 1), "nats per code", "Stage 2: PixelCNN of the bottom codes"),
+    ("ral", {"critic/heldout_auc": 1}, "AUC", "Stage 3: how well the critic tells held-out real from drawn images"),
+    (
+        "ral",
+        {"rollout/critic_reward_mean": 1},
+        "mean reward",
+        "Stage 3: reward of the drawn images, by a critic that changes too",
+    ),
+    ("ral", {"train/entropy_loss": -1}, "nats per code", "Stage 3: entropy of the policy"),
+    ("prior_continued", dict.fromkeys(NLLS, 1), "nats per code", "Control: maximum likelihood continued"),
+)
+"""Stage in the log, logged names and their signs, what y is, the caption."""
+NAMES = {
+    "nll_train": "NLL, training",
+    "nll_test": "NLL, held-out",
+    "nll_test_ema": "NLL, held-out, average",
+    "nll_new_people": "NLL, new people",
+    "reconstruction_error": "reconstruction error",
+    "code_usage": "code usage",
+    "critic/heldout_auc": "AUC",
+    "rollout/critic_reward_mean": "reward",
+    "train/entropy_loss": "entropy",
+}
+DAMAGED = (AttributeError, KeyError, TypeError, ValueError)
+
+
+def train_command(run: Run) -> list[str]:
+    """The words of the command that trains such a run: preset, what differs from it, name and folder."""
+    config = run.config
+    base = PRESETS.get(config.preset, PRESETS["demo"])
+    words = ["ral-gym", "train", "--preset", base.preset]
+    for name, value in settings(config).items():
+        if name == "preset" or value == settings(base).get(name):
+            continue
+        if isinstance(value, bool):
+            section, _, field = name.rpartition(".")
+            words.append(f"--{name if value else f'{section}.no-{field}'}".replace("_", "-"))
+        else:
+            values = value if isinstance(value, tuple) else (value,)
+            words += [f"--{name}".replace("_", "-"), *map(str, values)]
+    path = run.path if run.path.name not in ("", "..") else run.path.resolve()
+    return [*words, "--name", path.name, "--runs", str(path.parent)]
+
+
+def stage_command(run: Run, *stages: str) -> str:
+    """The command that runs some stages of a run."""
+    return shlex.join([*train_command(run), *(["--stages", *stages] if stages else [])])
+
+
+def settings(config: Config) -> dict[str, Any]:
+    """Every setting by its name on the command line; the bottom prior's only where there is one."""
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if not dataclasses.is_dataclass(value):
+            found[field.name] = value
+        elif field.name != "bottom" or config.vqvae.levels == 2:
+            found |= {f"{field.name}.{inner.name}": getattr(value, inner.name) for inner in dataclasses.fields(value)}
+    return found
+
+
+def results_section(run: Run, results: Mapping[str, Any] | None) -> str:
+    """The table, what its rows are, and how it was measured.
+
+    Raises:
+        RunError: results.json is not ral_gym's.
+    """
+    if results is None:
+        return missing(f"No table: {STAGE_NAMES['evaluate']} has not run yet.", stage_command(run))
+    try:
+        rows, keys = row_names(results), columns_of(results)
+        cells = [[_row_name(name), *_cells(results["rows"][name], keys)] for name in rows]
+        headings = ["row", *map(heading, keys)]
+        measured = table("Results of every generator", headings, cells)
+        content = figure("results", measured, f"<b>Results.</b> {escape(results_caption(results))}")
+    except DAMAGED as error:
+        raise _no_results(run) from error
+    known = [(name, ROW_NAMES[name]) for name in rows if name in ROW_NAMES]
+    terms = "".join(f"<dt><code>{name}</code></dt><dd>{escape(words)}</dd>" for name, words in known)
+    if not any(interval(row, key) for row in results["rows"].values() for key in COLUMNS):
+        content += paragraph("One measurement per figure, without intervals: small differences say nothing.")
+    return content + collapsed("What the rows are", f"<dl>{terms}</dl>")
+
+
+def _no_results(run: Run) -> RunError:
+    return RunError(f"{run.file('results.json')} is no results file; remove it to evaluate again")
+
+
+def _row_name(name: str) -> str:
+    """A row's name, which may be broken after its underscores."""
+    return f"<code>{escape(name).replace('_', '_<wbr>')}</code>"
+
+
+def _cells(row: Mapping[str, Any], keys: list[str]) -> list[str]:
+    """A row's figures, each above its interval if it has one."""
+    cells = []
+    for key in keys:
+        text, ends = escape(figure_text(row, key)), interval(row, key)
+        if ends is not None:
+            text += f"<small>{' to '.join(escape(number_text(end, COLUMNS[key][1])) for end in ends)}</small>"
+        cells.append(text)
+    return cells
+
+
+def frontier(run: Run, results: Mapping[str, Any] | None) -> str:
+    """FD against entropy.
+
+    Raises:
+        RunError: results.json is not ral_gym's.
+    """
+    if results is None:
+        return missing(f"No frontier: {STAGE_NAMES['evaluate']} has not run yet.", stage_command(run))
+    try:
+        sweeps = {
+            f"{name.upper() if name in ('mle', 'ral') else name.replace('mle', 'MLE').replace('_', ' ')}": [
+                (row["temperature"], row["entropy"], row["fd"]) for row in rows
+            ]
+            for name, rows in results["sweeps"].items()
+        }
+        points = {
+            label: [(row["entropy"], row["fd"])]
+            for name, label in (("mle_ema", "MLE EMA"), ("ral_live", "RAL live"))
+            if (row := results["rows"].get(name)) is not None
+        }
+        stations = [(row["entropy"], row["fd"]) for row in results["checkpoints"]]
+        lowest = {label: min((fd, t) for t, _, fd in sweep) for label, sweep in sweeps.items() if sweep}
+        described = ", ".join(f"{label} {fd:.3g} at temperature {t:g}" for label, (fd, t) in lowest.items())
+        extractor, n = results["extractor"], results["n_samples"]
+    except DAMAGED as error:
+        raise _no_results(run) from error
+    if stations:
+        points["RAL on the way"] = stations
+    alt = f"FD against entropy, one curve per generator by temperature; lowest FD: {described}"
+    caption = f"<b>FD against entropy.</b> {escape(extractor)} features, n = {n:,}; lowest FD: {escape(described)}." + (
+        " Numbers: RAL's checkpoints in order." if stations else ""
+    )
+    intro = (
+        "Lower is better at the same entropy. A lower temperature moves a generator along its own curve; one that only "
+        "sharpens lies on MLE's."
+    )
+    return paragraph(intro) + grid([figure("frontier", frontier_svg("frontier", sweeps, points, alt), caption)], "wide")
+
+
+def learning_curves(run: Run) -> str:
+    """What each stage logged, as curves."""
+    figures, stages = [], set()
+    logged = {stage: run.metrics(stage) for stage in dict.fromkeys(stage for stage, *_ in PLOTS)}
+    for number, (stage, names, ylabel, title) in enumerate(PLOTS):
+        records = logged[stage]
+        curves = {
+            NAMES.get(name, name): (
+                [r["step"] for r in records if name in r],
+                [sign * r[name] for r in records if name in r],
+            )
+            for name, sign in names.items()
+            if sum(name in r for r in records) > 1
+        }
+        if not curves:
+            continue
+        stages.add(stage)
+        xlabel = "policy update" if stage == "ral" else "step"
+        ends = "; ".join(f"{label} {_span(y)}" for label, (_, y) in curves.items())
+        name = f"curve-{number}-{stage}".replace("_", "-")
+        alt, tint = f"{title}, {ylabel} by {xlabel}: {ends}", colour("ral" if stage == "ral" else "mle")
+        svg = curves_svg(name, curves, xlabel=xlabel, ylabel=ylabel, tint=tint, alt=alt)
+        figures.append(figure(name, svg, f"<b>{escape(title)}.</b> First to last: {escape(ends)}."))
+    content = grid(figures, "plots") if figures else ""
+    lacking = [stage for stage in ("vqvae", "prior", "ral") if stage not in stages]
+    for stage in lacking:
+        if run.has({"vqvae": "vqvae", "prior": "prior", "ral": "policy_ema"}[stage] + ".safetensors"):
+            content += paragraph(f"No curves of {STAGE_NAMES[stage]}: metrics.jsonl has no lines of it.")
+        else:
+            text = f"No curves of {STAGE_NAMES[stage]}: it has not run yet."
+            content += missing(text, stage_command(run, stage))
+    return content
+
+
+def _span(values: list[float]) -> str:
+    """First and last finite value."""
+    known = [value for value in values if math.isfinite(value)]
+    return f"{known[0]:.3g} to {known[-1]:.3g}" if known else "never finite"
+
+
+def configuration(config: Config) -> str:
+    """Every setting, by section; those that differ from the preset's are marked."""
+    base = settings(PRESETS[config.preset]) if config.preset in PRESETS else {}
+    sections: dict[str, list[str]] = {}
+    changed: dict[str, int] = {}
+    for name, value in settings(config).items():
+        section, _, field = name.rpartition(".")
+        differs = name in base and base[name] != value
+        changed[section] = changed.get(section, 0) + differs
+        words = escape(_words(value))
+        words = f"<b>{words}</b> (preset: {escape(_words(base[name]))})" if differs else words
+        sections.setdefault(section, []).append(f"<dt><code>{field}</code></dt><dd>{words}</dd>")
+    content = ""
+    for section, lines in sections.items():
+        marked = f", {changed[section]} not the preset's" if changed[section] else ""
+        summary = f"{section or 'run'} ({len(lines)} settings{marked})"
+        content += collapsed(summary, f"<dl>{''.join(lines)}</dl>")
+    return content
+
+
+def _words(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def repeat(run: Run) -> str:
+    """The commands that make this run, its table, its pictures and this page."""
+    folder = shlex.quote(str(run.path))
+    return (
+        paragraph("The whole run; the same command again goes on where it stopped. Another --name starts afresh.")
+        + command(stage_command(run))
+        + paragraph("More pictures, and this page:")
+        + command(
+            f"ral-gym sample {folder} --n 64 --generator policy_ema",
+            f"ral-gym complete {folder} IMAGE",
+            f"ral-gym report {folder}",
+        )
+    )

@@ -1,0 +1,1 @@
+"""Image or codes -> score: critics, distribution rewards, and what they pay each code."""

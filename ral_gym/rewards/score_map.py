@@ -1,0 +1,114 @@
+"""Score map -> rewards (Sections 4.2 and 4.4).
+
+*single* (Eq. 6): the mean of the score map, at the last code of the episode, 0 before.
+*intermediate*: the score map upsampled to the code grid; the reward of a code is the score at its place.
+Codes given as a prefix were not drawn and get no reward.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+if TYPE_CHECKING:  # its quantiser's library takes seconds to import
+    from ral_gym.tokenizers.vqvae import VQVAE
+
+RewardKind = Literal["single", "intermediate"]
+Normalization = Literal["max_abs", "standard", "none"]
+
+
+def step_rewards(score_map: Tensor, rows: int, width: int, reward: RewardKind, levels: int = 1) -> Tensor:
+    """The reward of every code of images of `rows` code rows.
+
+    The paper does not say how the map is upsampled: each code gets exactly the score of the patch it lies in, and where
+    the map is finer than the grid, the mean of the patches inside it.
+
+    Args:
+        score_map: (B, h, w) float, higher is more real.
+        rows: code rows r of these images.
+        width: codes per row W.
+        reward: `single` or `intermediate`.
+        levels: 2: as many rewards for the bottom codes of these rows follow, 2r x 2W of them.
+
+    Returns:
+        (B, r * W) float, or (B, 5 * r * W) for two levels; the whole sum is the mean score (single) or the sum over
+        codes (intermediate).
+    """
+    shapes = [(rows * 2**level, width * 2**level) for level in range(levels)]
+    if reward == "intermediate":
+        maps = [F.interpolate(score_map.unsqueeze(1), size=shape, mode="area").flatten(1) for shape in shapes]
+        return torch.cat(maps, 1)  # (B, T')
+    rewards = score_map.new_zeros(len(score_map), sum(height * columns for height, columns in shapes))  # (B, T')
+    rewards[:, -1] = score_map.flatten(1).mean(1)
+    return rewards
+
+
+class ScoreNormalizer:
+    """Brings scores onto a fixed scale from one set of real and fake score maps (Section 4.4).
+
+    A WGAN critic's scores have neither a fixed scale nor a fixed offset. "Normalised to (-1, 1) with respect to the
+    highest value from a set of fake and real images" can be read in several ways; `max_abs` divides by
+    max |score| over both sets, which keeps the sign and lies in [-1, 1]. Dividing by the maximum itself would flip
+    the sign whenever all scores are negative.
+
+    Args:
+        method: `max_abs`; `standard`: (score - mean of real) / standard deviation over both; `none`.
+    """
+
+    def __init__(self, method: Normalization = "max_abs") -> None:
+        self.method = method
+        self.shift = 0.0
+        self.scale = 1.0
+
+    def fit(self, real: Tensor, fake: Tensor) -> ScoreNormalizer:
+        """Take shift and scale from score maps (B, h, w) of real and fake images (the same method for all of them)."""
+        both = torch.cat([real.flatten(), fake.flatten()])
+        if self.method == "max_abs":
+            self.scale = both.abs().max().clamp_min(1e-8).item()
+        elif self.method == "standard":
+            self.shift = real.mean().item()
+            self.scale = both.std().clamp_min(1e-8).item()
+        return self
+
+    def __call__(self, score_map: Tensor) -> Tensor:
+        """Normalised scores, same shape."""
+        return (score_map - self.shift) / self.scale
+
+
+class CriticScorer:
+    """Codes -> image -> score map -> rewards, with a frozen critic: what an environment rewards with.
+
+    Args:
+        vqvae: decodes.
+        critic: scores.
+        reward: `single` or `intermediate`.
+        normalizer: the scale that the critic was saved with.
+        batch_size: images decoded at once.
+    """
+
+    def __init__(
+        self,
+        vqvae: VQVAE,
+        critic: nn.Module,
+        reward: RewardKind = "single",
+        normalizer: ScoreNormalizer | None = None,
+        batch_size: int = 256,
+    ) -> None:
+        self.vqvae, self.critic, self.reward = vqvae, critic, reward
+        self.normalizer = normalizer or ScoreNormalizer("none")
+        self.batch_size = batch_size
+
+    @torch.no_grad()
+    def score(self, codes: Tensor) -> Tensor:
+        """Raw score maps: codes of r rows (B, codes_of(r)) -> (B, h, w)."""
+        batches = codes.split(self.batch_size)
+        return torch.cat([self.critic(self.vqvae.decode(batch)) for batch in batches])
+
+    def __call__(self, codes: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes of r rows (B, codes_of(r)) int64 -> normalised score map (B, h, w), step rewards of that shape."""
+        score_map = self.normalizer(self.score(codes))
+        grid = self.vqvae.grid
+        return score_map, step_rewards(score_map, grid.rows_of(codes.shape[1]), grid.width, self.reward, grid.levels)

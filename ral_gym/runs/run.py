@@ -1,0 +1,268 @@
+"""The run folder: everything a run makes, written atomically, read without unpickling.
+
+::
+
+    runs/NAME/
+      config.json                 the settings; another configuration is refused
+      vqvae.safetensors           stage 1
+      codes.safetensors           the images as codes, int16
+      prior.safetensors           stage 2: the weights of the best held-out NLL
+      prior_ema.safetensors       their exponential average
+      prior_continued.safetensors the control: maximum likelihood continued for as many updates as RAL
+      policy.safetensors          stage 3: the live policy
+      policy_ema.safetensors      its exponential average
+      critic.safetensors          stage 3: the critic
+      checkpoints/STAGE.safetensors   optimizers, random states, step: where a stage continues
+      checkpoints/evaluation.json     rows of the table that are measured
+      metrics.jsonl               one line per logged step, all stages
+      seconds.json                how long each stage has taken, over all sittings
+      tensorboard/                the same curves, and sample grids
+      samples/*.png               pictures
+      results.json                the table
+
+Weights are safetensors with the constructor's arguments as metadata; state that is not a tensor is JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ral_gym.config import Config
+from ral_gym.errors import RunError
+from ral_gym.runs.storage import (
+    cannot_write,
+    differences,
+    load_json,
+    load_tensors,
+    pack_state,
+    save_json,
+    save_tensors,
+    unpack_state,
+    write_text,
+)
+
+RESOURCES = ("workers", "memory_budget_mb", "cache_dir")
+"""Settings of `data` that change how fast and where, but not what comes out: a run may continue with others."""
+
+
+def random_state() -> dict[str, Any]:
+    """The state of every global source of randomness."""
+    return {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(legacy=False),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Restore what `random_state` took; CUDA states only where the same number of devices is there."""
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+class Run:
+    """One run folder.
+
+    Args:
+        path: the folder; made if it does not exist.
+        config: the settings. They must equal those the folder was made with.
+
+    Raises:
+        ConfigError: a setting is out of range.
+        RunError: the folder holds another configuration or something else, or cannot be written.
+    """
+
+    def __init__(self, path: Path | str, config: Config) -> None:
+        config.check()
+        self.path = Path(path)
+        self.config = config
+        file = self.path / "config.json"
+        contents = [found.name for found in _visible(self.path) if found != file]
+        if not file.is_file():
+            if contents or self.path.is_file():
+                has = f"has no config.json, but {', '.join(sorted(contents)[:3])}" if contents else "is a file"
+                raise RunError(f"{self.path} is not a run folder: it {has}; choose another --name")
+        elif contents:  # else nothing has been made yet with the settings there, so that others may take their place
+            self._check_same(file)
+            return
+        write_text(file, config.to_json())
+
+    def _check_same(self, file: Path) -> None:
+        """Refuse to go on with other settings than those the folder was made with."""
+        there = load_json(file)
+        if not isinstance(there, dict) or "preset" not in there:
+            raise RunError(f"{self.path} is not a run folder (its config.json is another's); choose another --name")
+        found = differences(_what(_filled(there)), self._what())
+        if found:
+            more = f"; and {len(found) - 3} more" if len(found) > 3 else ""
+            raise RunError(
+                f"{self.path} was made with another configuration ({'; '.join(found[:3])}{more}); choose another "
+                "--name, or remove the folder"
+            )
+
+    def _what(self) -> dict[str, Any]:
+        """The configuration, as JSON has it, without resources."""
+        return _what(json.loads(self.config.to_json()))
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep every other process that asks for the lock out of this folder; a killed process leaves none behind.
+
+        Raises:
+            RunError: another process has it.
+        """
+        try:
+            import fcntl
+        except ImportError:  # not on Windows
+            yield
+            return
+        folder = os.open(self.path, os.O_RDONLY)
+        try:
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise RunError(
+                    f"another process is at work in {self.path}: wait for it, stop it, or choose another --name"
+                ) from error
+            yield
+        finally:
+            os.close(folder)
+
+    def file(self, name: str) -> Path:
+        """Path of `name` inside the folder."""
+        return self.path / name
+
+    def has(self, name: str) -> bool:
+        """Whether the file exists: files are complete once they exist."""
+        return self.file(name).is_file()
+
+    def save_checkpoint(self, stage: str, state: dict[str, Any]) -> None:
+        """Write the state a stage continues from, together with every global random state."""
+        tensors, rest = pack_state({**state, "random": random_state()})
+        metadata = {"stage": stage, "config": self._what(), "state": rest}
+        save_tensors(self.file(f"checkpoints/{stage}.safetensors"), tensors, metadata)
+
+    def load_checkpoint(self, stage: str, restore_random: bool = True) -> dict[str, Any] | None:
+        """The state to continue `stage` from, or None; restores the global random states on the way.
+
+        Raises:
+            RunError: the file is damaged, or another stage's or another run's checkpoint.
+        """
+        path = self.file(f"checkpoints/{stage}.safetensors")
+        if not path.exists():
+            return None
+        tensors, metadata = load_tensors(path)
+        if metadata.get("stage") != stage or "state" not in metadata:
+            raise RunError(f"{path} is no checkpoint of stage {stage}; remove it to start the stage again")
+        found = differences(_what(_filled(metadata.get("config"))), self._what())
+        if found:
+            raise RunError(
+                f"{path} is a checkpoint of another configuration ({'; '.join(found[:3])}); remove it to start the "
+                "stage again"
+            )
+        state = unpack_state(tensors, metadata["state"])
+        if restore_random:
+            set_random_state(state["random"])
+        return state
+
+    def log(self, stage: str, step: int, figures: dict[str, float]) -> None:
+        """Append one line to ``metrics.jsonl``."""
+        line = json.dumps({"stage": stage, "step": step, **figures})
+        try:
+            with self.file("metrics.jsonl").open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        except OSError as error:
+            raise cannot_write(self.file("metrics.jsonl"), error) from error
+
+    def metrics(self, stage: str) -> list[dict[str, Any]]:
+        """The logged lines of one stage."""
+        return [record for record in self._records() if record["stage"] == stage]
+
+    def forget_after(self, stage: str, step: int) -> None:
+        """Drop lines of `stage` logged after its checkpoint, so that a continued run logs each step once."""
+        if not self.has("metrics.jsonl"):
+            return
+        kept = [record for record in self._records() if record["stage"] != stage or record["step"] <= step]
+        write_text(self.file("metrics.jsonl"), "".join(json.dumps(record) + "\n" for record in kept))
+
+    def _records(self) -> list[dict[str, Any]]:
+        """All logged lines, without any that a crash cut short."""
+        path = self.file("metrics.jsonl")
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+        return [record for record in map(_parse_line, lines) if record is not None]
+
+    def add_seconds(self, stage: str, seconds: float) -> None:
+        """Add to the time a stage has taken, over all the sittings."""
+        times = self.seconds()
+        times[stage] = round(times.get(stage, 0.0) + seconds, 1)
+        save_json(self.file("seconds.json"), times)
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds per stage."""
+        return dict(load_json(self.file("seconds.json"))) if self.has("seconds.json") else {}
+
+
+def _what(config: Any) -> Any:
+    """A configuration without the settings that do not change the outcome."""
+    if not isinstance(config, dict):
+        return config
+    data = config.get("data")
+    kept = {name: value for name, value in data.items() if name not in RESOURCES} if isinstance(data, dict) else data
+    return {**config, "data": kept}
+
+
+def _filled(config: Any) -> Any:
+    """A configuration with the defaults of settings that older versions did not write; as it is where it is none."""
+    try:
+        return json.loads(Config.from_dict(config).to_json())
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return config
+
+
+def _visible(path: Path) -> list[Path]:
+    """What a folder holds, without hidden files (such as a killed process's temporary ones) and empty folders."""
+    found = [item for item in path.iterdir() if not item.name.startswith(".")] if path.is_dir() else []
+    return [item for item in found if not item.is_dir() or any(item.iterdir())]
+
+
+def _parse_line(line: str) -> dict[str, Any] | None:
+    """One line of metrics.jsonl; None for a line cut short by a crash."""
+    try:
+        record = json.loads(line)
+        return record if record["stage"] and record["step"] >= 0 else None
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def read_config(path: Path | str) -> Config:
+    """The configuration of an existing run folder.
+
+    Raises:
+        RunError: no run folder, or written by another version.
+    """
+    file = Path(path) / "config.json"
+    try:
+        return Config.from_dict(load_json(file))
+    except (KeyError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise RunError(f"{file} does not fit this version of ral_gym ({reason}); train in another folder") from error

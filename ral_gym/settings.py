@@ -1,0 +1,90 @@
+"""Settings that are dicts: named rewards with their weights, a part's own options; how a command line gives them."""
+
+from __future__ import annotations
+
+import ast
+import math
+from typing import Annotated, Any
+
+import tyro
+
+from ral_gym.errors import ConfigError
+
+CRITIC_ALONE = {"critic": 1.0}
+"""The paper's reward."""
+REWARD_TERMS = ("critic", "loo_fd", "loo_fd_first_order", "loo_fd_diagonal", "kid")
+"""The co-trained critic, and the terms of `ral_gym.rewards.distribution`."""
+
+
+def _words(weights: dict[str, float]) -> list[str]:
+    """What a command line would say."""
+    return [word for term, weight in weights.items() for word in (term, f"{weight:g}")]
+
+
+def _parse(words: list[str]) -> dict[str, float]:
+    """``TERM WEIGHT TERM WEIGHT ..`` of a command line."""
+    if len(words) % 2:
+        raise ValueError("give pairs, such as: critic 1 loo_fd 0.5")
+    return {term: float(weight) for term, weight in zip(words[::2], words[1::2], strict=True)}
+
+
+RewardWeights = Annotated[
+    dict[str, float],
+    # Without it, a dict with a default becomes one flag per term that is there, and no term could be added.
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="TERM WEIGHT ..",
+        instance_from_str=_parse,
+        is_instance=lambda instance: isinstance(instance, dict),
+        str_from_instance=_words,
+    ),
+]
+"""Term -> weight; on a command line ``critic 1 loo_fd 0.5``."""
+
+
+def _option_words(options: dict[str, Any]) -> list[str]:
+    return [word for name, value in options.items() for word in (name, str(value))]
+
+
+def _parse_options(words: list[str]) -> dict[str, Any]:
+    """``NAME VALUE NAME VALUE ..``; a value is a Python literal (4, 0.5, True, None) or else text."""
+    if len(words) % 2:
+        raise ValueError("give pairs, such as: heads 4 width 32")
+    return {name: _literal(value) for name, value in zip(words[::2], words[1::2], strict=True)}
+
+
+def _literal(word: str) -> Any:
+    try:
+        value = ast.literal_eval(word)
+    except (MemoryError, RecursionError, SyntaxError, ValueError):
+        return word
+    return value if value is None or isinstance(value, bool | int | float | str) else word
+
+
+Options = Annotated[
+    dict[str, Any],
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="NAME VALUE ..",
+        instance_from_str=_parse_options,
+        is_instance=lambda instance: isinstance(instance, dict),
+        str_from_instance=_option_words,
+    ),
+]
+"""Argument -> value (a number, a truth value, None or text); on a command line ``heads 4 width 32``."""
+
+
+def check_reward_weights(weights: Any) -> None:
+    """Refuse what is no set of weighed terms.
+
+    Raises:
+        ConfigError: no term, an unknown one, or a weight that is not a finite number above 0.
+    """
+    allowed = ", ".join(REWARD_TERMS)
+    if not isinstance(weights, dict) or not weights:
+        raise ConfigError(f"ral.reward_weights is {weights!r}: give one or more of {allowed}, each with its weight")
+    for term, weight in weights.items():
+        if term not in REWARD_TERMS:
+            raise ConfigError(f"ral.reward_weights names {term!r}: choose among {allowed}")
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
+            raise ConfigError(f"ral.reward_weights: {term} weighs {weight!r}: give a number above 0, or leave it out")

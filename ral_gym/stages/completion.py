@@ -1,0 +1,190 @@
+"""Image completion (Section 5.5, Figure 7): hide the lower rows of an image and let a generator draw them anew.
+
+Only the visible rows are ever encoded, so that no code knows what is hidden; the encoder treats them as an image that
+ends there. A generator then continues the codes, once per seed. The paper "zeroes out" the hidden codes of the whole
+image's encoding instead, whose last visible codes have seen some of what is hidden.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ral_gym.config import DataConfig
+from ral_gym.data.files import Decoding, to_square
+from ral_gym.data.images import CELEBA_CROP, to_float
+from ral_gym.errors import ConfigError, DataError
+from ral_gym.pictures import _array, _Panel, _scale, _tile, _write_panels
+from ral_gym.priors.pixelcnn import PixelCNN
+from ral_gym.priors.sampler import CachedSampler
+from ral_gym.priors.two_level import TwoLevelPrior, TwoLevelSampler
+from ral_gym.tokenizers.code_set import decode_codes
+from ral_gym.tokenizers.vqvae import VQVAE
+
+HIDDEN = 127
+"""Grey value that stands for hidden pixels in the picture."""
+ROWS = 2
+"""Rows in which a generator's completions are laid out."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """An image, what of it was visible, and what the generators made of that; all uint8."""
+
+    original: Tensor
+    """(C, S, S)."""
+    visible: Tensor
+    """(C, S, S), grey where hidden."""
+    rows: int
+    """Visible rows of the (top) code grid."""
+    completed: dict[str, Tensor]
+    """Generator -> (n, C, S, S), decoded from visible and drawn codes, one per seed."""
+
+
+def read_image(path: Path, vqvae: VQVAE, data: DataConfig) -> tuple[Tensor, str]:
+    """One image, cut as the run's images were.
+
+    Args:
+        path: any file that Pillow reads.
+        vqvae: says size and channels.
+        data: says the crop.
+
+    Returns:
+        (C, S, S) uint8, and what was done to it, "" if nothing.
+
+    Raises:
+        DataError: it is missing or no image.
+    """
+    crop = data.crop if data.crop is not None else CELEBA_CROP if data.source.startswith("celeba:") else None
+    grey = vqvae.channels == 1
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            if crop is not None and min(width, height) < crop:
+                crop = None  # too small for the run's crop: all of its shorter side
+            coloured = image.mode not in ("1", "L", "LA", "I", "F") and not image.mode.startswith("I;16")
+            square = to_square(image, Decoding(str(path.parent), crop, vqvae.image_size, grey))
+    except FileNotFoundError as error:
+        raise DataError(f"{path} does not exist: give an image file") from error
+    except Exception as error:  # damaged files make Pillow's readers raise nearly anything
+        raise DataError(f"{path} cannot be read as an image ({error}): give a png, jpg or the like") from error
+    done, side = [], crop or min(width, height)
+    if (width, height, side) != (vqvae.image_size,) * 3:
+        cut = "" if width == height == side else f"its central {side}x{side} "
+        done.append(f"{cut}resized to {vqvae.image_size}x{vqvae.image_size}")
+    if grey and coloured:
+        done.append("made grey")
+    said = f"{path.name} has {width}x{height} pixels: {', '.join(done)}" if done else ""
+    return torch.from_numpy(square.copy()), said
+
+
+def visible_code_rows(share: float, height: int) -> int:
+    """Rows of a code grid of `height` rows that a visible share of the image comes to, at least 1 and not all.
+
+    Raises:
+        ConfigError: the share is not between 0 and 1, or one row of codes is all there is.
+    """
+    if not 0 < share < 1:
+        raise ConfigError(f"visible rows {share}: give a share above 0 and below 1, such as 0.5")
+    if height < 2:
+        raise ConfigError("an image of one row of codes cannot be completed: train with fewer vqvae.layers")
+    return min(max(math.floor(share * height + 0.5), 1), height - 1)
+
+
+def seeded_uniforms(seed: int, n: int, length: int) -> Tensor:
+    """Uniforms (n, length) for `draw`, every row from a seed of its own: seed, seed + 1, ..."""
+    rows = [torch.rand(length, generator=torch.Generator().manual_seed(seed + number)) for number in range(n)]
+    return torch.stack(rows)
+
+
+def continue_codes(
+    prior: PixelCNN | TwoLevelPrior, given: Tensor, uniforms: Tensor, temperature: float = 1.0
+) -> Tensor:
+    """Draw the rows that are missing, with the prior's cached sampler.
+
+    Args:
+        prior: a generator of one level or two.
+        given: (n, codes_of(r)) int64, the sequences of each image's first r (top) rows, 1 <= r < H.
+        uniforms: (n, T) in [0, 1), what to draw each code from.
+        temperature: divides the logits.
+
+    Returns:
+        (n, T) int64, the given codes among them.
+    """
+    grid, device = prior.grid, next(prior.parameters()).device
+    rows = grid.rows_of(given.shape[1])
+    codes = torch.full((len(given), grid.n_codes), grid.not_drawn, device=device)  # (n, T)
+    kept = torch.from_numpy(~grid.mask(rows, grid.height)).to(device)  # (T,)
+    codes[:, kept] = given.to(device)
+    uniforms = uniforms.to(device)
+    how: dict[str, Any] = {"codes": codes, "temperature": temperature, "uniforms": uniforms}
+    if isinstance(prior, TwoLevelPrior):
+        return TwoLevelSampler(prior).sample(prefix_rows=rows, **how)[0]
+    return CachedSampler(prior).sample(start=rows * grid.width, **how)[0]
+
+
+@torch.no_grad()
+def complete(
+    vqvae: VQVAE,
+    generators: Mapping[str, PixelCNN | TwoLevelPrior],
+    image: Tensor,
+    visible_share: float,
+    n: int,
+    seed: int = 0,
+    temperature: float = 1.0,
+) -> Completion:
+    """Complete an image with every generator, n times each; equal seeds draw from the same uniforms.
+
+    Args:
+        vqvae: encodes and decodes.
+        generators: name -> prior.
+        image: (C, S, S) uint8.
+        visible_share: share of the rows that stays visible, between 0 and 1; rounded to whole rows of codes.
+        n: completions per generator.
+        seed: the first one's seed; those after it have the next ones.
+        temperature: divides the logits.
+
+    Raises:
+        ConfigError: the share is not between 0 and 1, n is below 1, or the temperature is not above 0.
+    """
+    rows = visible_code_rows(visible_share, vqvae.height)
+    if n < 1 or not 0 < temperature < math.inf:
+        raise ConfigError(f"{n} completions at temperature {temperature}: give 1 or more, and a temperature above 0")
+    if tuple(image.shape) != (vqvae.channels, vqvae.image_size, vqvae.image_size):
+        raise ConfigError(
+            f"an image of shape {tuple(image.shape)}: it must be "
+            f"{(vqvae.channels, vqvae.image_size, vqvae.image_size)}; read it with read_image"
+        )
+    shown = rows * vqvae.image_size // vqvae.height  # pixel rows
+    device = next(vqvae.parameters()).device
+    levels = vqvae.encode(to_float(image[None, :, :shown]).to(device))
+    given = torch.cat(levels, 1).expand(n, -1)  # (n, codes_of(r))
+    uniforms = seeded_uniforms(seed, n, vqvae.grid.n_codes)
+    completed = {
+        name: decode_codes(vqvae, continue_codes(prior, given, uniforms, temperature))
+        for name, prior in generators.items()
+    }
+    visible = image.clone()
+    visible[:, shown:] = HIDDEN
+    return Completion(image, visible, rows, completed)
+
+
+def save_completion(path: Path, completion: Completion, *, title: str, caption: str) -> None:
+    """Original, what was visible, and each generator's completions side by side, as in Figure 7.
+
+    Raises:
+        RunError: the file cannot be written.
+    """
+    single = {"original": completion.original[None], "visible": completion.visible[None]}
+    blocks = {label: _array(images) for label, images in (single | completion.completed).items()}
+    columns = {label: math.ceil(len(images) / ROWS) for label, images in blocks.items()}
+    scale = _scale(completion.original.shape[-1], sum(columns.values()))
+    panels = [_Panel(label, _tile(images, columns[label], scale)) for label, images in blocks.items()]
+    _write_panels(path, panels, title, caption)

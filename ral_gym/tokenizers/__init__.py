@@ -1,0 +1,1 @@
+"""Image <-> codes: VQ-VAE, VQ-VAE-2, and the encoded data set."""
