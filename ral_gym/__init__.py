@@ -8,7 +8,7 @@ from pathlib import Path as _Path
 from gymnasium.envs.registration import register as _register
 from gymnasium.envs.registration import registry as _registry
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # In the root of a checkout the folder `ral_gym` shadows the installed package, and `envs` and `agents`, which an
 # installation puts inside it, lie beside it.

@@ -193,11 +193,7 @@ def test_no_module_is_called_envs_or_agents() -> None:
 
 
 def test_importing_the_generative_half_loads_no_rl_library() -> None:
-    half = [
-        name
-        for name in IMPORTABLE
-        if not name.startswith(("ral_gym.envs", "ral_gym.agents", *COMPOSITION_ROOT))
-    ]
+    half = [name for name in IMPORTABLE if not name.startswith(("ral_gym.envs", "ral_gym.agents", *COMPOSITION_ROOT))]
     code = f"""
         import importlib, sys
         for name in {half!r}:
