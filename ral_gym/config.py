@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ral_gym.errors import ConfigError
+from ral_gym.limits import both_priors, check_sizes
+from ral_gym.schema import check_types, config_from
 from ral_gym.settings import CRITIC_ALONE, Options, RewardWeights, check_reward_weights
 
 
@@ -274,8 +276,9 @@ class Config:
         """Refuse what would only fail later, perhaps after hours; `load_images` checks the rest of `data`.
 
         Raises:
-            ConfigError: a setting is out of range, or does not fit another one.
+            ConfigError: a setting is of another type or out of range, or does not fit another one.
         """
+        check_types(self)
         for (allowed, holds), names in _LIMITS.items():
             for name in names:
                 section, _, field_name = name.rpartition(".")
@@ -283,6 +286,7 @@ class Config:
                 for number in value if isinstance(value, tuple) else (value,):
                     if not holds(number):
                         raise ConfigError(f"{name} is {number}: give {allowed}")
+        check_sizes(self)
         check_reward_weights(self.ral.reward_weights)
         sides = [("vqvae.layers", self.vqvae.layers, self.strided_layers)]
         for name, value, layers in (*sides, ("critic.layers", self.critic.layers, self.critic.layers)):
@@ -309,26 +313,19 @@ class Config:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Config:
-        """Rebuild a configuration from the dict that `to_json` wrote; unknown names raise `TypeError`.
+        """Rebuild a configuration from the dict that `to_json` wrote.
 
-        What versions before two levels did not write has its default.
+        What older versions did not write has its default; what every version wrote must be there.
+
+        Raises:
+            ConfigError: a setting is unknown, missing or of another type.
         """
-        evaluation = dict(values["evaluation"])
-        evaluation["temperatures"] = tuple(evaluation["temperatures"])
-        evaluation["metrics"] = tuple(evaluation.get("metrics", ()))
-        return cls(
-            preset=values["preset"],
-            data=DataConfig(**values["data"]),
-            vqvae=VQVAEConfig(**values["vqvae"]),
-            prior=PriorConfig(**values["prior"]),
-            bottom=PriorConfig(**values.get("bottom", {})),
-            critic=CriticConfig(**values["critic"]),
-            ral=RALConfig(**values["ral"]),
-            evaluation=EvaluationConfig(**evaluation),
-            seed=values["seed"],
-        )
+        if isinstance(values, dict) and (missing := [name for name in _ALWAYS_WRITTEN if name not in values]):
+            raise ConfigError(f"{missing[0]} is missing")
+        return config_from(cls, values)
 
 
+_ALWAYS_WRITTEN = ("preset", "data", "vqvae", "prior", "critic", "ral", "evaluation", "seed")
 _Rule = tuple[str, Callable[[float], bool]]
 _COUNT: _Rule = ("an integer of 1 or more", lambda value: value >= 1)
 _NOT_NEGATIVE: _Rule = ("0 or more", lambda value: 0 <= value < math.inf)
@@ -364,8 +361,5 @@ _NAMES: dict[_Rule, str] = {
     ("12 or more, two halves that KID can compare", lambda value: value >= 12): "evaluation.n_samples",
     ("0 to 4000000, since numpy's seeds have 32 bits", lambda value: 0 <= value <= 4_000_000): "seed",
 }
-_LIMITS: dict[_Rule, tuple[str, ...]] = {
-    rule: (*names.split(), *(name.replace("prior.", "bottom.") for name in names.split() if name.startswith("prior.")))
-    for rule, names in _NAMES.items()
-}
+_LIMITS: dict[_Rule, tuple[str, ...]] = {rule: both_priors(names) for rule, names in _NAMES.items()}
 """What a setting may be (in words, and as a test), and the settings that this holds for; both priors' alike."""

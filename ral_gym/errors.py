@@ -4,9 +4,42 @@ Library code raises these; the command line prints the message and exits with 2.
 A message says what is wrong, the value, what is allowed and what to do.
 """
 
+import unicodedata
+
+LONGEST_LINE = 2000
+"""Characters of a message; text from a file could be of any length."""
+
+
+def printable(text: object, longest: int = LONGEST_LINE) -> str:
+    """Text from outside (names of files, keys, settings), made safe for a terminal and for one line.
+
+    Control and format characters (escape sequences, line ends, changes of the writing direction), halves of surrogate
+    pairs (names that are not UTF-8) and unassigned characters become backslash escapes; what is too long is cut in the
+    middle.
+
+    Args:
+        text: anything with a `str`.
+        longest: characters of the result, at least 20.
+    """
+    given = str(text)
+    if len(given) > longest:
+        given = f"{given[: longest - longest // 3 - 5]} ... {given[-(longest // 3) :]}"
+    if given.isascii() and given.isprintable():
+        return given
+    return "".join(one if _is_safe(one) else one.encode("unicode_escape").decode("ascii") for one in given)
+
+
+def _is_safe(character: str) -> bool:
+    """Whether a character shows itself and changes nothing around it."""
+    return unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Cn", "Co", "Zl", "Zp")
+
 
 class RalGymError(Exception):
     """Base of every error a user can mend; ``str(error)`` is the one line to print."""
+
+    def __str__(self) -> str:
+        """The message, safe to print: it may quote a stranger's file."""
+        return printable(super().__str__())
 
 
 class DataError(RalGymError):

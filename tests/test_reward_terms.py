@@ -91,13 +91,13 @@ def test_what_is_no_pair_is_a_usage_error(given: list[str], capsys: pytest.Captu
     ("weights", "message"),
     [
         ({}, r"ral.reward_weights is \{\}: give one or more of critic, loo_fd, .*, kid, each with its weight"),
-        (["kid"], r"ral.reward_weights is \['kid'\]: give one or more"),
+        (["kid"], r"ral.reward_weights is a list: give names and values"),
         ({"fid": 1.0}, "names 'fid': choose among critic, loo_fd, loo_fd_first_order, loo_fd_diagonal, kid"),
         ({"kid": 0.0}, "kid weighs 0.0: give a number above 0"),
         ({"kid": -1.0}, "kid weighs -1.0: give a number above 0"),
         ({"kid": float("nan")}, "kid weighs nan: give a number above 0"),
         ({"kid": float("inf")}, "kid weighs inf: give a number above 0"),
-        ({"kid": "1"}, "kid weighs '1': give a number above 0"),
+        ({"kid": "1"}, "ral.reward_weights.kid is '1': give a number"),
     ],
 )
 def test_other_weights_are_refused(weights: Any, message: str) -> None:

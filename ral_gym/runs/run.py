@@ -37,7 +37,7 @@ import numpy as np
 import torch
 
 from ral_gym.config import Config
-from ral_gym.errors import RunError
+from ral_gym.errors import ConfigError, RunError
 from ral_gym.runs.storage import (
     cannot_write,
     differences,
@@ -235,7 +235,7 @@ def _filled(config: Any) -> Any:
     """A configuration with the defaults of settings that older versions did not write; as it is where it is none."""
     try:
         return json.loads(Config.from_dict(config).to_json())
-    except (AttributeError, KeyError, TypeError, ValueError):
+    except ConfigError:
         return config
 
 
@@ -258,11 +258,12 @@ def read_config(path: Path | str) -> Config:
     """The configuration of an existing run folder.
 
     Raises:
-        RunError: no run folder, or written by another version.
+        RunError: no run folder, a setting that is unknown or out of range, or written by another version.
     """
     file = Path(path) / "config.json"
     try:
-        return Config.from_dict(load_json(file))
-    except (KeyError, TypeError, ValueError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise RunError(f"{file} does not fit this version of ral_gym ({reason}); train in another folder") from error
+        config = Config.from_dict(load_json(file))
+        config.check()
+    except ConfigError as error:
+        raise RunError(f"{file} does not fit this version of ral_gym ({error}); train in another folder") from error
+    return config
