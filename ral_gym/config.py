@@ -14,8 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ral_gym.errors import ConfigError
-from ral_gym.limits import both_priors, check_sizes
-from ral_gym.schema import check_types, config_from
+from ral_gym.schema import both_priors, check_sizes, check_types, config_from
 from ral_gym.settings import CRITIC_ALONE, Options, RewardWeights, check_reward_weights
 
 

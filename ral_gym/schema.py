@@ -52,7 +52,7 @@ def config_from(
             near = difflib.get_close_matches(str(name)[:LONGEST_TEXT], fields, n=1)
             meant = f" (did you mean {prefix}{near[0]}?)" if near else ""
             raise ConfigError(f"{start}{prefix}{shown(name, bare=True)} is an unknown setting{meant}")
-    hints = type_hints(cls)
+    hints = type_hints(cls)  # type: ignore[arg-type]
     given: dict[str, Any] = {}
     for name, field in fields.items():
         if name in values:
@@ -69,9 +69,9 @@ def check_types(settings: Any, path: str = "") -> None:
     Raises:
         ConfigError: which setting, its value and what is allowed.
     """
-    for name, hint in type_hints(type(settings)).items():
+    for name, hint in type_hints(settings.__class__).items():
         value, full = getattr(settings, name), f"{path}.{name}" if path else name
-        if dataclasses.is_dataclass(hint):
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
             if not isinstance(value, hint):
                 raise ConfigError(f"{full} is {shown(value)}: give a {hint.__name__}")
             check_types(value, full)
@@ -80,8 +80,8 @@ def check_types(settings: Any, path: str = "") -> None:
 
 
 @functools.cache
-def type_hints(cls: type) -> dict[str, Any]:
-    """Field -> type, without what is only said to the command line."""
+def type_hints(cls: Any) -> dict[str, Any]:
+    """Field of a dataclass -> type, without what is only said to the command line."""
     hints = typing.get_type_hints(cls)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
@@ -171,3 +171,46 @@ def _in_words(hint: Any) -> str:
         return "names and values"
     words = {bool: "true or false", int: "an integer", float: "a number", Any: "a number, true, false, null or text"}
     return words.get(hint, f"text of at most {LONGEST_TEXT:,} characters")
+
+
+SIZES: dict[int, str] = {
+    16: "vqvae.layers critic.layers",
+    1_000: """
+        vqvae.residual_blocks prior.layers prior.attention_layers prior.attention_heads prior.output_stack_layers
+        prior.conditioning_stack_layers prior.augmented_passes data.workers
+        """,
+    16_384: """
+        vqvae.hidden_units vqvae.residual_units vqvae.codebook_dim prior.hidden_units prior.residual_units
+        critic.hidden_units data.image_size data.crop
+        """,
+    255: "vqvae.encoder_filter_size vqvae.decoder_filter_size prior.conv_filter_size",
+    1_000_000: """
+        vqvae.batch_size prior.batch_size critic.batch_size ral.n_envs critic.n_critic evaluation.n_samples
+        vqvae.threshold_ema_dead_code
+        """,
+    1_000_000_000: """
+        vqvae.training_steps prior.training_steps prior.evaluate_every ral.n_updates ral.checkpoint_every
+        critic.warmup_steps data.limit data.memory_budget_mb
+        """,
+}
+"""The largest size -> the settings that it holds for."""
+
+
+def both_priors(names: str) -> tuple[str, ...]:
+    """Names of settings; those of the prior are those of the bottom one too."""
+    given = names.split()
+    return (*given, *(name.replace("prior.", "bottom.") for name in given if name.startswith("prior.")))
+
+
+def check_sizes(config: Any) -> None:
+    """Refuse sizes of a `Config` that nothing could be built with.
+
+    Raises:
+        ConfigError: which one, and the largest that is allowed.
+    """
+    for most, names in SIZES.items():
+        for name in both_priors(names):
+            section, _, field_name = name.rpartition(".")
+            value = getattr(getattr(config, section), field_name)
+            if value is not None and value > most:
+                raise ConfigError(f"{name} is {value}: give at most {most}")

@@ -137,7 +137,7 @@ def test_a_configuration_from_before_two_levels_is_read() -> None:
     for name in ("attention_layers", "attention_heads", "conditioning_stack_layers"):
         del values["prior"][name]
     assert Config.from_dict(values) == SMOKE
-    with pytest.raises(ConfigError, match="bottom.colour is an unknown setting"):
+    with pytest.raises(ConfigError, match=r"bottom\.colour is an unknown setting"):
         Config.from_dict({**values, "bottom": {"colour": 1}})
 
 

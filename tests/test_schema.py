@@ -104,7 +104,8 @@ def fields_of(cls: type, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
 
 HOSTILE: list[Any] = [
     None, True, -1, 0, 3.5, 10**9, 10**30, 10**400, float("nan"), float("inf"), -1e308, "", "abc", "16", "\0",
-    "x" * 5000, "../../x", "\x1b[31m", "\udc80", [], ["ppo"], [None], [[[]]], {}, {"a": "b"}, {"critic": "x"}, {"<script>": 1},
+    "x" * 5000, "../../x",
+    "\x1b[31m", "\udc80", [], ["ppo"], [None], [[[]]], {}, {"a": "b"}, {"critic": "x"}, {"<script>": 1},
 ]  # fmt: skip
 
 
