@@ -27,8 +27,8 @@ from ral_gym.priors.two_level import Prior
 from ral_gym.runs.run import Run
 from ral_gym.runs.storage import differences, load_json, save_json
 from ral_gym.stages.common import resolve_device
-from ral_gym.stages.evaluate import Evaluation
 from ral_gym.stages.fork import fork_run
+from ral_gym.stages.generator_metrics import MEASUREMENT, GeneratorMetrics
 from ral_gym.stages.levels import load_generator, load_vqvae
 from ral_gym.stages.train_prior import continue_prior
 from ral_gym.tokenizers.code_set import CodeSet
@@ -88,9 +88,9 @@ class Experiment:
         return load_generator(self.base, "prior", self.device)
 
     @functools.cached_property
-    def evaluation(self) -> Evaluation:
+    def evaluation(self) -> GeneratorMetrics:
         """The yardstick: distances to the base run's decoded training codes."""
-        return Evaluation(self._measuring, self.vqvae, self.codes, self.images, self.device)
+        return GeneratorMetrics(self._measuring, self.vqvae, self.codes, self.images, self.device)
 
     def train(self, name: str, config: Config) -> Run:
         """Stage 3 with other settings of `ral` and `critic`; trained, continued, or found finished.
@@ -123,7 +123,7 @@ class Experiment:
         return load_generator(run, "policy" if live else "policy_ema", self.device)
 
     def measure(self, name: str, label: str, prior: Prior, temperature: float = 1.0) -> dict[str, Any]:
-        """One row of the table, `Evaluation.row`; kept in ``folder/name/rows.json``.
+        """One row of the table, `GeneratorMetrics.row`; kept in ``folder/name/rows.json``.
 
         Args:
             name: the variant's folder; one of its own for generators of the base run.
@@ -136,7 +136,13 @@ class Experiment:
         """
         file, key = self.folder / name / ROWS, f"{label} at {temperature:g}"
         yardstick = self._measuring.config.evaluation
-        settings = {"n_samples": yardstick.n_samples, "extractor": yardstick.extractor, "seed": self.base.config.seed}
+        settings = {
+            "n_samples": yardstick.n_samples,
+            "extractor": yardstick.extractor,
+            "seed": self.base.config.seed,
+            "measurement": MEASUREMENT,
+            "held_out": yardstick.held_out,
+        }
         kept: dict[str, Any] = load_json(file) if file.exists() else {"settings": settings, "rows": {}}
         if found := differences(kept["settings"], settings):
             raise RunError(f"{file} was measured in another way ({'; '.join(found[:3])}); remove it to measure again")

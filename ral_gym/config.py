@@ -122,6 +122,8 @@ class PriorConfig:
     """Seeded augmented passes over the images when they are encoded; 1: the images as they are."""
     evaluate_every: int = 25
     """Steps between held-out NLL measurements; the weights of the best one are kept."""
+    held_out: int = 1000
+    """Held-out images of each of these measurements: a seeded random subset; all, where there are fewer."""
     scheduled_sampling: Literal["none", "two_pass", "sequential"] = "none"
     """Mix the model's own codes into the real ones it reads: drawn in one pass more, or one by one (slower, exact)."""
     scheduled_sampling_schedule: Literal["linear", "exponential", "inverse_sigmoid"] = "linear"
@@ -236,6 +238,8 @@ class EvaluationConfig:
     """More columns of the table, by registered name or `module:function`."""
     temperatures: tuple[float, ...] = (0.8, 0.85, 0.9, 0.95)
     """Temperatures of the MLE sweep (1 is always there)."""
+    held_out: int = 2000
+    """Held-out images behind each NLL: a seeded random subset; all, where there are fewer."""
 
 
 @dataclass(frozen=True)
@@ -334,7 +338,7 @@ _NAMES: dict[_Rule, str] = {
     _COUNT: """
         vqvae.residual_units vqvae.layers vqvae.codebook_dim vqvae.batch_size vqvae.training_steps
         prior.hidden_units prior.residual_units prior.layers prior.batch_size prior.training_steps
-        prior.attention_heads prior.augmented_passes prior.evaluate_every
+        prior.attention_heads prior.augmented_passes prior.evaluate_every prior.held_out evaluation.held_out
         critic.hidden_units critic.layers critic.batch_size ral.n_envs ral.n_updates ral.checkpoint_every
         """,
     _NOT_NEGATIVE: """

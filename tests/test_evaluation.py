@@ -16,7 +16,7 @@ from ral_gym.metrics.neighbourhood import FIGURES
 from ral_gym.runs.run import Run, read_config
 from ral_gym.runs.storage import load_json, save_json
 from ral_gym.stages import given_rows
-from ral_gym.stages.evaluate import Evaluation
+from ral_gym.stages.generator_metrics import GeneratorMetrics
 from ral_gym.stages.given_rows import measure_given_rows
 from ral_gym.stages.levels import load_generator
 from ral_gym.stages.pictures import sample_codes
@@ -30,7 +30,7 @@ LIKELIHOOD = {"nll_test", "nll_new_people", "entropy"}
 
 
 @pytest.fixture(scope="module")
-def evaluation(tmp_path_factory: pytest.TempPathFactory) -> Evaluation:
+def evaluation(tmp_path_factory: pytest.TempPathFactory) -> GeneratorMetrics:
     """Of an untrained model, whose codes differ, with augmented passes."""
     path = make_tiny_run(tmp_path_factory.mktemp("runs") / "tiny")
     config = read_config(path)
@@ -44,7 +44,7 @@ def evaluation(tmp_path_factory: pytest.TempPathFactory) -> Evaluation:
     with torch.no_grad():
         vqvae.train()(to_float(pixels[:60]))  # k-means
     vqvae.eval().requires_grad_(False)
-    return Evaluation(run, vqvae, encode_set(vqvae, images, passes=3, seed=1), images, torch.device("cpu"))
+    return GeneratorMetrics(run, vqvae, encode_set(vqvae, images, passes=3, seed=1), images, torch.device("cpu"))
 
 
 def test_every_generator_has_every_figure_and_its_interval(smoke_run) -> None:
@@ -97,7 +97,7 @@ def test_held_out_images_are_augmented_as_training_images_are(evaluation) -> Non
 def test_codes_that_are_not_the_images_stand_for_themselves(evaluation) -> None:
     rng, shape = np.random.default_rng(0), evaluation.codes.train.shape
     codes = CodeSet(*(rng.integers(16, size=(n, shape[1])).astype(np.int16) for n in (60, 32)), None, clean=60)
-    drawn = Evaluation(evaluation.run, evaluation.vqvae, codes, evaluation.images, evaluation.device)
+    drawn = GeneratorMetrics(evaluation.run, evaluation.vqvae, codes, evaluation.images, evaluation.device)
     assert drawn.memory.keys() == {"test"} and drawn.memory["test"].held_out.shape == (32, 1)
     row = drawn.row(load_generator(drawn.run, "prior"))
     assert row["memorisation_new_people"] is None and row["nll_new_people"] is None and 0 < row["memorisation"] < 1
@@ -108,9 +108,10 @@ def test_rows_of_an_older_version_are_measured_again(smoke_run, smoke_options, t
     run = shutil.copytree(smoke_run, tmp_path / "smoke")
     (run / "results.json").unlink()
     file = run / "checkpoints/evaluation.json"
-    rows = load_json(file)
+    begun = load_json(file)
+    rows = begun["rows"]
     older = {name: {"fd": -1.0, "temperature": row.get("temperature")} for name, row in list(rows.items())[:3]}
-    save_json(file, {**rows, **older})
+    save_json(file, {**begun, "rows": {**rows, **older}})
     assert train_main([*smoke_options, "--runs", str(tmp_path)]) == 0
     assert load_json(run / "results.json")["rows"] == load_json(smoke_run / "results.json")["rows"]
 

@@ -101,7 +101,7 @@ def test_quick_run_from_nothing_then_again_from_what_is_kept(
     def no_training(*_: object) -> None:
         raise AssertionError("trained again")
 
-    monkeypatch.setattr("ral_gym.stages.evaluation.Evaluation.row", no_training)
+    monkeypatch.setattr("ral_gym.stages.generator_metrics.GeneratorMetrics.row", no_training)
     frontier.main(flags, console)
     assert (folder / "results.json").read_bytes() == first
     with pytest.raises(RunError, match="other settings"):

@@ -60,6 +60,50 @@ def test_fd_of_known_gaussians():
     assert distance.measure(2 * a)["fd"] == pytest.approx(2)
 
 
+def test_fd_equals_torchmetrics_on_full_rank_sets():
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    class Given(torch.nn.Module):
+        num_features = 5
+
+        def forward(self, features: Tensor) -> Tensor:
+            return features
+
+    a, b = gaussian(90).double(), gaussian(70, shift=0.2, seed=1).double()
+    metric = FrechetInceptionDistance(feature=Given())
+    metric.update(a, real=True)
+    metric.update(b, real=False)
+    assert FeatureDistance(a, extractor="test").measure(b)["fd"] == pytest.approx(float(metric.compute()), rel=1e-8)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_fd_of_a_singular_set_against_itself_is_0(seed):
+    generator = torch.Generator().manual_seed(seed)
+    direction, along = torch.randn(1, 64, generator=generator), torch.randn(40, 1, generator=generator)
+    rank_one = along @ direction + 3  # eigenvalues of S S do not converge for some of these
+    assert FeatureDistance(rank_one, extractor="test").measure(rank_one)["fd"] == 0
+    few = torch.randn(8, 512, generator=generator)
+    assert FeatureDistance(few, extractor="test").measure(few[torch.randperm(8, generator=generator)])["fd"] == 0
+    constant = torch.full((8, 3), 1e6)
+    assert FeatureDistance(constant, extractor="test").measure(constant)["fd"] == 0
+
+
+def test_fd_of_8_samples_with_2048_features_is_0_against_itself_and_right_against_others():
+    few = torch.randn(8, 2048)
+    assert FeatureDistance(few, extractor="test").measure(few)["fd"] == 0
+    # Two sets in orthogonal subspaces share nothing: FD is the shift and both traces.
+    a, b = torch.zeros(8, 2048), torch.zeros(9, 2048)
+    a[:, :7], b[:, 20:28] = torch.randn(8, 7), torch.randn(9, 8)
+    expected = (a.mean(0) - b.mean(0)).square().sum() + a.var(0).sum() + b.var(0).sum()
+    assert FeatureDistance(a, extractor="test").measure(b)["fd"] == pytest.approx(float(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize("shift", [1e-3, 1e-5])
+def test_a_small_distance_above_rounding_is_not_0(shift):
+    a = gaussian(300).double()
+    assert FeatureDistance(a, extractor="test").measure(a + shift)["fd"] == pytest.approx(5 * shift**2, rel=1e-3)
+
+
 def test_kid_equals_brute_force(monkeypatch):
     """With one subset drawn as the permutation's start, KID is the unbiased MMD of those rows."""
     a, b = gaussian(36), gaussian(30, shift=0.5, seed=1)

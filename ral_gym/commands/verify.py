@@ -25,7 +25,7 @@ from ral_gym.runs.run import Run
 from ral_gym.runs.storage import load_json
 from ral_gym.stages.common import resolve_device
 from ral_gym.stages.evaluate import check_extractor, load_priors, measure, results_of
-from ral_gym.stages.evaluation import Evaluation
+from ral_gym.stages.generator_metrics import MEASUREMENT, GeneratorMetrics
 from ral_gym.stages.levels import load_vqvae
 from ral_gym.tokenizers.code_set import CodeSet
 
@@ -35,7 +35,7 @@ WITHOUT_INTERVAL = 0.02
 """What stands for half the interval's width of a figure that has none, relative to it where it is above 1."""
 MOST_SHOWN = 60
 """Lines of the table."""
-SETTINGS = ("extractor", "reference", "n_samples", "seed", "preset")
+SETTINGS = ("extractor", "reference", "n_samples", "seed", "preset", "measurement", "held_out")
 
 BEST = "_best_temperature"
 
@@ -105,7 +105,10 @@ def verify_run(arguments: VerifyArguments, console: Console) -> Comparison:
     vqvae, priors = load_vqvae(run, device), load_priors(run, device)
     codes = CodeSet.load(run.file("codes.safetensors"), vqvae.grid)
     images = load_images(run.config.data, seed=run.config.seed, progress=not arguments.quiet)
-    evaluation = Evaluation(run, vqvae, codes, images, device)
+    measurement = results.get("measurement", 1)
+    evaluation = GeneratorMetrics(run, vqvae, codes, images, device, measurement)
+    if measurement < MEASUREMENT:
+        _say(console, f"{run.path.name} was measured by an older rule ({measurement}): the same one is used again.")
     measured: Rows = {}
     only = {_of_sweep(name) for name in arguments.rows} or None
     measure(evaluation, priors, measured, only=only, progress=not arguments.quiet)
@@ -115,10 +118,8 @@ def verify_run(arguments: VerifyArguments, console: Console) -> Comparison:
         # Of a generator that was drawn at one temperature, that one is not the best of several.
         rows = {name: row for name, row in rows.items() if name in only or not name.endswith(BEST)}
         saved = {name: row for name, row in saved.items() if name in rows or name in arguments.rows}
-    settings = {"settings": {key: results.get(key) for key in SETTINGS}}
-    found = compare(
-        {**settings, **saved}, {"settings": {key: again[key] for key in SETTINGS}, **rows}, arguments.tolerance
-    )
+    settings, settings_again = ({"settings": {key: of.get(key) for key in SETTINGS}} for of in (results, again))
+    found = compare({**settings, **saved}, {**settings_again, **rows}, arguments.tolerance)
     _report(run, found, len(saved), arguments.tolerance, console)
     return found
 

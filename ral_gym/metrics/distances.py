@@ -1,9 +1,10 @@
 """How far generated images are from a reference: Frechet distance (FD) and kernel distance (KID).
 
 The paper reports FID against reconstructions of the training images (Section 5): the reference is whatever set the
-caller gives. Both distances are torchmetrics'. What is changed: any extractor serves, features are extracted once and
-fed to both metrics in float64, KID's subsets are drawn from their own seed, and every result carries its extractor and
-sample counts.
+caller gives. Any extractor serves, features are extracted once and used in float64, and every result carries its
+extractor and sample counts. KID is torchmetrics', with its subsets drawn from a seed of their own. FD is
+`frechet_distance`: torchmetrics takes the eigenvalues of a product that is not symmetric, which does not always
+converge where covariances are singular, and loses half the digits there, so that FD may fall below 0.
 
 FD is biased upwards for small sets (by more, the more features), so rows of a table need equal `n`, and `floor` belongs
 beside them; KID is unbiased (Binkowski et al. 2018). Both depend on the features' scale: the kernel of KID is cubic, so
@@ -13,7 +14,7 @@ that on `lite0` (features of about 3) 64x64 photos of faces against their blurre
 from __future__ import annotations
 
 import warnings
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -66,8 +67,8 @@ class FeatureDistance:
         self.extractor = extractor
         self.seed = seed
         self.reference = _checked(reference, extractor)  # (N, F)
-        self._fd, self._kid = _torchmetrics(self.reference.shape[1])
-        self._fd.update(self.reference, real=True)
+        self._moments = _Moments.of(self.reference)
+        self._kid = _kernel_distance(self.reference.shape[1])
         self._kid.update(self.reference, real=True)
 
     def measure(self, features: Tensor) -> Distance:
@@ -82,9 +83,7 @@ class FeatureDistance:
         """
         features = _checked(features, self.extractor)  # (N, F)
         subset_size = kid_subset_size(len(features), len(self.reference))
-        self._fd.reset()
         self._kid.reset()
-        self._fd.update(features, real=False)
         self._kid.update(features, real=False)
         self._kid.subset_size = subset_size
         # torchmetrics draws the subsets from the CPU's global generator; torch.manual_seed would reseed CUDA's too.
@@ -92,7 +91,7 @@ class FeatureDistance:
             torch.default_generator.manual_seed(self.seed)
             kid, kid_std = self._kid.compute()
         return Distance(
-            fd=float(self._fd.compute()),
+            fd=_frechet(_Moments.of(features), self._moments),
             kid=float(kid),
             kid_std=float(kid_std),
             n=len(features),
@@ -157,13 +156,52 @@ def _checked(features: Tensor, extractor: str) -> Tensor:
     return features.detach().double().cpu()
 
 
-def _torchmetrics(num_features: int) -> tuple[Any, Any]:
-    """The two metrics, with reference statistics that survive a reset.
+def frechet_distance(features: Tensor, reference: Tensor) -> float:
+    """Frechet distance between two sets of features, seen as Gaussians (Heusel et al. 2017, Eq. 6).
+
+    |m - m_r|^2 + tr(S + S_r) - 2 tr((S^1/2 S_r S^1/2)^1/2). The last trace is the sum of the singular values of
+    L L_r^T, where L^T L = S and L_r^T L_r = S_r: no root of an eigenvalue near 0 is taken, so covariances may be
+    singular. A result within the rounding error of the traces it is a difference of is 0; it is never negative.
+
+    Args:
+        features: (N, F) float64, N >= 2.
+        reference: (M, F) float64, M >= 2.
+    """
+    return _frechet(_Moments.of(features), _Moments.of(reference))
+
+
+class _Moments(NamedTuple):
+    """Mean and covariance of features, the latter as a factor L with L^T L = S."""
+
+    mean: Tensor
+    """(F,)."""
+    factor: Tensor
+    """(min(N, F), F)."""
+    n: int
+
+    @classmethod
+    def of(cls, features: Tensor) -> _Moments:
+        """Of features (N, F) float64."""
+        n, width = features.shape
+        mean = features.mean(0)
+        centred = (features - mean) / (n - 1) ** 0.5  # (N, F)
+        return cls(mean, torch.linalg.qr(centred, mode="r").R if n > width else centred, n)
+
+
+def _frechet(one: _Moments, other: _Moments) -> float:
+    traces = float(one.factor.square().sum() + other.factor.square().sum())
+    cross = float(torch.linalg.svdvals(one.factor @ other.factor.T).sum())
+    distance = float((one.mean - other.mean).square().sum()) + traces - 2 * cross
+    rounding = torch.finfo(torch.float64).eps * max(one.n, other.n, len(one.mean)) * traces
+    return distance if distance > rounding else 0.0
+
+
+def _kernel_distance(num_features: int) -> Any:
+    """Torchmetrics' KID, with a reference that survives a reset.
 
     torchmetrics is imported here because it takes seconds, and imports a broken torchvision where there is one.
     """
     try:
-        from torchmetrics.image.fid import FrechetInceptionDistance
         from torchmetrics.image.kid import KernelInceptionDistance
     except (ImportError, RuntimeError, OSError, AttributeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -171,10 +209,9 @@ def _torchmetrics(num_features: int) -> tuple[Any, Any]:
             f"torchmetrics cannot be imported ({reason}): install a torchvision built for torch {torch.__version__}, "
             "or uninstall torch-fidelity and torchvision, which only the extractor inception needs"
         ) from error
-    network = _GivenFeatures(num_features)
-    frechet = FrechetInceptionDistance(feature=network, reset_real_features=False)
     with warnings.catch_warnings():
         # Keeping the features is what we want, see `FeatureDistance.measure`.
         warnings.filterwarnings("ignore", "Metric `Kernel Inception Distance` will save all", UserWarning)
-        kernel = KernelInceptionDistance(feature=network, subsets=KID_SUBSETS, reset_real_features=False)
-    return frechet, kernel
+        return KernelInceptionDistance(
+            feature=_GivenFeatures(num_features), subsets=KID_SUBSETS, reset_real_features=False
+        )

@@ -13,7 +13,7 @@ Meehan, Chaudhuri and Dasgupta, "A Non-Parametric Test to Detect Data-Copying in
 
 Unlike the paper, space is not cut into cells: with tens of held-out images a cell would hold none. The score compares
 distances of whole sets, and a generator may hide copies of some images behind poor samples of others; `near` is the
-remedy. Both only ever compare images that have been through the same decoder: see `ral_gym.stages.evaluation`.
+remedy. Both only ever compare images that have been through the same decoder: see `ral_gym.stages.generator_metrics`.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from torch import Tensor
 
 import ral_gym
 from ral_gym.data.images import ImageSet, load_images, to_float
+from ral_gym.data.subsets import subset
 from ral_gym.errors import ConfigError, DataError
 from ral_gym.report.figures import heat, heat_colours, strip
 from ral_gym.report.page import (
@@ -116,9 +117,8 @@ class Report:
             return decode_codes(self.vqvae, encode_images(self.vqvae, self.held_out.numpy(), progress=False))
         if not self.run.has("codes.safetensors"):
             return None
-        return decode_codes(
-            self.vqvae, CodeSet.load(self.run.file("codes.safetensors"), self.vqvae.grid).test[:N_SHOWN]
-        )
+        codes = CodeSet.load(self.run.file("codes.safetensors"), self.vqvae.grid).test
+        return decode_codes(self.vqvae, codes[subset(len(codes), N_SHOWN, self.seed)])
 
     @functools.cached_property
     def generators(self) -> dict[str, Prior]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from ral_gym.data.subsets import subset
 from ral_gym.priors.pixelcnn import PixelCNN
 from ral_gym.priors.two_level import Prior, TwoLevelPrior, make_sampler
 from ral_gym.tokenizers.code_set import decode_codes, encode_images
@@ -37,8 +38,8 @@ def add_grid(writer: SummaryWriter, tag: str, images: Tensor | np.ndarray, step:
 
 
 def add_reconstructions(writer: SummaryWriter, tag: str, vqvae: VQVAE, images: np.ndarray, step: int) -> None:
-    """Add the first images of uint8 (N, C, S, S) above their reconstructions."""
-    real = images[:N_IMAGES]
+    """Add some images of uint8 (N, C, S, S), always the same ones, above their reconstructions."""
+    real = images[subset(len(images), N_IMAGES, seed=0)]
     rebuilt = decode_codes(vqvae, encode_images(vqvae, real, progress=False))  # (B, C, S, S) uint8
     add_grid(writer, tag, np.concatenate([real, rebuilt.numpy()]), step, columns=len(real))
 

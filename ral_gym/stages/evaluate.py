@@ -1,8 +1,9 @@
 """The last stage: sample every generator, measure it, and lay the pictures side by side.
 
-What a row of the table is, `ral_gym.stages.evaluation` says. A row that has been measured is kept in
-``checkpoints/evaluation.json``, so an interrupted evaluation goes on with the next one. Measuring (`measure`,
-`results_of`) and writing (`evaluate`) are apart: `ral-gym verify` measures the same rows and writes nothing.
+What a row of the table is, `ral_gym.stages.generator_metrics` says. A row that has been measured is kept in
+``checkpoints/evaluation.json``, so an interrupted evaluation goes on with the next one, by the rule it began with.
+Measuring (`measure`, `results_of`) and writing (`evaluate`) are apart: `ral-gym verify` measures the same rows and
+writes nothing.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from ral_gym.rewards.score_map import CriticScorer
 from ral_gym.runs.run import Run
 from ral_gym.runs.storage import differences, load_json, load_module, save_json
 from ral_gym.stages.common import Clock
-from ral_gym.stages.evaluation import Evaluation, Row
+from ral_gym.stages.generator_metrics import MEASUREMENT, GeneratorMetrics, Row
 from ral_gym.stages.given_rows import measure_given_rows
 from ral_gym.stages.levels import load_generator
 from ral_gym.stages.pictures import draw_pictures
@@ -32,9 +33,11 @@ from ral_gym.stages.rejection import critic_judge
 from ral_gym.tokenizers.code_set import CodeSet
 from ral_gym.tokenizers.vqvae import VQVAE
 
-__all__ = ["GENERATORS", "SWEPT", "Evaluation", "check_extractor", "check_images", "evaluate", "measure", "results_of"]
+__all__ = ["GENERATORS", "SWEPT", "check_extractor", "check_images", "evaluate", "measure", "results_of"]
 
 STAGE = "evaluation"
+PARTIAL = "checkpoints/evaluation.json"
+"""The rows measured so far."""
 GENERATORS = {
     "mle": "prior",
     "mle_ema": "prior_ema",
@@ -59,15 +62,14 @@ def evaluate(
         RunError: a weight file or ``checkpoints/evaluation.json`` is damaged.
     """
     clock = Clock(run, STAGE)
-    evaluation = Evaluation(run, vqvae, codes, images, device)
-    partial = run.file("checkpoints/evaluation.json")
-    rows: dict[str, Row] = load_json(partial) if partial.exists() else {}
-    if not isinstance(rows, dict) or not all(isinstance(row, dict) and "fd" in row for row in rows.values()):
-        raise RunError(f"{partial} holds no rows of a table; remove it to evaluate again")
-    # Rows of versions that measured less are measured again.
-    rows = {name: row for name, row in rows.items() if "intervals" in row}
+    measurement, rows = _begun(run)
+    evaluation = GeneratorMetrics(run, vqvae, codes, images, device, measurement)
     priors = load_priors(run, device)
-    measure(evaluation, priors, rows, keep=lambda rows: save_json(partial, rows), progress=progress)
+
+    def keep(rows: dict[str, Row]) -> None:
+        save_json(run.file(PARTIAL), {"measurement": measurement, "rows": rows})
+
+    measure(evaluation, priors, rows, keep=keep, progress=progress)
     results = results_of(run, evaluation, rows)
     results["given_rows"] = measure_given_rows(evaluation, {name: priors[name] for name in ("mle", "ral")})
     clock.book()
@@ -75,6 +77,25 @@ def evaluate(
     draw_pictures(run, vqvae, codes, images, priors, results)
     save_json(run.file("results.json"), results)
     return results
+
+
+def _begun(run: Run) -> tuple[int, dict[str, Row]]:
+    """The rule by which the run's evaluation began, and the rows it has measured.
+
+    Raises:
+        RunError: the file is damaged.
+    """
+    path = run.file(PARTIAL)
+    if not path.exists():
+        return MEASUREMENT, {}
+    begun = load_json(path)
+    # Version 0.1 wrote the rows alone.
+    found = begun if isinstance(begun, dict) and "measurement" in begun else {"measurement": 1, "rows": begun}
+    rows, measurement = found.get("rows"), found["measurement"]
+    if not isinstance(rows, dict) or not all(isinstance(row, dict) and "fd" in row for row in rows.values()):
+        raise RunError(f"{path} holds no rows of a table; remove it to evaluate again")
+    # Rows of versions that measured less are measured again.
+    return measurement, {name: row for name, row in rows.items() if "intervals" in row}
 
 
 def load_priors(run: Run, device: torch.device) -> dict[str, Prior]:
@@ -93,7 +114,7 @@ def load_priors(run: Run, device: torch.device) -> dict[str, Prior]:
 
 
 def measure(
-    evaluation: Evaluation,
+    evaluation: GeneratorMetrics,
     priors: Mapping[str, Prior],
     rows: dict[str, Row],
     *,
@@ -160,7 +181,7 @@ def measure(
     bar.close()
 
 
-def _rejection_row(evaluation: Evaluation, prior: Prior) -> Row:
+def _rejection_row(evaluation: GeneratorMetrics, prior: Prior) -> Row:
     """Rejection sampling by the run's critic."""
     critic = load_module(evaluation.run.file("critic.safetensors"), PatchCritic, evaluation.device)
     return evaluation.rejection_row(prior, critic_judge(CriticScorer(evaluation.vqvae, critic)))
@@ -179,7 +200,7 @@ def _sweep(
         fds[lower] = draw(f"{name}_at_{lower:g}", prior, lower)["fd"]
 
 
-def results_of(run: Run, evaluation: Evaluation, rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def results_of(run: Run, evaluation: GeneratorMetrics, rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """What ``results.json`` holds, without the seconds: named rows first, sweeps and checkpoints apart.
 
     Where not all rows were measured, there are only the sweeps whose generator was.
@@ -196,6 +217,15 @@ def results_of(run: Run, evaluation: Evaluation, rows: dict[str, dict[str, Any]]
     after = {int(name.rpartition("_")[2]): row for name, row in rows.items() if "_after_" in name}
     for start, sweep in sweeps.items():
         named[f"{start}_best_temperature"] = min(sweep, key=lambda row: row["fd"])
+    # Version 0.1 named neither its rule nor how many held-out images it took.
+    rule = (
+        {}
+        if evaluation.measurement == 1
+        else {
+            "measurement": evaluation.measurement,
+            "held_out": {name: len(codes) for name, codes in evaluation.held_out.items()},
+        }
+    )
     return {
         "rows": named,
         "sweeps": sweeps,
@@ -205,7 +235,7 @@ def results_of(run: Run, evaluation: Evaluation, rows: dict[str, dict[str, Any]]
         "n_samples": evaluation.n_samples,
         "seed": run.config.seed,
         "preset": run.config.preset,
-    }
+    } | rule
 
 
 def check_images(images: ImageSet) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from ral_gym.metrics import distance_estimates, extract
 from ral_gym.priors.two_level import Prior, make_sampler
 from ral_gym.stages.completion import continue_codes
-from ral_gym.stages.evaluation import SMALLEST_WITH_INTERVALS, Evaluation
+from ral_gym.stages.generator_metrics import SMALLEST_WITH_INTERVALS, GeneratorMetrics
 from ral_gym.tokenizers.code_set import decode_codes
 
 N_IMAGES = 500
@@ -26,7 +26,7 @@ STEPS = 4
 """Parts into which the rows are divided; with 8 rows, the curve has r = 0, 2, 4, 6, 8."""
 
 
-def measure_given_rows(evaluation: Evaluation, priors: Mapping[str, Prior]) -> dict[str, Any]:
+def measure_given_rows(evaluation: GeneratorMetrics, priors: Mapping[str, Prior]) -> dict[str, Any]:
     """FD and KID of images of which r rows are given, for each generator and several r.
 
     The given rows are of training images (and augmented versions) that are not in the reference; where there are too
@@ -67,7 +67,7 @@ def _finished(prior: Prior, codes: Tensor, rows: int, uniforms: Tensor) -> Tenso
     return torch.cat(parts).cpu()
 
 
-def _measure(evaluation: Evaluation, codes: Tensor) -> dict[str, Any]:
+def _measure(evaluation: GeneratorMetrics, codes: Tensor) -> dict[str, Any]:
     features = extract(evaluation.extractor, decode_codes(evaluation.vqvae, codes))  # (N, F)
     estimates = distance_estimates(evaluation.distance.features, features, seed=evaluation.seed)
     return {name: estimate.value for name, estimate in estimates.items()} | {

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ral_gym.data.images import ImageSet
+from ral_gym.data.subsets import subset
 from ral_gym.metrics import nearest
 from ral_gym.pictures import save_comparison, save_curves, save_frontier, save_neighbours
 from ral_gym.priors.two_level import Prior, make_sampler
@@ -17,6 +18,8 @@ from ral_gym.tokenizers.vqvae import VQVAE
 
 SAMPLE_BATCH = 500
 N_SHOWN = 16
+SEARCHED = 20_000
+"""Training images among which the nearest ones are looked for, at most."""
 COMPARED = ("mle", "mle_continued", "ral")
 NLLS = ("nll_train", "nll_test", "nll_test_ema", "nll_new_people")
 
@@ -84,9 +87,11 @@ def draw_pictures(
 
 def _draw_neighbours(run: Run, samples: Tensor, images: ImageSet) -> None:
     """RAL's samples above the training images that they are nearest to: equal pairs would be memorised ones."""
-    train = torch.from_numpy(images.train[:20_000].copy())
+    picked = subset(len(images.train), SEARCHED, run.config.seed * 1000 + 8)
+    train = torch.from_numpy(images.train[picked])
     index, _ = nearest(samples, train)
-    title = "RAL's samples above their nearest training images (pixel distance)"
+    among = "" if len(picked) == len(images.train) else f" of {len(picked):,}, taken at random"
+    title = f"RAL's samples above their nearest training images{among} (pixel distance)"
     save_neighbours(run.file("samples/nearest.png"), samples, train[index], title=title)
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from ral_gym.data.subsets import subset
 from ral_gym.priors.pixelcnn import PixelCNN
 from ral_gym.runs.run import Run
 from ral_gym.runs.storage import load_module, weights_of
@@ -35,25 +37,58 @@ class Best:
 
 @dataclass
 class HeldOut:
-    """Measures while training, and remembers the best weights."""
+    """Measures while training, and remembers the best weights.
+
+    Attributes:
+        test: codes of the held-out images that are measured.
+        new_people: codes of the held-out people's, where there are any.
+        every: steps between measurements.
+        limit: how many images of each set are measured at most; None: all, as in checkpoints of version 0.1.
+        seed: of the subset.
+        best: the best values so far, and their weights.
+    """
 
     test: LevelCodes
     new_people: LevelCodes | None
     every: int
+    limit: int | None = None
+    seed: int = 0
     best: Best = field(default_factory=Best)
 
+    def __post_init__(self) -> None:
+        self._all = self.test, self.new_people
+        self._take()
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {"best": vars(self.best), "held_out": self.limit}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """From a checkpoint: what began with all held-out images, or with another number, ends so."""
+        vars(self.best).update(state["best"])
+        self.limit = state.get("held_out")
+        self._take()
+
+    def _take(self) -> None:
+        test, new_people = self._all
+        self.test = self._subset(test)
+        self.new_people = None if new_people is None else self._subset(new_people)
+
+    def _subset(self, data: LevelCodes) -> LevelCodes:
+        return data[torch.from_numpy(subset(len(data.codes), self.limit, self.seed))]
+
     def measure(self, prior: PixelCNN, average: WeightAverage, step: int) -> dict[str, float]:
-        """Held-out figures of the live and the averaged weights."""
+        """Held-out NLL of the live and the averaged weights, in nats per code."""
         prior.eval()
-        figures = {"nll_test": held_out_nll(prior, self.test)}
+        metrics = {"nll_test": held_out_nll(prior, self.test)}
         if self.new_people is not None:
-            figures["nll_new_people"] = held_out_nll(prior, self.new_people)
-        self.best.offer("live", figures["nll_test"], step, prior)
+            metrics["nll_new_people"] = held_out_nll(prior, self.new_people)
+        self.best.offer("live", metrics["nll_test"], step, prior)
         with average.applied(prior):
-            figures["nll_test_ema"] = held_out_nll(prior, self.test)
-            self.best.offer("ema", figures["nll_test_ema"], step, prior)
+            metrics["nll_test_ema"] = held_out_nll(prior, self.test)
+            self.best.offer("ema", metrics["nll_test_ema"], step, prior)
         prior.train()
-        return figures
+        return metrics
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,13 @@ def _train_level(
     optimizer = torch.optim.Adam(prior.parameters(), lr=config.learning_rate)
     average = WeightAverage(prior, config.ema_decay, warm_up=True)
     new_people = None if codes.new_people is None else LevelCodes.of(codes.new_people, grid, level)
-    held_out = HeldOut(LevelCodes.of(codes.test, grid, level), new_people, config.evaluate_every)
+    held_out = HeldOut(
+        LevelCodes.of(codes.test, grid, level),
+        new_people,
+        config.evaluate_every,
+        limit=config.held_out,
+        seed=run.config.seed * 1000 + 2,
+    )
     task = _Task(
         stage=STAGE + suffix,
         label="2 PixelCNN" + suffix.replace("_", " "),
@@ -228,7 +234,7 @@ def _save(
     """Write the stage's checkpoint."""
     check_weights(prior, task.stage, step, task.remedy)
     state = {"step": step, "model": prior.state_dict(), "optimizer": optimizer.state_dict()}
-    state |= {"average": average.state_dict(), "best": {} if held_out is None else vars(held_out.best)}
+    state |= {"average": average.state_dict(), **({"best": {}} if held_out is None else held_out.state_dict())}
     run.save_checkpoint(task.stage, state | batches.state_dict())
 
 
@@ -250,7 +256,7 @@ def _resume(
     average.load_state_dict(state["average"], prior)
     batches.load_state_dict(state)
     if held_out is not None:
-        vars(held_out.best).update(state["best"])
+        held_out.load_state_dict(state)
     return state["step"]
 
 

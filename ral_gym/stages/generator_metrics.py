@@ -1,9 +1,13 @@
-"""What a row of the results table is: how far a generator's samples are from the data, each figure with its interval.
+"""What a row of the results table is: how far a generator's samples are from the data, each metric with its interval.
 
 Distances are to the decoded training codes, as in the paper ("FID on reconstructed real images"): what the prior is
 trained on. Samples, training images and held-out images have all been through the decoder, so that its blur, which is
-the largest difference from real images, is in none of the figures but `fd_real` and `kid_real`. All generators draw
+the largest difference from real images, is in none of the metrics but `fd_real` and `kid_real`. All generators draw
 from the same uniforms.
+
+No row costs more for a larger data set: real images, codes and held-out images are seeded random subsets of fixed size
+(`MEASUREMENT`). Until version 0.1 real images were the first of a sorted list, and the NLL was that of all held-out
+images; results and evaluations that began so are verified and finished so.
 """
 
 from __future__ import annotations
@@ -17,6 +21,8 @@ import torch
 from torch import Tensor
 
 from ral_gym.data.images import ImageSet
+from ral_gym.data.subsets import subset
+from ral_gym.errors import RunError
 from ral_gym.metrics import (
     EncoderFeatures,
     Estimate,
@@ -57,11 +63,18 @@ MEMORY = 2
 HELD_OUT = 500
 """Held-out images to compare them with; where there are fewer, as many augmented versions of each as this allows."""
 
+MEASUREMENT = 2
+"""Version of the rule by which a table is measured, in results.json.
+
+1 (there where none is named): real images are the first `n_samples` of the set, held-out NLL is that of all images.
+2: both are of seeded random subsets, of `n_samples` and of `evaluation.held_out` images.
+"""
+
 Row = dict[str, Any]
-"""A row of the table: figures, what is needed to read them, and `intervals` {figure: [low, high]} (95 %)."""
+"""A row of the table: metrics, what is needed to read them, and `intervals` {metric: [low, high]} (95 %)."""
 
 
-class Evaluation:
+class GeneratorMetrics:
     """Measures generators of one run against the decoded training codes.
 
     Args:
@@ -70,10 +83,31 @@ class Evaluation:
         codes: its codes.
         images: its images, for the distance to real ones.
         device: where the models are.
+        measurement: version of the rule, see `MEASUREMENT`.
+
+    Attributes:
+        held_out: the held-out codes behind the NLLs, by set: `test` and, where there are any, `new_people`.
+
+    Raises:
+        RunError: an unknown version of the rule.
     """
 
-    def __init__(self, run: Run, vqvae: VQVAE, codes: CodeSet, images: ImageSet, device: torch.device) -> None:
+    def __init__(
+        self,
+        run: Run,
+        vqvae: VQVAE,
+        codes: CodeSet,
+        images: ImageSet,
+        device: torch.device,
+        measurement: int = MEASUREMENT,
+    ) -> None:
+        if measurement not in range(1, MEASUREMENT + 1):
+            raise RunError(
+                f"{run.path}: its table was measured by rule {measurement!r}, which this version of ral_gym does not "
+                "know: use the version that wrote it, or remove results.json and checkpoints/evaluation.json"
+            )
         self.run, self.vqvae, self.codes, self.images, self.device = run, vqvae, codes, images, device
+        self.measurement = measurement
         config = run.config.evaluation
         self.n_samples, self.seed = config.n_samples, run.config.seed * 1000 + 6
         self.batch_size = max(1, LOGITS_PER_PASS // (vqvae.grid.n_codes * vqvae.codebook_size))
@@ -82,8 +116,21 @@ class Evaluation:
         self._order = torch.randperm(len(codes.train), generator=torch.Generator().manual_seed(self.seed)).numpy()
         self.reference = decode_codes(vqvae, codes.train[self._order[: self.n_samples]])  # (N, C, S, S)
         self.distance = ImageDistance(self.extractor, self.reference, seed=self.seed)
-        real = extract(self.extractor, torch.from_numpy(images.train[: self.n_samples].copy()))
-        self.real_distance = FeatureDistance(real, extractor=self.extractor.name, seed=self.seed)
+        real = images.train[self._pick(len(images.train), self.n_samples)]
+        self.real_distance = FeatureDistance(
+            extract(self.extractor, real), extractor=self.extractor.name, seed=self.seed
+        )
+        limit = config.held_out if measurement > 1 else None
+        sets = {"test": codes.test, "new_people": codes.new_people}
+        self.held_out = {
+            name: held_out[self._pick(len(held_out), limit)] for name, held_out in sets.items() if held_out is not None
+        }
+
+    def _pick(self, total: int, limit: int | None) -> np.ndarray:
+        """Rows of at most `limit` of a set, by the table's rule."""
+        if self.measurement == 1:
+            return np.arange(total)[:limit]
+        return subset(total, limit, self.seed)
 
     def row(self, prior: Prior, temperature: float = 1.0) -> Row:
         """One row of the table.
@@ -98,10 +145,12 @@ class Evaluation:
         """
         codes = sample_codes(prior, self.n_samples, self.seed, temperature)  # (N, T)
         row = self.distances(codes)
-        new_people = self.codes.new_people
+        held_out = self.held_out
         estimates = {
-            "nll_test": self.nll(prior, self.codes.test, temperature),
-            "nll_new_people": None if new_people is None else self.nll(prior, new_people, temperature),
+            "nll_test": self.nll(prior, held_out["test"], temperature),
+            "nll_new_people": self.nll(prior, held_out["new_people"], temperature)
+            if "new_people" in held_out
+            else None,
             "entropy": _mean(image_entropy(prior, codes, temperature, self.batch_size, self.device)),
             "diversity": hamming_distance(codes),
         }
@@ -133,8 +182,10 @@ class Evaluation:
 
     def real_rows(self) -> dict[str, Row]:
         """The rows that say what a distance means: reconstructed against real images, two halves of the reference."""
-        n_clean = min(len(self.images.train), self.n_samples)
-        rebuilt = extract(self.extractor, decode_codes(self.vqvae, self.codes.train[:n_clean]))
+        # The same images as `real_distance`, unless the codes are others than the images'.
+        n_clean = min(len(self.images.train), self.codes.clean)
+        clean = self.codes.train[self._pick(n_clean, self.n_samples)]
+        rebuilt = extract(self.extractor, decode_codes(self.vqvae, clean))
         # The halves of `FeatureDistance.floor`.
         reference = self.distance.features.reference  # (N, F)
         order = torch.randperm(len(reference), generator=torch.Generator().manual_seed(self.seed))
@@ -148,8 +199,9 @@ class Evaluation:
     def other_codes(self, n: int) -> Tensor:
         """Codes (N, T) int64 of up to n images that the reference does not hold: training ones, else held-out ones."""
         picked = self._order[self.n_samples : self.n_samples + n]
-        codes = self.codes.train[picked] if len(picked) >= SMALLEST_WITH_INTERVALS else self.codes.test[:n]
-        return torch.from_numpy(codes).long()
+        if len(picked) >= SMALLEST_WITH_INTERVALS:
+            return torch.from_numpy(self.codes.train[picked]).long()
+        return torch.from_numpy(self.codes.test[self._pick(len(self.codes.test), n)]).long()
 
     def nll(self, prior: Prior, codes: np.ndarray, temperature: float) -> Estimate:
         """Nats per code of held-out codes (N, T); the interval is over images."""
@@ -206,7 +258,7 @@ class Evaluation:
         features = extract(self.extractor, decode_codes(self.vqvae, versions.reshape(-1, versions.shape[-1])))
         return features.view(*versions.shape[:2], -1).transpose(0, 1)  # (V, P, F)
 
-    # Groups of figures of features (N, F) -----------------------------------------------------------------------------
+    # Groups of metrics of features (N, F) -----------------------------------------------------------------------------
 
     def _against(self, distance: FeatureDistance, features: Tensor) -> Row:
         """FD and KID."""
