@@ -22,7 +22,7 @@ from ral_gym.agents.features import CodeFeatures
 from ral_gym.agents.maskable import MaskableEpisodeRolloutBuffer, MaskablePixelCNNPolicy
 from ral_gym.agents.policy import PixelCNNPolicy, PriorWeights
 from ral_gym.errors import ConfigError
-from ral_gym.priors.two_level import Prior
+from ral_gym.priors.base import Prior
 
 PIXELCNN_ALGORITHMS: dict[str, Any] = {
     "reinforce": Reinforce,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -24,10 +24,10 @@ from ral_gym.agents.episodes import Episodes
 from ral_gym.agents.step_cache import StepCache, first_not_drawn
 from ral_gym.errors import ConfigError
 from ral_gym.grid import CodeGrid
-from ral_gym.priors.pixelcnn import PixelCNN
+from ral_gym.priors.base import Prior, build_prior, check_members, config_of, load_config
 from ral_gym.priors.sampler import CachedSampler, draw
-from ral_gym.priors.two_level import Prior, TwoLevelPrior, build_prior_module
-from ral_gym.runs.storage import load_tensors, weights_of
+from ral_gym.priors.two_level import load_levels
+from ral_gym.runs.storage import weights_of
 
 
 def episode_logits(prior: Prior, episodes: Episodes) -> Tensor:
@@ -66,25 +66,24 @@ class PriorWeights:
         """
         if isinstance(prior, PriorWeights):
             return prior
-        if isinstance(prior, PixelCNN | TwoLevelPrior):
-            return cls(prior.config, weights_of(prior))
-        path = Path(prior)
-        if path.is_dir() and (path / "prior_bottom.safetensors").exists():
-            top, bottom = (cls.of(path / f"{name}.safetensors").build() for name in ("prior", "prior_bottom"))
-            assert isinstance(top, PixelCNN) and isinstance(bottom, PixelCNN)
-            return cls.of(TwoLevelPrior(top, bottom))
-        weights, metadata = load_tensors(path / "prior.safetensors" if path.is_dir() else path)
-        return cls(metadata["config"], weights)
+        if isinstance(prior, Path | str):
+            path = Path(prior)
+            if path.is_dir():
+                return cls.of(load_levels(path, "prior", 1 + (path / "prior_bottom.safetensors").exists()))
+            weights, config = load_config(path)
+            return cls(config, weights)
+        check_members(prior, type(prior).__name__)
+        return cls(config_of(prior), weights_of(prior))  # type: ignore[arg-type]
 
     @property
     def grid(self) -> CodeGrid:
         """The codes that it draws."""
         with torch.device("meta"):
-            return build_prior_module(self.config).grid
+            return build_prior(self.config).grid
 
     def build(self) -> Prior:
         """The network."""
-        network = build_prior_module(self.config)
+        network = build_prior(self.config)
         if self.weights is not None:
             network.load_state_dict(self.weights)
         return network
@@ -192,8 +191,8 @@ class PixelCNNPolicy(ActorCriticPolicy):
         self._start = PriorWeights(self._start.config)
         self.value_net = ValueHead(self.prior.hidden_units, self._value_units, self._detach_features)  # type: ignore[assignment]
         self.n_codes = self.prior.grid.n_codes
-        if isinstance(self.prior, TwoLevelPrior) and self.train_levels != "both":
-            self.prior.frozen = "bottom" if self.train_levels == "top" else "top"
+        if self.train_levels != "both":
+            self.prior.frozen = "bottom" if self.train_levels == "top" else "top"  # type: ignore[attr-defined]
         self._caches = {"rollout": StepCache(self.prior), "predict": StepCache(self.prior)}
         frozen = f"prior.{getattr(self.prior, 'frozen', None)}."
         trained = [weight for name, weight in self.named_parameters() if not name.startswith(frozen)]
@@ -296,8 +295,8 @@ class PixelCNNPolicy(ActorCriticPolicy):
         image = torch.from_numpy(grid.mask(0, rows)).to(codes.device)  # (T,)
         to_draw = codes == self.prior.codebook_size  # (E, T)
         sampler = self.cache.sampler()
-        if isinstance(sampler, CachedSampler):
-            drawn, drawn_log_probs = sampler.sample(codes=codes, start=int(given), stop=length)
+        if grid.levels == 1:  # episodes may begin inside a row
+            drawn, drawn_log_probs = cast(CachedSampler, sampler).sample(codes=codes, start=int(given), stop=length)
         else:
             given_rows = int(given) // grid.width
             if not np.array_equal(to_draw[0].cpu().numpy(), grid.mask(given_rows, rows)):

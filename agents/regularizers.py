@@ -18,13 +18,12 @@ import numpy as np
 import torch
 from sb3_contrib import TRPO
 from stable_baselines3.common.callbacks import BaseCallback
-from torch.nn import functional as F
 
 from ral_gym.agents.episodes import EpisodeRolloutBuffer
 from ral_gym.agents.policy import PixelCNNPolicy, PriorWeights, episode_logits
 from ral_gym.agents.vec_env import real_codes
 from ral_gym.errors import ConfigError
-from ral_gym.priors.two_level import Prior
+from ral_gym.priors.base import Prior, maximum_likelihood_loss
 
 
 class AdaptiveEntropy:
@@ -273,7 +272,7 @@ class MLEShare(BaseCallback):
             group["lr"] = rate
         rows = np.random.randint(len(self._codes), size=self.n_images or self.training_env.num_envs)
         codes = torch.as_tensor(self._codes[rows].astype(np.int64), device=policy.device)  # (B, T)
-        loss = F.cross_entropy(policy.prior(codes).flatten(0, 1), codes.flatten())
+        loss = maximum_likelihood_loss(policy.prior, codes)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()

@@ -11,7 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ral_gym.priors.two_level import Prior, Sampler, make_sampler
+from ral_gym.priors.base import Prior
+from ral_gym.priors.sampler import Sampler, make_sampler
 
 
 def first_not_drawn(codes: Tensor, not_drawn: int) -> Tensor:

@@ -22,10 +22,11 @@ from ral_gym.agents.vec_env import CodeVecEnv, make_sb3_env
 from ral_gym.errors import RunError
 from ral_gym.metrics import PyramidFeatures
 from ral_gym.pictures import save_grid
-from ral_gym.priors.two_level import Prior, make_sampler
+from ral_gym.priors.base import Prior, config_of, load_prior, save_prior
+from ral_gym.priors.sampler import make_sampler
 from ral_gym.rewards.critic import PatchCritic
 from ral_gym.runs.run import Run, random_state, read_config, seed_everything, set_random_state
-from ral_gym.runs.storage import load_module, save_module
+from ral_gym.runs.storage import save_module
 from ral_gym.stages.common import resolve_device
 from ral_gym.stages.levels import load_generator, load_vqvae
 from ral_gym.tokenizers.code_set import CodeSet, decode_codes
@@ -186,7 +187,7 @@ def train_ral(
     """
     live, averaged = run.file("policy.safetensors"), run.file("policy_ema.safetensors")
     if live.exists() and averaged.exists() and (run.has("critic.safetensors") or not run.config.ral.uses_critic):
-        done, average = (load_module(file, type(prior), device, prior.config) for file in (live, averaged))
+        done, average = (load_prior(file, device, config_of(prior)) for file in (live, averaged))
         return done, average
     stage = make_stage(run, vqvae, prior, codes, device, progress)
     _resume(run, stage)
@@ -195,7 +196,7 @@ def train_ral(
     stage.model.logger.close()
     stage.run_callback.save()
     _save(run, stage)
-    return load_module(live, type(prior), device), load_module(averaged, type(prior), device)
+    return load_prior(live, device), load_prior(averaged, device)
 
 
 def load_run(path: Path | str, device: str = "auto", restore_random: bool = True) -> Stage:
@@ -254,7 +255,7 @@ def _save(run: Run, stage: Stage) -> None:
         save_module(run.file("critic.safetensors"), critic.critic, **facts)
     _save_average(run, model, stage.run_callback, "policy_ema.safetensors")
     policy: PixelCNNPolicy = model.policy  # type: ignore[assignment]
-    save_module(run.file("policy.safetensors"), policy.prior, updates=stage.run_callback.updates)
+    save_prior(run.file("policy.safetensors"), policy.prior, updates=stage.run_callback.updates)
 
 
 def _save_average(run: Run, model: OnPolicyAlgorithm, run_callback: RunCallback, name: str) -> None:
@@ -264,7 +265,7 @@ def _save_average(run: Run, model: OnPolicyAlgorithm, run_callback: RunCallback,
     assert average is not None
     start = "prior."
     weights = {name.removeprefix(start): w for name, w in average.weights.items() if name.startswith(start)}
-    save_module(run.file(name), policy.prior, weights, updates=run_callback.updates)
+    save_prior(run.file(name), policy.prior, weights, updates=run_callback.updates)
 
 
 def _draw_samples(run: Run, model: OnPolicyAlgorithm, vqvae: VQVAE, updates: int) -> None:

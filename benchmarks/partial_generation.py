@@ -215,7 +215,7 @@ def prefix_share(round_: dict[str, Spent]) -> float:
 def cache_megabytes(sampler: TwoLevelSampler) -> float:
     """Memory of both levels' caches, without the weights."""
     caches = [sampler.top._cache, sampler.bottom._cache]
-    return sum(cache.nbytes for cache in caches if cache) / 1e6
+    return sum(cache.nbytes for cache in caches if isinstance(cache, SamplingCache)) / 1e6
 
 
 def settings_of(size: str, device: torch.device, quick: bool) -> tuple[Config, int]:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ral_gym.envs.worlds import World
-from ral_gym.priors.two_level import Prior, make_sampler
+from ral_gym.priors.base import Prior
+from ral_gym.priors.sampler import make_sampler
 
 
 class PriorFollower:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ral_gym.assets import asset_path
 from ral_gym.envs.generation import GenerationEnv
-from ral_gym.envs.run_world import load_frozen, load_real_codes
+from ral_gym.envs.run_world import load_frozen, load_frozen_prior, load_real_codes
 from ral_gym.envs.vector import RegisteredVectorEnv
 from ral_gym.envs.worlds import World, check_device, check_reward, make_masks
 from ral_gym.grid import CodeGrid
@@ -47,7 +47,7 @@ def oracle_world(
     vqvae = load_frozen(asset_path("faces/vqvae.safetensors"), VQVAE, device)
     oracle = load_oracle(device)
     grid = CodeGrid(oracle.height, oracle.width, oracle.codebook_size)
-    prior = None if top_k is None else load_frozen(asset_path("oracle/prior.safetensors"), PixelCNN, device)
+    prior = None if top_k is None else load_frozen_prior(asset_path("oracle/prior.safetensors"), device)
     kind: RewardKind = "single" if reward == "single" else "intermediate"
     return World(
         grid=grid,

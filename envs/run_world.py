@@ -13,8 +13,8 @@ from torch import nn
 from ral_gym.envs.worlds import World, check_device, check_reward, make_masks
 from ral_gym.errors import RunError
 from ral_gym.grid import CodeGrid
-from ral_gym.priors.pixelcnn import PixelCNN
-from ral_gym.priors.two_level import Prior, TwoLevelPrior
+from ral_gym.priors.base import Prior, load_prior
+from ral_gym.priors.two_level import load_levels
 from ral_gym.rewards.critic import PatchCritic
 from ral_gym.rewards.score_map import CriticScorer, ScoreNormalizer
 from ral_gym.runs.run import read_config
@@ -77,14 +77,22 @@ def _critic_scorer(path: Path, vqvae: VQVAE, reward: str, device: str) -> Critic
 
 
 def run_prior(folder: Path, levels: int, device: str) -> Prior:
-    """A run's maximum-likelihood generator, frozen: its PixelCNN, or those of two levels as one.
+    """A run's maximum-likelihood generator, frozen: its prior, or those of two levels as one.
 
     Raises:
-        RunError: see `load_module`.
+        RunError: see `load_levels`.
     """
-    files = ["prior.safetensors", "prior_bottom.safetensors"][:levels]
-    networks = [load_frozen(folder / file, PixelCNN, device) for file in files]
-    return networks[0] if levels == 1 else TwoLevelPrior(*networks).eval()
+    return load_levels(folder, "prior", levels, device, load_frozen_prior)
+
+
+def load_frozen_prior(path: Path, device: str) -> Prior:
+    """A prior from its file, in evaluation mode and without gradients, once per process.
+
+    Raises:
+        ConfigError: see `load_prior`.
+        RunError: see `load_prior`.
+    """
+    return _load(path, load_prior, device)
 
 
 def load_frozen(path: Path, cls: type[nn.Module], device: str) -> Any:

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from ral_gym.errors import DeviceError
 from ral_gym.grid import CodeGrid
-from ral_gym.priors.pixelcnn import PixelCNN
-from ral_gym.priors.two_level import Prior
+from ral_gym.priors.base import Prior
 from ral_gym.rewards.score_map import RewardKind, step_rewards
 
 Scorer = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -84,7 +83,7 @@ class World:
     real_codes: np.ndarray | None
     row_multiple: int
     device: torch.device
-    oracle: PixelCNN | None = None
+    oracle: Prior | None = None
     masks: Masks = Masks()
     recipe: tuple[Callable[..., World], tuple[Any, ...]] | None = None
 

@@ -49,7 +49,7 @@ from ral_gym.commands.ending import run_command
 from ral_gym.commands.train import base_run
 from ral_gym.errors import ConfigError, RunError
 from ral_gym.presets import get_preset
-from ral_gym.priors.two_level import Prior
+from ral_gym.priors.base import Prior
 from ral_gym.runs.run import Run
 from ral_gym.runs.storage import load_json, save_json, write_text
 

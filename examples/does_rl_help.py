@@ -24,7 +24,7 @@ from ral_gym.pictures import save_frontier
 from ral_gym.report.tables import markdown_table, mean_and_interval, plain_table
 from ral_gym.runs.storage import save_json, write_text
 
-GENERATORS = [row for row in ROWS if row not in ("reconstruction", "floor")]
+GENERATED_ROWS = [row for row in ROWS if row not in ("reconstruction", "floor")]
 FIGURES = {
     "fd": ("FD", 1),
     "kid": ("KID", 1),
@@ -68,7 +68,7 @@ def main(argv: Sequence[str], console: Console) -> None:
     # figure -> one value per seed, of the rows that every seed has
     rows = {
         name: {figure: [figure_of(result["rows"][name], figure) for result in every] for figure in FIGURES}
-        for name in GENERATORS
+        for name in GENERATED_ROWS
         if all(name in result["rows"] for result in every)
     }
     folder = Path(arguments.runs) / "does_rl_help"

@@ -39,9 +39,9 @@ from ral_gym.commands.ending import run_command
 from ral_gym.commands.train import base_run
 from ral_gym.config import Config
 from ral_gym.errors import ConfigError
-from ral_gym.priors.two_level import Prior
+from ral_gym.priors.base import Prior, config_of, load_prior
 from ral_gym.runs.run import Run
-from ral_gym.runs.storage import load_json, load_module, save_json, write_text
+from ral_gym.runs.storage import load_json, save_json, write_text
 from ral_gym.stages.levels import load_generator
 
 NEEDED = (*PANELS, "entropy", "nll_test", "memorisation", "precision")
@@ -199,7 +199,7 @@ class Frontier:
             updates = int(file.stem.rpartition("_")[2])
             row = self.kept.get("checkpoints", {}).get(updates)
             if row is None:
-                prior = load_module(file, type(policy), self.experiment.device, policy.config)
+                prior = load_prior(file, self.experiment.device, config_of(policy))
                 row = self.experiment.measure("critic", f"after {updates} updates", prior)
             checkpoints.append({"updates": updates, **row})
         return entry | {"checkpoints": checkpoints}

@@ -25,12 +25,12 @@ from ral_gym.assets import FOLDER
 from ral_gym.config import Config
 from ral_gym.metrics import nll
 from ral_gym.presets import DEMO
+from ral_gym.priors.base import maximum_likelihood_loss
 from ral_gym.priors.pixelcnn import PixelCNN
 from ral_gym.priors.sampler import CachedSampler
 from ral_gym.rewards.critic import PatchCritic
 from ral_gym.runs.run import read_config, seed_everything
 from ral_gym.runs.storage import load_module, save_tensors, write_text
-from ral_gym.stages.train_prior import maximum_likelihood_loss
 from ral_gym.tokenizers.code_set import CodeSet
 from ral_gym.tokenizers.vqvae import VQVAE
 

@@ -16,11 +16,12 @@ from ral_gym.agents import train_ral as stage_3
 from ral_gym.agents.train_ral import train_ral
 from ral_gym.data.images import load_images
 from ral_gym.presets import SMOKE
+from ral_gym.priors.two_level import split_prior
 from ral_gym.runs.run import Run, random_state, read_config
 from ral_gym.runs.storage import weights_of
 from ral_gym.stages import train_vqvae as stage_1
 from ral_gym.stages.boards import N_IMAGES, add_grid, add_samples, due
-from ral_gym.stages.levels import load_generator, load_vqvae, split_prior
+from ral_gym.stages.levels import load_generator, load_vqvae
 from ral_gym.stages.train_vqvae import train_vqvae
 from ral_gym.tokenizers.code_set import CodeSet, decode_codes
 from tests.tiny import make_tiny_run

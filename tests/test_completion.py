@@ -12,8 +12,9 @@ from PIL import Image
 from ral_gym.config import DataConfig
 from ral_gym.errors import ConfigError, DataError
 from ral_gym.presets import SMOKE
+from ral_gym.priors.base import Prior
 from ral_gym.priors.sampler import CachedSampler
-from ral_gym.priors.two_level import TwoLevelSampler
+from ral_gym.priors.two_level import TwoLevelSampler, join_priors
 from ral_gym.stages.completion import (
     HIDDEN,
     complete,
@@ -23,7 +24,7 @@ from ral_gym.stages.completion import (
     seeded_uniforms,
     visible_code_rows,
 )
-from ral_gym.stages.levels import Prior, join_priors, prior_of
+from ral_gym.stages.levels import prior_of
 from ral_gym.stages.train_vqvae import vqvae_of
 from ral_gym.tokenizers.code_set import decode_codes
 from ral_gym.tokenizers.vqvae import VQVAE

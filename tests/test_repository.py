@@ -169,6 +169,15 @@ def test_no_room_of_the_house_imports_itself_through_others() -> None:
     assert len(rooms) <= 22, "the folder list is to be read as the data path"
 
 
+def test_only_its_own_file_asks_whether_a_prior_is_a_pixelcnn() -> None:
+    asked = re.compile(r"isinstance\([^\n]*\b(PixelCNN|TwoLevelPrior)\b")
+    files = [
+        path for name in ("ral_gym", "envs", "agents", "examples", "benchmarks") for path in (ROOT / name).rglob("*.py")
+    ]
+    found = {path.name for path in files if asked.search(path.read_text(encoding="utf-8"))}
+    assert found <= {"pixelcnn.py", "two_level.py"}, "use the protocols of ral_gym.priors.base"
+
+
 def test_a_circle_is_seen() -> None:
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}, "e": set()}) == {"a", "b", "c", "d"}
 

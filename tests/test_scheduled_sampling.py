@@ -18,13 +18,14 @@ from ral_gym.config import Config, PriorConfig
 from ral_gym.errors import ConfigError
 from ral_gym.grid import CodeGrid
 from ral_gym.presets import SMOKE
+from ral_gym.priors.base import maximum_likelihood_loss
 from ral_gym.priors.drawing import draw
 from ral_gym.priors.pixelcnn import PixelCNN
 from ral_gym.priors.sampler import CachedSampler
 from ral_gym.runs.run import Run
 from ral_gym.runs.storage import load_tensors, save_module, write_text
 from ral_gym.stages import common, train_prior
-from ral_gym.stages.levels import LevelCodes, maximum_likelihood_loss, prior_of
+from ral_gym.stages.levels import LevelCodes, prior_of
 from ral_gym.stages.processes import Compute
 from ral_gym.stages.scheduled_sampling import (
     SCHEDULES,

@@ -16,7 +16,8 @@ from ral_gym.presets import SMOKE, get_preset
 from ral_gym.priors.pixelcnn import PixelCNN
 from ral_gym.runs.run import Run
 from ral_gym.runs.storage import load_module, save_module
-from ral_gym.stages.train_prior import build_prior, continue_prior, train_prior
+from ral_gym.stages.levels import prior_of
+from ral_gym.stages.train_prior import continue_prior, train_prior
 from ral_gym.stages.train_vqvae import build_vqvae, train_vqvae
 from ral_gym.tokenizers.code_set import CodeSet, encode_set
 from ral_gym.tokenizers.vqvae import VQVAE
@@ -36,7 +37,7 @@ def start(path: Path, config: Config) -> tuple[Run, VQVAE, PixelCNN, CodeSet]:
     codes = encode_set(vqvae, images, passes=1, seed=0, progress=False)
     codes.save(run.file("codes.safetensors"))
     torch.manual_seed(1)
-    prior = build_prior(run, CodeGrid(vqvae.height, vqvae.width, vqvae.codebook_size)).eval()
+    prior = prior_of(run.config, CodeGrid(vqvae.height, vqvae.width, vqvae.codebook_size)).eval()
     return run, vqvae, prior, codes
 
 

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from ral_gym.errors import ConfigError
+from ral_gym.priors.base import build_prior
 from ral_gym.priors.drawing import draw
 from ral_gym.priors.pixelcnn import PixelCNN
 from ral_gym.priors.pixelcnn_cache import SamplingCache
-from ral_gym.priors.sampler import CachedSampler
-from ral_gym.priors.two_level import TwoLevelPrior, TwoLevelSampler, build_prior_module, make_sampler
+from ral_gym.priors.sampler import CachedSampler, make_sampler
+from ral_gym.priors.two_level import TwoLevelPrior, TwoLevelSampler
 from ral_gym.runs.storage import load_module, save_module
 from tests.sampling import small
 
@@ -125,11 +126,11 @@ def test_gradients_reach_both_networks_through_logits(prior: TwoLevelPrior, code
 
 def test_config_rebuilds_the_networks(prior: TwoLevelPrior, codes: Tensor, tmp_path: Path) -> None:
     config = json.loads(json.dumps(prior.config))
-    copy = build_prior_module(config)
+    copy = build_prior(config)
     assert isinstance(copy, TwoLevelPrior) and copy.config == prior.config
     copy.double().eval().load_state_dict(prior.state_dict())
     assert torch.equal(copy(codes), prior(codes))
-    assert isinstance(build_prior_module(prior.top.config), PixelCNN)
+    assert isinstance(build_prior(prior.top.config), PixelCNN)
     prior.float()
     save_module(tmp_path / "policy.safetensors", prior)
     again = load_module(tmp_path / "policy.safetensors", TwoLevelPrior, config=prior.config)

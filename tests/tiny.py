@@ -12,9 +12,9 @@ from torch import nn
 from ral_gym.grid import CodeGrid
 from ral_gym.presets import SMOKE
 from ral_gym.priors.pixelcnn import PixelCNN
+from ral_gym.priors.two_level import SUFFIXES
 from ral_gym.rewards.critic import PatchCritic
 from ral_gym.runs.storage import config_arguments, save_module, write_text
-from ral_gym.stages.levels import SUFFIXES
 from ral_gym.tokenizers.code_set import CodeSet
 from ral_gym.tokenizers.vqvae import VQVAE
 from ral_gym.tokenizers.vqvae2 import vqvae_class

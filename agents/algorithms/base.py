@@ -17,13 +17,12 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
-from torch.nn import functional as F
 
 from ral_gym.agents.episodes import EpisodeRolloutBuffer
 from ral_gym.agents.policy import PixelCNNPolicy, PriorWeights, episode_logits
 from ral_gym.agents.vec_env import CodeVecEnv, real_codes
 from ral_gym.errors import ConfigError
-from ral_gym.priors.two_level import Prior
+from ral_gym.priors.base import Prior, maximum_likelihood_loss
 
 Figures = dict[str, float]
 
@@ -236,6 +235,6 @@ class EpisodeAlgorithm(OnPolicyAlgorithm):
         assert self._real_codes is not None
         rows = np.random.randint(len(self._real_codes), size=n_images)
         codes = torch.as_tensor(self._real_codes[rows].astype(np.int64), device=self.device)  # (B, T)
-        loss = F.cross_entropy(self.policy.prior(codes).flatten(0, 1), codes.flatten())
+        loss = maximum_likelihood_loss(self.policy.prior, codes)
         (self.mle_coef * loss).backward()
         return loss.item()

@@ -26,11 +26,12 @@ from ral_gym.config import PriorConfig
 from ral_gym.envs.oracle import load_light_prior, load_oracle
 from ral_gym.metrics import auc
 from ral_gym.presets import DEMO
+from ral_gym.priors.base import maximum_likelihood_loss
 from ral_gym.priors.pixelcnn import PixelCNN
 from ral_gym.rewards.critic import PatchCritic
 from ral_gym.runs.run import seed_everything
 from ral_gym.runs.storage import load_module
-from ral_gym.stages.levels import LevelCodes, maximum_likelihood_loss
+from ral_gym.stages.levels import LevelCodes
 from ral_gym.stages.scheduled_sampling import ScheduledSampling
 from ral_gym.tokenizers.code_set import CodeSet
 from ral_gym.tokenizers.vqvae import VQVAE
@@ -113,7 +114,6 @@ def tune(with_critic: bool, seed: int, recipe: Recipe) -> tuple[PixelCNN, dict[s
     model.learn(load_oracle().grid.n_codes * recipe.batch * recipe.updates, callback=callback)
     env.close()
     policy = model.policy.prior
-    assert isinstance(policy, PixelCNN)
     if critic is None:
         return policy, {}
     own = draw(policy, HELD_OUT, 1000 * seed + 6)

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ral_gym.config import Config
 from ral_gym.grid import CodeGrid
-from ral_gym.priors.pixelcnn import PixelCNN
+from ral_gym.priors.base import logits_of
 from ral_gym.rewards.critic import PatchCritic
 from ral_gym.stages.levels import SECTIONS, prior_of
 from ral_gym.stages.processes import Compute
@@ -124,14 +124,15 @@ def _vqvae_cost(config: Config, vqvae: VQVAE, compute: Compute, processes: int) 
 
 
 def _prior_cost(
-    config: Config, prior: PixelCNN, grid: CodeGrid, level: int, compute: Compute, processes: int
+    config: Config, prior: nn.Module, grid: CodeGrid, level: int, compute: Compute, processes: int
 ) -> StageCost:
     """Stage 2 of one level."""
     settings, shares = getattr(config, SECTIONS[level]), processes * compute.gradient_accumulation
     n = _share(settings.batch_size, shares)
     once = _count(lambda: _sum(_logits(prior, grid, level, n)))
     forward = _count(lambda: _logits(prior, grid, level, 1), backward=False)
-    name = "2 PixelCNN" if grid.levels == 1 else ("2 PixelCNN top", "2 PixelCNN bottom")[level]
+    network = type(prior).__name__
+    name = f"2 {network}" if grid.levels == 1 else f"2 {network} {('top', 'bottom')[level]}"
     return StageCost(
         stage=name,
         parameters=_parameters(prior),
@@ -139,11 +140,11 @@ def _prior_cost(
         steps=settings.training_steps,
         flops_per_step=shares * once.flops,
         memory=_trained(prior, averages=1) + _activations(once, compute),
-        parts={"PixelCNN": forward.flops},
+        parts={network: forward.flops},
     )
 
 
-def _ral_cost(config: Config, vqvae: VQVAE, priors: list[PixelCNN], grid: CodeGrid) -> StageCost:
+def _ral_cost(config: Config, vqvae: VQVAE, priors: list[nn.Module], grid: CodeGrid) -> StageCost:
     """Stage 3: whole images drawn, one pass of the policy gradient, the critic's steps if there is one."""
     ral, settings = config.ral, config.critic
     with META:
@@ -180,13 +181,12 @@ def _ral_cost(config: Config, vqvae: VQVAE, priors: list[PixelCNN], grid: CodeGr
     )
 
 
-def _logits(prior: PixelCNN, grid: CodeGrid, level: int, n: int) -> Tensor:
+def _logits(prior: nn.Module, grid: CodeGrid, level: int, n: int) -> Tensor:
     """Logits of n code grids of one level, on the meta device."""
     sizes = grid.level_sizes
     codes = torch.zeros(n, sizes[level], dtype=torch.int64, device=META)
-    if not level:
-        return prior(codes)
-    return prior(codes, torch.zeros(n, sizes[0], dtype=torch.int64, device=META))
+    above = torch.zeros(n, sizes[0], dtype=torch.int64, device=META) if level else None
+    return logits_of(prior, codes, above)
 
 
 def _count(run: Callable[[], Any], backward: bool = True) -> _Count:

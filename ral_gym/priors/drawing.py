@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ral_gym.errors import ConfigError
-from ral_gym.priors.pixelcnn import PixelCNN, check_condition
+from ral_gym.priors.base import Prior, check_condition, given_codes, logits_of
 
 
 def draw(logits: Tensor, uniforms: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -43,7 +43,7 @@ class Request:
 
     def __init__(
         self,
-        prior: PixelCNN,
+        prior: Prior,
         batch_size: int | None,
         codes: Tensor | None,
         start: int | Tensor,
@@ -53,17 +53,19 @@ class Request:
         uniforms: Tensor | None,
         condition: Tensor | None,
     ):
-        like = prior.input.embedding.weight
+        like = next(prior.parameters())
         full, width = prior.height * prior.width, prior.width
         if codes is None:
             if batch_size is None or batch_size < 1:
                 raise ConfigError(f"sample: batch_size={batch_size}; pass codes, or a batch size of at least 1")
             codes = torch.full((batch_size, full), prior.codebook_size, device=like.device)
+            check_condition(prior, condition, batch_size)
+        else:
+            codes, condition = given_codes(prior, codes, condition)
         batch, length = codes.shape
         if batch_size is not None and batch_size != batch:
             raise ConfigError(f"sample: batch_size={batch_size} but codes are {batch} grids; leave batch_size out")
         check_length(prior, length)
-        check_condition(prior, condition, batch)
         stop = length if stop is None else stop
         if stop % width or not 0 < stop <= length:
             raise ConfigError(f"sample: stop={stop} must be a multiple of {width} from {width} to {length}")
@@ -109,7 +111,7 @@ class Request:
         return self.codes, log_probs
 
 
-def check_length(prior: PixelCNN, length: int) -> None:
+def check_length(prior: Prior, length: int) -> None:
     """Raise ConfigError if `length` codes are not 1..H whole rows of the network's grid."""
     full, width = prior.height * prior.width, prior.width
     if length % width or not 0 < length <= full:
@@ -130,7 +132,7 @@ def host_positions(position: int | Tensor, batch: int, length: int) -> np.ndarra
 
 @torch.no_grad()
 def sample_naive(
-    prior: PixelCNN,
+    prior: Prior,
     batch_size: int | None = None,
     *,
     codes: Tensor | None = None,
@@ -146,7 +148,7 @@ def sample_naive(
     training = prior.training
     prior.eval()
     for position in range(request.begin, request.stop):
-        logits = prior(request.codes, request.condition)  # (B, T, K)
+        logits = logits_of(prior, request.codes, request.condition)  # (B, T, K)
         request.codes[:, position] = request.draw(logits[:, position], position)
     prior.train(training)
     return request.result()

@@ -8,12 +8,36 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ral_gym.priors.pixelcnn import PixelCNN
+from ral_gym.priors.attention import CausalAttention
+from ral_gym.priors.condition import ConditioningStack
+from ral_gym.priors.layers import GatedBlock, InputLayer, OutputStack
+
+
+class Network(Protocol):
+    """The parts of a `PixelCNN`, whose file imports this one."""
+
+    codebook_size: int
+    height: int
+    width: int
+    hidden_units: int
+    residual_units: int
+    layers: int
+    conv_filter_size: int
+    attention_layers: int
+    attention_heads: int
+    attention_after: list[int]
+    input: InputLayer
+    blocks: Sequence[GatedBlock]
+    attention: Sequence[CausalAttention]
+    conditioning: ConditioningStack | None
+    output: OutputStack
 
 
 def _bias(layer: nn.Conv2d) -> Tensor:
@@ -46,7 +70,7 @@ class PackedWeights:
     """
 
     @torch.inference_mode(False)  # buffers made inside inference mode could not be written outside of it
-    def __init__(self, prior: PixelCNN):
+    def __init__(self, prior: Network):
         blocks, stack = prior.blocks, prior.output
         like = prior.input.embedding.weight.detach()
         reach, side = prior.conv_filter_size // 2, prior.conv_filter_size
@@ -84,6 +108,16 @@ class PackedWeights:
             self.conditioning.eval().requires_grad_(False)
         self._blocked: list[Tensor] | None = [] if _can_block(like) else None
         self.refresh()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.to_logits.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Their type."""
+        return self.to_logits.dtype
 
     @torch.no_grad()
     def refresh(self) -> None:

@@ -28,19 +28,10 @@ from torch import Tensor, nn
 from ral_gym.errors import ConfigError
 from ral_gym.grid import CodeGrid
 from ral_gym.priors.attention import CausalAttention, attention_blocks
+from ral_gym.priors.base import check_condition
 from ral_gym.priors.condition import ConditioningStack
 from ral_gym.priors.layers import GatedBlock, InputLayer, OutputStack
-
-
-def check_condition(prior: PixelCNN, condition: Tensor | None, batch: int) -> None:
-    """Raise ConfigError if a network's condition is missing, of another batch, or given to a network without one."""
-    if prior.condition is None and condition is not None:
-        raise ConfigError("this PixelCNN takes no condition: leave it out, or build it with condition=(H, W, K)")
-    if prior.condition is not None and condition is None:
-        rows, columns, _ = prior.condition
-        raise ConfigError(f"this PixelCNN is conditional: pass condition, the {rows}x{columns} codes above its own")
-    if condition is not None and len(condition) != batch:
-        raise ConfigError(f"a condition of {len(condition)} grids for {batch} images; pass one for each")
+from ral_gym.priors.pixelcnn_cache import PackedPixelCNN
 
 
 class PixelCNN(nn.Module):
@@ -199,6 +190,14 @@ class PixelCNN(nn.Module):
     def forward(self, codes: Tensor, condition: Tensor | None = None) -> Tensor:
         """Logits (B, T', K) of every code given those before it; see `features` for the arguments."""
         return self.logits(self.features(codes, condition))
+
+    def split(self, sequence: Tensor) -> tuple[Tensor, None]:
+        """Sequences (B, T') as codes (B, T') and what they hold beside them: nothing."""
+        return sequence, None
+
+    def pack(self) -> PackedPixelCNN:
+        """The weights as the cached sampler wants them, copied."""
+        return PackedPixelCNN(self)
 
     def reset_parameters(self) -> None:
         """Initialise so that activations keep their scale at any depth and the first predictions are near uniform.

@@ -375,3 +375,11 @@ class SamplingCache:
             with torch.cuda.graph(graph):
                 work()
             self._graphs[key] = graph
+
+
+class PackedPixelCNN(PackedWeights):
+    """Packed weights that make their own cache: what `PixelCNN.pack` gives to a sampler."""
+
+    def make_cache(self, batch: int) -> SamplingCache:
+        """A cache for `batch` images."""
+        return SamplingCache(self, batch)

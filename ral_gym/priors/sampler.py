@@ -1,9 +1,10 @@
-"""Drawing code grids from the PixelCNN one code at a time, without computing anything twice.
+"""Drawing code grids from a prior one code at a time, without computing anything twice.
 
-A full pass per code costs T passes per image. Here the vertical stack runs once per grid row and the horizontal stack
-and the output stack once per code, so that an image costs about as many multiply-adds as one full pass. "Fast
-Generation for Convolutional Autoregressive Models" (Ramachandran et al., 2017) does this for PixelCNN++; new here are
-the start from any prefix and batches whose images stand at different positions.
+A full pass per code costs T passes per image. `CachedSampler` keeps the books (which image stands where, begins anew or
+is finished) over whatever `Cache` the prior's ``pack`` makes. The PixelCNN's runs the vertical stack once per grid row
+and the horizontal stack and the output stack once per code, so that an image costs about as many multiply-adds as one
+full pass. "Fast Generation for Convolutional Autoregressive Models" (Ramachandran et al., 2017) does this for
+PixelCNN++; new here are the start from any prefix and batches whose images stand at different positions.
 
 `CachedSampler.sample` draws whole grids; `begin`, `logits` and `advance` do the same one code at a time, for a policy
 that acts in an environment. `sample_naive` is the simple version, the reference of tests and benchmark. Two-level
@@ -12,26 +13,41 @@ models have a sampler of their own in `ral_gym.priors.two_level`, made of two of
 
 from __future__ import annotations
 
+from typing import Any, Protocol
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from ral_gym.errors import ConfigError
+from ral_gym.priors.base import Cache, Packed, Prior, given_codes
 from ral_gym.priors.drawing import Request, check_length, draw, host_positions, sample_naive
-from ral_gym.priors.packed_weights import PackedWeights
-from ral_gym.priors.pixelcnn import PixelCNN, check_condition
-from ral_gym.priors.pixelcnn_cache import SamplingCache
+from ral_gym.priors.full_pass import FullPass
 
-__all__ = ["CachedSampler", "draw", "sample_naive"]
+__all__ = ["CachedSampler", "Sampler", "draw", "make_sampler", "sample_naive"]
+
+
+def pack(prior: Any) -> Packed:
+    """A prior's own packed weights; full passes for one that has none.
+
+    The cache of a base class does not know what a subclass computes: one with a ``features``, ``logits`` or ``forward``
+    of its own needs its own ``pack``, too.
+    """
+    for cls in type(prior).__mro__:
+        if "pack" in vars(cls):
+            return prior.pack()
+        if vars(cls).keys() & {"features", "logits", "forward"}:
+            break
+    return FullPass(prior)
 
 
 class CachedSampler:
-    """Draws codes from a PixelCNN and keeps everything it has computed for the codes to come.
+    """Draws codes from a prior of one level and keeps what its cache has computed for the codes to come.
 
     The weights are packed when the sampler is made: call `refresh` whenever those of the prior have changed. Dropout is
-    never applied, and nothing has a gradient.
+    never applied, and nothing has a gradient. Codes (B, T) may be sequences that the prior's `split` takes apart.
 
-    What is kept, per block: the inputs of the vertical stack in the last grid rows, its term of the horizontal
+    What a PixelCNN keeps, per block: the inputs of the vertical stack in the last grid rows, its term of the horizontal
     pre-activations in the current grid row, and the inputs of the horizontal stack in that row; per attention layer, a
     key and a content for every position; and the condition's features.
 
@@ -39,23 +55,24 @@ class CachedSampler:
         prior: the network to draw from; the sampler keeps a reference to it.
 
     Attributes:
+        weights: the prior's packed weights.
         use_cuda_graphs: replay the work of a grid row and of a code as CUDA graphs; set on CUDA, ignored elsewhere.
     """
 
-    def __init__(self, prior: PixelCNN):
+    def __init__(self, prior: Prior):
         self.prior = prior
-        self.weights = PackedWeights(prior)
-        self.use_cuda_graphs = self.weights.to_logits.is_cuda
-        self._cache: SamplingCache | None = None
+        self.weights = pack(prior)
+        self.use_cuda_graphs = self.weights.device.type == "cuda"
+        self._cache: Cache | None = None
         self._position: np.ndarray | None = None  # (B,) while drawing code by code
         self._length = 0
         self._stepped = False  # the cache holds features and logits of the current positions
 
     def refresh(self) -> None:
         """Pack the prior's weights again, to the same addresses. What `begin` computed is stale then: begin again."""
-        like, packed = self.prior.input.embedding.weight, self.weights.to_logits
-        if like.dtype != packed.dtype or like.device != packed.device:
-            self.weights = PackedWeights(self.prior)
+        like = next(self.prior.parameters())
+        if like.dtype != self.weights.dtype or like.device != self.weights.device:
+            self.weights = pack(self.prior)
             self.use_cuda_graphs = like.is_cuda
             self._cache = None
         else:
@@ -88,7 +105,7 @@ class CachedSampler:
             generator: source of the uniforms. One `torch.rand(B)` in float32 is drawn per position, in raster order
                 from the least `start` on, so that drawing code by code with the same generator gives the same codes.
             uniforms: (B, T) in [0, 1], used instead.
-            condition: (B, T') int64, what `PixelCNN.features` takes, for a network that has one.
+            condition: (B, T') int64, what the prior's `features` takes, for a network that has one.
             prefix_rows: sets `start`, in grid rows.
             stop_rows: sets `stop`, in grid rows.
 
@@ -120,11 +137,12 @@ class CachedSampler:
         Args:
             codes: (B, T) int64, given before `position`; T is a whole number of grid rows.
             position: next position to draw, one for all or (B,) int64, from 0 to T (finished).
-            condition: (B, T') int64, what `PixelCNN.features` takes, for a network that has one.
+            condition: (B, T') int64, what the prior's `features` takes, for a network that has one.
 
         Raises:
             ConfigError: T is not a whole number of grid rows, a position is out of range, or the condition is missing.
         """
+        codes, condition = given_codes(self.prior, codes, condition)
         batch, length = codes.shape
         check_length(self.prior, length)
         positions = host_positions(position, batch, length)
@@ -156,13 +174,13 @@ class CachedSampler:
             ConfigError: T differs from `begin`'s, a position is out of range, or the condition is missing.
         """
         self._begun()
+        codes, condition = given_codes(self.prior, codes, condition)
         if codes.shape[1] != self._length:
             raise ConfigError(f"rebuild: grids of {codes.shape[1]} codes; `begin` was given {self._length}")
         self._start(rows, codes, host_positions(position, len(rows), self._length), condition)
 
     def _start(self, rows: Tensor | slice, codes: Tensor, starts: np.ndarray, condition: Tensor | None) -> None:
         """Put rows at positions (n,), and fill the cache for those that have something left to draw."""
-        check_condition(self.prior, condition, len(codes))
         cache, positions = self._begun()
         positions[rows.cpu().numpy() if isinstance(rows, Tensor) else rows] = starts
         self._stepped = False
@@ -180,7 +198,7 @@ class CachedSampler:
         self._begun()[1][rows] = self._length
 
     def features(self) -> Tensor:
-        """The PixelCNN's features (B, C) at each batch row's position; finished rows: meaningless but finite."""
+        """The prior's features (B, C) at each batch row's position; finished rows: meaningless but finite."""
         return self._step().features.clone()
 
     def logits(self) -> Tensor:
@@ -211,15 +229,15 @@ class CachedSampler:
     @property
     def position(self) -> Tensor:
         """(B,) int64, the next position of each batch row; T when it is finished."""
-        return torch.as_tensor(self._begun()[1].copy(), device=self.weights.to_logits.device)
+        return torch.as_tensor(self._begun()[1].copy(), device=self.weights.device)
 
-    def _cache_for(self, batch: int) -> SamplingCache:
+    def _cache_for(self, batch: int) -> Cache:
         if self._cache is None or self._cache.batch != batch:
-            self._cache = SamplingCache(self.weights, batch)
+            self._cache = self.weights.make_cache(batch)
         self._cache.use_cuda_graphs = self.use_cuda_graphs
         return self._cache
 
-    def _begun(self) -> tuple[SamplingCache, np.ndarray]:
+    def _begun(self) -> tuple[Cache, np.ndarray]:
         if self._cache is None or self._position is None:
             raise RuntimeError(
                 "the sampler holds no episode: call begin() first, and again after sample() or refresh()"
@@ -227,7 +245,7 @@ class CachedSampler:
         return self._cache, self._position
 
     @torch.no_grad()
-    def _step(self) -> SamplingCache:
+    def _step(self) -> Cache:
         """The cache, with features and logits of the current positions in it."""
         cache, positions = self._begun()
         if not self._stepped:
@@ -239,3 +257,51 @@ class CachedSampler:
                 cache.step_at(row, column)
             self._stepped = True
         return cache
+
+
+class Sampler(Protocol):
+    """What all samplers do; `CachedSampler` explains the arguments."""
+
+    prior: Any
+    use_cuda_graphs: bool
+
+    def refresh(self) -> None:
+        """Pack the prior's weights again."""
+
+    def sample(
+        self,
+        batch_size: int | None = None,
+        *,
+        codes: Tensor | None = None,
+        prefix_rows: int | Tensor = 0,
+        stop_rows: int | None = None,
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+        uniforms: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Draw whole images, or continue given rows."""
+
+    def begin(self, codes: Tensor, position: int | Tensor) -> None:
+        """Start drawing code by code."""
+
+    def rebuild(self, rows: Tensor, codes: Tensor, position: int | Tensor) -> None:
+        """Let some rows of the batch start anew."""
+
+    def features(self) -> Tensor:
+        """The prior's features (B, C) at each batch row's position."""
+
+    def logits(self) -> Tensor:
+        """The logits (B, K) of the code at each batch row's position."""
+
+    def advance(self, codes: Tensor) -> None:
+        """Take codes (B,) for drawn and move on."""
+
+    @property
+    def position(self) -> Tensor:
+        """(B,) int64, the next position of each batch row; T when it is finished."""
+
+
+def make_sampler(prior: Any) -> Sampler:
+    """The sampler of a prior: its own, where it has a ``make_sampler()``, or else a `CachedSampler`."""
+    own = getattr(prior, "make_sampler", None)
+    return CachedSampler(prior) if own is None else own()

@@ -1,15 +1,16 @@
-"""The prior of a two-level model (VQ-VAE-2): a PixelCNN over the top codes, and one over the bottom codes given them.
+"""The prior of a two-level model (VQ-VAE-2): a network over the top codes, and one over the bottom codes given them.
 
 Follows "Generating Diverse High-Fidelity Images with VQ-VAE-2" (Razavi et al., 2019), p(top) p(bottom | top), with the
 sizes of the supplement's Tables 8 to 10. Everything after it sees one sequence per image, top codes and then bottom
-codes, so `TwoLevelPrior` has the interface of a `PixelCNN`, and `TwoLevelSampler` that of a `CachedSampler`. The one
-difference: what an episode draws is not always the end of the sequence (rows are given in both grids), so K marks it.
+codes, so `TwoLevelPrior` is a `Prior` like each of its networks, and `TwoLevelSampler` a `Sampler`. The one difference:
+what an episode draws is not always the end of the sequence (rows are given in both grids), so K marks it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeAlias
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,8 +19,8 @@ from torch.nn import functional as F
 
 from ral_gym.errors import ConfigError
 from ral_gym.grid import CodeGrid
+from ral_gym.priors.base import Prior, build_prior, config_of, load_prior
 from ral_gym.priors.drawing import host_positions
-from ral_gym.priors.pixelcnn import PixelCNN
 from ral_gym.priors.sampler import CachedSampler
 
 
@@ -27,8 +28,8 @@ class TwoLevelPrior(nn.Module):
     """p(top codes) p(bottom codes | top codes).
 
     Args:
-        top: the PixelCNN over the H x W top codes, or its `config`.
-        bottom: the PixelCNN over the 2H x 2W bottom codes, with condition=(H, W, K), or its `config`.
+        top: the prior of the H x W top codes, such as a PixelCNN, or what `build_prior` makes it from.
+        bottom: that of the 2H x 2W bottom codes, with condition=(H, W, K), or what `build_prior` makes it from.
 
     Attributes:
         frozen: `top` or `bottom`: that network runs without gradients, so that only the other one learns; None: both.
@@ -39,10 +40,10 @@ class TwoLevelPrior(nn.Module):
 
     levels = 2
 
-    def __init__(self, top: PixelCNN | dict[str, Any], bottom: PixelCNN | dict[str, Any]):
+    def __init__(self, top: Prior | dict[str, Any], bottom: Prior | dict[str, Any]):
         super().__init__()
-        self.top = top if isinstance(top, PixelCNN) else PixelCNN(**top)
-        self.bottom = bottom if isinstance(bottom, PixelCNN) else PixelCNN(**bottom)
+        self.top: Any = build_prior(top) if isinstance(top, dict) else top
+        self.bottom: Any = build_prior(bottom) if isinstance(bottom, dict) else bottom
         self.codebook_size, self.height, self.width = self.top.codebook_size, self.top.height, self.top.width
         self.hidden_units = max(self.top.hidden_units, self.bottom.hidden_units)
         self.frozen: str | None = None
@@ -51,7 +52,7 @@ class TwoLevelPrior(nn.Module):
     @property
     def config(self) -> dict[str, Any]:
         """The constructor's arguments, as the two networks' own; `TwoLevelPrior(**config)` builds the same networks."""
-        return {"top": self.top.config, "bottom": self.bottom.config}
+        return {"top": config_of(self.top), "bottom": config_of(self.bottom)}
 
     @property
     def grid(self) -> CodeGrid:
@@ -111,6 +112,14 @@ class TwoLevelPrior(nn.Module):
             of_bottom = self.bottom(bottom, top)
         return torch.cat([of_top, of_bottom], dim=1)
 
+    def split(self, sequence: Tensor) -> tuple[Tensor, None]:
+        """Sequences (B, T') as the codes of both levels (B, T') and what they hold beside them: nothing."""
+        return sequence, None
+
+    def make_sampler(self) -> TwoLevelSampler:
+        """The sampler of both levels; there is no cache for the two as one."""
+        return TwoLevelSampler(self)
+
     def _gradients(self, level: str) -> torch.set_grad_enabled:
         return torch.set_grad_enabled(torch.is_grad_enabled() and level != self.frozen)
 
@@ -119,10 +128,12 @@ class TwoLevelPrior(nn.Module):
 
     def _check_levels(self) -> None:
         top, bottom = self.top, self.bottom
-        if top.condition is not None:
+        if getattr(top, "condition", None) is not None:
             raise ConfigError(f"TwoLevelPrior: the top prior has condition={top.condition}; it takes none")
         wanted = (2 * top.height, 2 * top.width, top.codebook_size, (top.height, top.width, top.codebook_size))
-        found = (bottom.height, bottom.width, bottom.codebook_size, bottom.condition)
+        condition = getattr(bottom, "condition", None)
+        condition = None if condition is None else tuple(condition)
+        found = (bottom.height, bottom.width, bottom.codebook_size, condition)
         if found != wanted:
             raise ConfigError(
                 "TwoLevelPrior: the bottom prior's (height, width, codebook_size, condition) are "
@@ -130,13 +141,44 @@ class TwoLevelPrior(nn.Module):
             )
 
 
-Prior: TypeAlias = PixelCNN | TwoLevelPrior
-"""A generator of whole images: one level or two."""
+def join_priors(priors: Sequence[Prior]) -> Any:
+    """The generator of whole images: the only prior, or top and bottom ones as one."""
+    return priors[0] if len(priors) == 1 else TwoLevelPrior(*priors)
 
 
-def build_prior_module(config: dict[str, Any]) -> Prior:
-    """The network, with fresh weights, whose `config` this is."""
-    return TwoLevelPrior(**config) if "top" in config else PixelCNN(**config)
+def split_prior(prior: Any) -> list[Any]:
+    """The inverse of `join_priors`."""
+    return [prior] if prior.levels == 1 else [prior.top, prior.bottom]
+
+
+SUFFIXES = ("", "_bottom")
+"""What the files of each level's prior end in."""
+
+
+def load_levels(
+    folder: Path,
+    name: str,
+    levels: int,
+    device: torch.device | str = "cpu",
+    load: Callable[[Path, Any], Any] = load_prior,
+) -> Any:
+    """A generator of whole images from its files, ``NAME.safetensors`` and with two levels ``NAME_bottom.safetensors``.
+
+    Args:
+        folder: the run folder.
+        name: such as `prior`.
+        levels: the number of files: 1 also for two levels in one file, as stage 3 writes them.
+        device: where it goes.
+        load: reads one file; `load_prior`, or one that remembers what it has read.
+
+    Returns:
+        the prior, in evaluation mode, without gradients.
+
+    Raises:
+        ConfigError: see `load_prior`.
+        RunError: see `load_prior`.
+    """
+    return join_priors([load(folder / f"{name}{suffix}.safetensors", device) for suffix in SUFFIXES[:levels]]).eval()
 
 
 class TwoLevelSampler:
@@ -307,7 +349,7 @@ class TwoLevelSampler:
         return torch.as_tensor(self._begun().copy(), device=self._device())
 
     def _device(self) -> torch.device:
-        return self.top.weights.to_logits.device
+        return self.top.weights.device
 
     def _begun(self) -> np.ndarray:
         if self._position is None:
@@ -353,11 +395,3 @@ class TwoLevelSampler:
         channels = max(top.shape[1], bottom.shape[1])
         top, bottom = (F.pad(x, (0, channels - x.shape[1])) for x in (top, bottom))
         return torch.where(torch.as_tensor(in_top, device=top.device)[:, None], top, bottom)
-
-
-Sampler: TypeAlias = CachedSampler | TwoLevelSampler
-
-
-def make_sampler(prior: Prior) -> Sampler:
-    """The cached sampler for a prior of one level or two."""
-    return TwoLevelSampler(prior) if isinstance(prior, TwoLevelPrior) else CachedSampler(prior)

@@ -21,6 +21,8 @@ import ral_gym
 from ral_gym.data.images import ImageSet, load_images, to_float
 from ral_gym.data.subsets import subset
 from ral_gym.errors import ConfigError, DataError
+from ral_gym.priors.base import Prior
+from ral_gym.priors.two_level import SUFFIXES
 from ral_gym.report.figures import heat, heat_colours, strip
 from ral_gym.report.page import (
     Section,
@@ -47,7 +49,7 @@ from ral_gym.rewards.score_map import CriticScorer, ScoreNormalizer
 from ral_gym.runs.run import Run
 from ral_gym.runs.storage import load_json, load_module, load_tensors, write_text
 from ral_gym.stages.completion import complete
-from ral_gym.stages.levels import SUFFIXES, Prior, load_generator, load_vqvae
+from ral_gym.stages.levels import load_generator, load_vqvae
 from ral_gym.stages.pictures import sample_codes
 from ral_gym.tokenizers.code_set import CodeSet, decode_codes, encode_images
 from ral_gym.tokenizers.vqvae import VQVAE

@@ -7,7 +7,7 @@ import dataclasses
 import errno
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +130,32 @@ def load_module(
     Raises:
         RunError: missing, damaged, of another class or made with other arguments, or weights that do not fit them.
     """
-    tensors, metadata = load_tensors(path)
+    return rebuild_module(path, *load_tensors(path), cls, device, config)
+
+
+def rebuild_module(
+    path: Path,
+    tensors: dict[str, Tensor],
+    metadata: dict[str, Any],
+    cls: type[nn.Module],
+    device: torch.device | str = "cpu",
+    config: dict[str, Any] | None = None,
+    left_out: Collection[str] = (),
+) -> Any:
+    """`load_module` from what `load_tensors` has read, for parts whose class the metadata name.
+
+    Args:
+        path: the file, for messages.
+        tensors: the weights.
+        metadata: with `class` and `config`.
+        cls: see `load_module`; so are `device` and `config`.
+        device: see there.
+        config: see there.
+        left_out: names in `config` that are no arguments of the constructor.
+
+    Raises:
+        RunError: see there.
+    """
     if metadata.get("class") != cls.__name__:
         raise RunError(
             f"{path} holds {metadata.get('class', 'no weights')}, not {cls.__name__}; remove it to make it again"
@@ -141,10 +166,10 @@ def load_module(
         raise RunError(f"{path} belongs to another model ({'; '.join(others[:3])}); remove it to make it again")
     try:
         with torch.random.fork_rng(devices=[]):  # what comes after must not depend on whether a file was read before
-            module = cls(**found)  # type: ignore[arg-type]
+            module = cls(**{name: value for name, value in found.items() if name not in left_out})  # type: ignore[union-attr]
         module.load_state_dict(tensors)
-    except (TypeError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[-1].strip()
+    except Exception as error:  # a class of somebody else's may raise anything
+        reason = (str(error).strip() or "no reason given").splitlines()[-1].strip()
         raise RunError(f"{path} does not fit this version of ral_gym ({reason}); remove it to make it again") from error
     return module.to(device).eval().requires_grad_(False)
 

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from ral_gym.data.subsets import subset
-from ral_gym.priors.pixelcnn import PixelCNN
-from ral_gym.priors.two_level import Prior, TwoLevelPrior, make_sampler
+from ral_gym.priors.base import Prior
+from ral_gym.priors.sampler import make_sampler
+from ral_gym.priors.two_level import join_priors
 from ral_gym.tokenizers.code_set import decode_codes, encode_images
 from ral_gym.tokenizers.vqvae import VQVAE
 
@@ -50,7 +51,7 @@ def add_samples(
     prior: Prior,
     vqvae: VQVAE,
     step: int,
-    top: PixelCNN | None = None,
+    top: Prior | None = None,
     seed: int = 0,
 ) -> None:
     """Add images that a prior draws, every time from the same uniforms.
@@ -58,13 +59,13 @@ def add_samples(
     Args:
         writer: TensorBoard's.
         tag: the picture's name there.
-        prior: a generator of whole images; or the bottom PixelCNN, with `top`.
+        prior: a generator of whole images; or the one of bottom codes, with `top`.
         vqvae: decodes.
         step: the picture's place on the time axis.
-        top: the top PixelCNN that goes with a bottom one.
+        top: the prior of top codes that goes with it.
         seed: draws.
     """
-    whole = prior if top is None else TwoLevelPrior(top, prior)  # type: ignore[arg-type]
+    whole = join_priors([prior] if top is None else [top, prior])
     generator = torch.Generator(next(whole.parameters()).device).manual_seed(seed)
     codes, _ = make_sampler(whole).sample(2 * N_IMAGES, generator=generator)
     add_grid(writer, tag, decode_codes(vqvae, codes), step)

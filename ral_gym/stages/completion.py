@@ -11,7 +11,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
@@ -22,9 +21,8 @@ from ral_gym.data.files import Decoding, to_square
 from ral_gym.data.images import CELEBA_CROP, to_float
 from ral_gym.errors import ConfigError, DataError
 from ral_gym.pictures import _array, _Panel, _scale, _tile, _write_panels
-from ral_gym.priors.pixelcnn import PixelCNN
-from ral_gym.priors.sampler import CachedSampler
-from ral_gym.priors.two_level import TwoLevelPrior, TwoLevelSampler
+from ral_gym.priors.base import Prior
+from ral_gym.priors.sampler import make_sampler
 from ral_gym.tokenizers.code_set import decode_codes
 from ral_gym.tokenizers.vqvae import VQVAE
 
@@ -104,9 +102,7 @@ def seeded_uniforms(seed: int, n: int, length: int) -> Tensor:
     return torch.stack(rows)
 
 
-def continue_codes(
-    prior: PixelCNN | TwoLevelPrior, given: Tensor, uniforms: Tensor, temperature: float = 1.0
-) -> Tensor:
+def continue_codes(prior: Prior, given: Tensor, uniforms: Tensor, temperature: float = 1.0) -> Tensor:
     """Draw the rows that are missing, with the prior's cached sampler.
 
     Args:
@@ -124,16 +120,13 @@ def continue_codes(
     kept = torch.from_numpy(~grid.mask(rows, grid.height)).to(device)  # (T,)
     codes[:, kept] = given.to(device)
     uniforms = uniforms.to(device)
-    how: dict[str, Any] = {"codes": codes, "temperature": temperature, "uniforms": uniforms}
-    if isinstance(prior, TwoLevelPrior):
-        return TwoLevelSampler(prior).sample(prefix_rows=rows, **how)[0]
-    return CachedSampler(prior).sample(start=rows * grid.width, **how)[0]
+    return make_sampler(prior).sample(codes=codes, prefix_rows=rows, temperature=temperature, uniforms=uniforms)[0]
 
 
 @torch.no_grad()
 def complete(
     vqvae: VQVAE,
-    generators: Mapping[str, PixelCNN | TwoLevelPrior],
+    generators: Mapping[str, Prior],
     image: Tensor,
     visible_share: float,
     n: int,

@@ -19,7 +19,7 @@ from ral_gym.data.images import ImageSet
 from ral_gym.errors import DataError, RunError
 from ral_gym.metrics import make_extractor
 from ral_gym.metrics.distances import MINIMUM_IMAGES
-from ral_gym.priors.two_level import Prior
+from ral_gym.priors.base import Prior, config_of, load_prior
 from ral_gym.rewards.critic import PatchCritic
 from ral_gym.rewards.score_map import CriticScorer
 from ral_gym.runs.run import Run
@@ -33,12 +33,12 @@ from ral_gym.stages.rejection import critic_judge
 from ral_gym.tokenizers.code_set import CodeSet
 from ral_gym.tokenizers.vqvae import VQVAE
 
-__all__ = ["GENERATORS", "SWEPT", "check_extractor", "check_images", "evaluate", "measure", "results_of"]
+__all__ = ["ROW_FILES", "SWEPT", "check_extractor", "check_images", "evaluate", "measure", "results_of"]
 
 STAGE = "evaluation"
 PARTIAL = "checkpoints/evaluation.json"
 """The rows measured so far."""
-GENERATORS = {
+ROW_FILES = {
     "mle": "prior",
     "mle_ema": "prior_ema",
     "mle_continued": "prior_continued",
@@ -104,11 +104,11 @@ def load_priors(run: Run, device: torch.device) -> dict[str, Prior]:
     Raises:
         RunError: a file is missing, damaged, or another model's.
     """
-    priors = {row: load_generator(run, name, device) for row, name in GENERATORS.items()}
+    priors = {row: load_generator(run, name, device) for row, name in ROW_FILES.items()}
     for row, prior in priors.items():
-        if found := differences(prior.config, priors["mle"].config):
+        if found := differences(config_of(prior), config_of(priors["mle"])):
             raise RunError(
-                f"{run.path}: {GENERATORS[row]} is another model than the prior ({found[0]}); remove its file"
+                f"{run.path}: {ROW_FILES[row]} is another model than the prior ({found[0]}); remove its file"
             )
     return priors
 
@@ -126,7 +126,7 @@ def measure(
 
     Args:
         evaluation: what measures them.
-        priors: row of the table -> its network, of every one of `GENERATORS`.
+        priors: row of the table -> its network, of every one of `ROW_FILES`.
         rows: the rows there are, by name; the others are added: those of the table, `GENERATOR_at_TEMPERATURE` and
             `ral_after_UPDATES`.
         keep: called with all rows after each new one.
@@ -174,7 +174,7 @@ def measure(
     for file in sorted(run.file("checkpoints").glob("policy_ema_*.safetensors")):
         name = f"ral_after_{int(file.stem.rpartition('_')[2])}"
         if wanted(name):
-            draw(name, load_module(file, type(mle), evaluation.device, mle.config))
+            draw(name, load_prior(file, evaluation.device, config_of(mle)))
     for name in SWEPT:
         if wanted(f"{name}_best_temperature"):
             _sweep(draw, name, priors[name], run.config.evaluation.temperatures)

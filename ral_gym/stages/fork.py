@@ -9,9 +9,9 @@ from pathlib import Path
 
 from ral_gym.config import Config
 from ral_gym.errors import ConfigError, RunError
+from ral_gym.priors.two_level import SUFFIXES
 from ral_gym.runs.run import Run
 from ral_gym.runs.storage import differences, write_atomic
-from ral_gym.stages.levels import SUFFIXES
 from ral_gym.tokenizers.code_set import CodeSet
 
 STAGE_1 = ("vqvae.safetensors", "codes.safetensors")

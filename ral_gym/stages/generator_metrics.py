@@ -42,7 +42,7 @@ from ral_gym.metrics import (
 )
 from ral_gym.metrics.distances import kid_subset_size
 from ral_gym.metrics.neighbourhood import FIGURES
-from ral_gym.priors.two_level import Prior
+from ral_gym.priors.base import Prior
 from ral_gym.runs.run import Run
 from ral_gym.stages.pictures import sample_codes
 from ral_gym.stages.rejection import Judge, rejection_sample

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ral_gym.metrics import distance_estimates, extract
-from ral_gym.priors.two_level import Prior, make_sampler
+from ral_gym.priors.base import Prior
+from ral_gym.priors.sampler import make_sampler
 from ral_gym.stages.completion import continue_codes
 from ral_gym.stages.generator_metrics import SMALLEST_WITH_INTERVALS, GeneratorMetrics
 from ral_gym.tokenizers.code_set import decode_codes

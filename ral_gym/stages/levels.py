@@ -1,35 +1,32 @@
-"""The PixelCNNs of a run: one, or with two levels one of the top codes and one of the bottom codes given the top ones.
+"""The priors of a run: one, or with two levels one of the top codes and one of the bottom codes given the top ones.
 
 Each level is trained on its own codes and has its own settings and files (`SECTIONS`, `SUFFIXES`); together they are
-one generator of whole images, a `PixelCNN` or a `TwoLevelPrior`. After RAL that is one file.
+one generator of whole images (`ral_gym.priors.two_level`). After RAL that is one file.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ral_gym.config import Config
 from ral_gym.errors import RunError
 from ral_gym.grid import CodeGrid
 from ral_gym.metrics import nll
 from ral_gym.priors.pixelcnn import PixelCNN
-from ral_gym.priors.two_level import TwoLevelPrior
+from ral_gym.priors.two_level import load_levels
 from ral_gym.runs.run import Run
 from ral_gym.runs.storage import config_arguments, load_module
 from ral_gym.tokenizers.vqvae import VQVAE
 from ral_gym.tokenizers.vqvae2 import vqvae_class
 
-Prior = PixelCNN | TwoLevelPrior
-SUFFIXES = ("", "_bottom")
-"""What the files and the stage of each level's PixelCNN end in."""
 SECTIONS = ("prior", "bottom")
-"""The settings of each level's PixelCNN."""
+"""The settings of each level's prior."""
 NLL_BATCH = 256
 GENERATORS = {
     "prior": "maximum likelihood, the weights of the best held-out NLL",
@@ -41,13 +38,8 @@ GENERATORS = {
 """The generators of a finished run, by the names of their files."""
 
 
-def build_prior(run: Run, grid: CodeGrid, level: int = 0) -> PixelCNN:
-    """The untrained model of the run's configuration: the only one or the top one (0), or the bottom one (1)."""
-    return prior_of(run.config, grid, level)
-
-
-def prior_of(config: Config, grid: CodeGrid, level: int = 0) -> PixelCNN:
-    """The untrained model of a configuration; see `build_prior`."""
+def prior_of(config: Config, grid: CodeGrid, level: int = 0) -> Any:
+    """The untrained prior of a configuration: the only one or the top one (0), or the bottom one (1)."""
     names = [
         "hidden_units",
         "residual_units",
@@ -66,19 +58,9 @@ def prior_of(config: Config, grid: CodeGrid, level: int = 0) -> PixelCNN:
     return PixelCNN(grid.codebook_size, *grid.shapes[level], **arguments)
 
 
-def join_priors(priors: list[PixelCNN]) -> Prior:
-    """The generator of whole images: the only PixelCNN, or top and bottom ones as one."""
-    return priors[0] if len(priors) == 1 else TwoLevelPrior(*priors)
-
-
-def split_prior(prior: Prior) -> list[PixelCNN]:
-    """The inverse of `join_priors`."""
-    return [prior.top, prior.bottom] if isinstance(prior, TwoLevelPrior) else [prior]
-
-
 @dataclass(frozen=True)
 class LevelCodes:
-    """What one PixelCNN models: its codes (N, T') and, for the bottom one, the top codes (N, H * W) they belong to."""
+    """What one prior models: its codes (N, T') and, for the bottom one, the top codes (N, H * W) they belong to."""
 
     codes: Tensor
     condition: Tensor | None = None
@@ -100,13 +82,7 @@ class LevelCodes:
         )
 
 
-def maximum_likelihood_loss(prior: torch.nn.Module, codes: Tensor, condition: Tensor | None = None) -> Tensor:
-    """Mean negative log-likelihood in nats per code of code grids (B, T), given the condition (B, T'') if any."""
-    logits = prior(codes) if condition is None else prior(codes, condition)  # (B, T, K)
-    return F.cross_entropy(logits.flatten(0, 1), codes.flatten())
-
-
-def held_out_nll(prior: PixelCNN, data: LevelCodes) -> float:
+def held_out_nll(prior: Any, data: LevelCodes) -> float:
     """Nats per code of one level's held-out codes, teacher-forced."""
     device = next(prior.parameters()).device
     if data.condition is None:
@@ -127,7 +103,7 @@ def load_vqvae(run: Run, device: torch.device | str = "cpu") -> VQVAE:
     return load_module(run.file("vqvae.safetensors"), vqvae_class(run.config.vqvae.levels), device)
 
 
-def load_generator(run: Run, name: str, device: torch.device | str = "cpu") -> Prior:
+def load_generator(run: Run, name: str, device: torch.device | str = "cpu") -> Any:
     """A trained generator of the run, of one level or two.
 
     Args:
@@ -136,12 +112,16 @@ def load_generator(run: Run, name: str, device: torch.device | str = "cpu") -> P
         device: where it goes.
 
     Raises:
-        RunError: there is no such generator, or its file is missing or damaged.
+        ConfigError: its file names a kind that is unknown here, or code that nobody has allowed.
+        RunError: there is no such generator, or its file is missing, damaged or of another number of levels.
     """
     if name not in GENERATORS:
         raise RunError(f"generator '{name}' is unknown: choose one of {', '.join(GENERATORS)}")
     levels = run.config.vqvae.levels
-    if name.startswith("policy") and levels == 2:
-        return load_module(run.file(f"{name}.safetensors"), TwoLevelPrior, device)
-    files = [run.file(f"{name}{suffix}.safetensors") for suffix in SUFFIXES[:levels]]
-    return join_priors([load_module(file, PixelCNN, device) for file in files])
+    prior = load_levels(run.path, name, 1 if name.startswith("policy") else levels, device)
+    if prior.levels != levels:
+        file = run.file(f"{name}.safetensors")
+        raise RunError(
+            f"{file} draws {prior.levels} levels of codes, but the run has {levels}; remove it to make it again"
+        )
+    return prior

@@ -11,7 +11,8 @@ from ral_gym.data.images import ImageSet
 from ral_gym.data.subsets import subset
 from ral_gym.metrics import nearest
 from ral_gym.pictures import save_comparison, save_curves, save_frontier, save_neighbours
-from ral_gym.priors.two_level import Prior, make_sampler
+from ral_gym.priors.base import Prior
+from ral_gym.priors.sampler import make_sampler
 from ral_gym.runs.run import Run
 from ral_gym.tokenizers.code_set import CodeSet, decode_codes
 from ral_gym.tokenizers.vqvae import VQVAE

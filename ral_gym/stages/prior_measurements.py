@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 from ral_gym.data.subsets import subset
-from ral_gym.priors.pixelcnn import PixelCNN
+from ral_gym.priors.base import Prior, load_prior
 from ral_gym.runs.run import Run
-from ral_gym.runs.storage import load_module, weights_of
+from ral_gym.runs.storage import weights_of
 from ral_gym.stages.boards import add_samples
 from ral_gym.stages.common import WeightAverage
 from ral_gym.stages.levels import LevelCodes, held_out_nll, load_vqvae
@@ -28,7 +28,7 @@ class Best:
     step: dict[str, int] = field(default_factory=lambda: {"live": 0, "ema": 0})
     weights: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
-    def offer(self, which: str, value: float, step: int, model: PixelCNN) -> None:
+    def offer(self, which: str, value: float, step: int, model: nn.Module) -> None:
         """Keep the weights if the value is the best so far."""
         if value < self.nll[which]:
             self.nll[which], self.step[which] = value, step
@@ -77,7 +77,7 @@ class HeldOut:
     def _subset(self, data: LevelCodes) -> LevelCodes:
         return data[torch.from_numpy(subset(len(data.codes), self.limit, self.seed))]
 
-    def measure(self, prior: PixelCNN, average: WeightAverage, step: int) -> dict[str, float]:
+    def measure(self, prior: nn.Module, average: WeightAverage, step: int) -> dict[str, float]:
         """Held-out NLL of the live and the averaged weights, in nats per code."""
         prior.eval()
         metrics = {"nll_test": held_out_nll(prior, self.test)}
@@ -96,7 +96,7 @@ class Board:
     """Shows in TensorBoard what the prior draws, decoded; no random state is touched."""
 
     vqvae: VQVAE
-    top: PixelCNN | None
+    top: Prior | None
 
     @classmethod
     def of(cls, run: Run, level: int, device: torch.device) -> Board | None:
@@ -106,9 +106,9 @@ class Board:
         """
         if not run.has("vqvae.safetensors") or process_index() or level < run.config.vqvae.levels - 1:
             return None
-        top = load_module(run.file("prior.safetensors"), PixelCNN, device) if level else None
+        top = load_prior(run.file("prior.safetensors"), device) if level else None
         return cls(load_vqvae(run, device), top)
 
-    def show(self, writer: SummaryWriter, tag: str, prior: PixelCNN, step: int) -> None:
+    def show(self, writer: SummaryWriter, tag: str, prior: Any, step: int) -> None:
         """Add a grid of samples."""
         add_samples(writer, tag, prior, self.vqvae, step, self.top)

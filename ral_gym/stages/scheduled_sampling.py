@@ -9,7 +9,7 @@ ways to make the prefixes, both with the network in evaluation mode and without 
 * `sequential` (as Bengio et al. wrote it): code by code through the cached sampler, each drawn given the *mixed* codes
   before it, and put in or replaced by the real one as its coin says. As slow as drawing the batch.
 
-A bottom PixelCNN's condition, the top codes, stays real. Where share s is reached after N steps, the share of own codes
+A bottom prior's condition, the top codes, stays real. Where share s is reached after N steps, the share of own codes
 at step i, x = i / N, is (with Bengio et al.'s epsilon for the share of real ones):
 
 * `linear`: s x, or epsilon = 1 - s x;
@@ -37,10 +37,10 @@ from torch.nn import functional as F
 
 from ral_gym.config import PriorConfig
 from ral_gym.errors import ConfigError
+from ral_gym.priors.base import Prior, logits_of, maximum_likelihood_loss
 from ral_gym.priors.drawing import draw
-from ral_gym.priors.pixelcnn import PixelCNN
 from ral_gym.priors.sampler import CachedSampler
-from ral_gym.stages.levels import LevelCodes, maximum_likelihood_loss
+from ral_gym.stages.levels import LevelCodes
 
 LEAST_REAL = 0.01
 """Where `exponential` has let the share of real codes fall by the last step, before it is scaled."""
@@ -76,7 +76,7 @@ class ScheduledSampling:
         ConfigError: an unknown way or schedule.
     """
 
-    def __init__(self, prior: PixelCNN, config: PriorConfig, steps: int, section: str = "prior") -> None:
+    def __init__(self, prior: Prior, config: PriorConfig, steps: int, section: str = "prior") -> None:
         allowed = get_type_hints(PriorConfig)
         for name in ("scheduled_sampling", "scheduled_sampling_schedule"):
             value, choice = getattr(config, name), get_args(allowed[name])
@@ -121,12 +121,12 @@ class ScheduledSampling:
 
 def mixed_loss(model: nn.Module, mixed: Tensor, batch: LevelCodes) -> Tensor:
     """Mean negative log-likelihood of the batch's codes (B, T) given other prefixes (B, T), in nats per code."""
-    logits = model(mixed) if batch.condition is None else model(mixed, batch.condition)  # (B, T, K)
+    logits = logits_of(model, mixed, batch.condition)  # (B, T, K)
     return F.cross_entropy(logits.flatten(0, 1), batch.codes.flatten())
 
 
 @torch.no_grad()
-def mix_two_pass(prior: PixelCNN, batch: LevelCodes, share: float) -> Tensor:
+def mix_two_pass(prior: Prior, batch: LevelCodes, share: float) -> Tensor:
     """Replace codes by ones drawn given the real codes before them.
 
     Args:
@@ -139,7 +139,7 @@ def mix_two_pass(prior: PixelCNN, batch: LevelCodes, share: float) -> Tensor:
     """
     training = prior.training
     prior.eval()
-    logits = prior(batch.codes, batch.condition)  # (B, T, K)
+    logits = logits_of(prior, batch.codes, batch.condition)  # (B, T, K)
     prior.train(training)
     own, _ = draw(logits.flatten(0, 1), torch.rand(batch.codes.numel(), device=logits.device))  # (B T,)
     coins = torch.rand(batch.codes.shape, device=logits.device) < share  # (B, T)

@@ -1,7 +1,7 @@
-"""Stage 2: codes -> PixelCNN by maximum likelihood (Section 3; the supplement's Tables 4b to 10b), and the control.
+"""Stage 2: codes -> prior by maximum likelihood (Section 3; the supplement's Tables 4b to 10b), and the control.
 
 A small set is memorised within minutes, so the weights kept are those of the best held-out NLL, and a prior that
-does not beat the unigram there is said to be bad. With two levels there are two PixelCNNs, trained one after the
+does not beat the unigram there is said to be bad. With two levels there are two priors, trained one after the
 other: of the top codes, and of the bottom codes given the top ones; the second one's files end in ``_bottom``.
 Scheduled sampling is an option (`ral_gym.stages.scheduled_sampling`); the control is always plain maximum likelihood.
 """
@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -20,21 +22,12 @@ from ral_gym.config import PriorConfig
 from ral_gym.errors import DivergedError
 from ral_gym.grid import CodeGrid
 from ral_gym.metrics import unigram_nll
-from ral_gym.priors.pixelcnn import PixelCNN
+from ral_gym.priors.base import Prior, build_prior, config_of, load_prior, save_prior
+from ral_gym.priors.two_level import SUFFIXES, join_priors, split_prior
 from ral_gym.runs.run import Run, seed_everything
-from ral_gym.runs.storage import load_module, save_module
 from ral_gym.stages.boards import due
 from ral_gym.stages.common import Clock, WeightAverage, check_finite, check_weights
-from ral_gym.stages.levels import (
-    SECTIONS,
-    SUFFIXES,
-    LevelCodes,
-    Prior,
-    build_prior,
-    join_priors,
-    maximum_likelihood_loss,
-    split_prior,
-)
+from ral_gym.stages.levels import SECTIONS, LevelCodes, prior_of
 from ral_gym.stages.prior_measurements import Board, HeldOut
 from ral_gym.stages.processes import Compute, JointBatches, make_accelerator, partners
 from ral_gym.stages.scheduled_sampling import ScheduledSampling
@@ -45,7 +38,7 @@ CONTROL = "prior_continued"
 LOG_EVERY = 10
 logger = logging.getLogger("ral_gym")
 
-__all__ = ["CONTROL", "STAGE", "build_prior", "continue_prior", "maximum_likelihood_loss", "train_prior"]
+__all__ = ["CONTROL", "STAGE", "continue_prior", "train_prior"]
 
 
 @dataclass(frozen=True)
@@ -91,17 +84,17 @@ def train_prior(
 @partners()
 def _train_level(
     run: Run, codes: CodeSet, grid: CodeGrid, level: int, device: torch.device, progress: bool, compute: Compute | None
-) -> PixelCNN:
-    """Train, or continue, or load one level's PixelCNN."""
+) -> Any:
+    """Train, or continue, or load one level's prior."""
     suffix, section = SUFFIXES[level], SECTIONS[level]
     file = run.file(f"prior{suffix}.safetensors")
     if file.exists() and run.has(f"prior_ema{suffix}.safetensors"):
-        return load_module(file, PixelCNN, device, build_prior(run, grid, level).config)
+        return load_prior(file, device, config_of(prior_of(run.config, grid, level)))
     config = getattr(run.config, section)
     board = Board.of(run, level, device)
     seed_everything(run.config.seed * 1000 + 2 + 20 * level)
     accelerator = make_accelerator(device, compute)
-    prior = build_prior(run, grid, level).to(accelerator.device)
+    prior = prior_of(run.config, grid, level).to(accelerator.device)
     optimizer = torch.optim.Adam(prior.parameters(), lr=config.learning_rate)
     average = WeightAverage(prior, config.ema_decay, warm_up=True)
     new_people = None if codes.new_people is None else LevelCodes.of(codes.new_people, grid, level)
@@ -114,7 +107,7 @@ def _train_level(
     )
     task = _Task(
         stage=STAGE + suffix,
-        label="2 PixelCNN" + suffix.replace("_", " "),
+        label=f"2 {type(prior).__name__}" + suffix.replace("_", " "),
         remedy=f"lower {section}.learning_rate",
         batch_size=config.batch_size,
         batch_setting=f"{section}.batch_size",
@@ -130,13 +123,13 @@ def _train_level(
         _finish(run, task, prior, data, held_out, grid, suffix)
         clock.book()
     accelerator.wait_for_everyone()
-    return load_module(file, PixelCNN, device)
+    return load_prior(file, device)
 
 
 def _fit(
     run: Run,
     task: _Task,
-    prior: PixelCNN,
+    prior: nn.Module,
     optimizer: torch.optim.Optimizer,
     average: WeightAverage,
     data: LevelCodes,
@@ -198,7 +191,7 @@ def _fit(
 
 
 def _finish(
-    run: Run, task: _Task, prior: PixelCNN, data: LevelCodes, held_out: HeldOut, grid: CodeGrid, suffix: str
+    run: Run, task: _Task, prior: nn.Module, data: LevelCodes, held_out: HeldOut, grid: CodeGrid, suffix: str
 ) -> None:
     """Write the best weights, and say so if they are no better than code frequencies."""
     best = held_out.best
@@ -218,14 +211,14 @@ def _finish(
     facts = {"unigram_nll": unigram}
     for which, name in (("ema", "prior_ema"), ("live", "prior")):
         facts |= {"nll_test": best.nll[which], "step": best.step[which]} | task.sampling.figures(best.step[which])
-        save_module(run.file(f"{name}{suffix}.safetensors"), prior, best.weights[which], **facts)
+        save_prior(run.file(f"{name}{suffix}.safetensors"), prior, best.weights[which], **facts)
 
 
 def _save(
     run: Run,
     task: _Task,
     step: int,
-    prior: PixelCNN,
+    prior: nn.Module,
     optimizer: torch.optim.Optimizer,
     average: WeightAverage,
     batches: JointBatches,
@@ -241,7 +234,7 @@ def _save(
 def _resume(
     run: Run,
     task: _Task,
-    prior: PixelCNN,
+    prior: nn.Module,
     optimizer: torch.optim.Optimizer,
     average: WeightAverage,
     batches: JointBatches,
@@ -279,17 +272,17 @@ def continue_prior(run: Run, prior: Prior, codes: CodeSet, device: torch.device,
 
 
 def _continue_level(
-    run: Run, prior: PixelCNN, codes: CodeSet, grid: CodeGrid, level: int, device: torch.device, progress: bool
-) -> PixelCNN:
-    """Continue one level's PixelCNN, or load what is there."""
+    run: Run, prior: Prior, codes: CodeSet, grid: CodeGrid, level: int, device: torch.device, progress: bool
+) -> Any:
+    """Continue one level's prior, or load what is there."""
     suffix = SUFFIXES[level]
     file = run.file(f"prior_continued{suffix}.safetensors")
     if file.exists():
-        return load_module(file, PixelCNN, device, prior.config)
+        return load_prior(file, device, config_of(prior))
     config = run.config.ral
     seed_everything(run.config.seed * 1000 + 3 + 20 * level)
     accelerator = make_accelerator(device)
-    model = PixelCNN(**prior.config).to(accelerator.device)
+    model = build_prior(config_of(prior)).to(accelerator.device)
     model.load_state_dict(prior.state_dict())
     betas = (config.adam_beta1, config.adam_beta2)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate, betas=betas)
@@ -307,6 +300,6 @@ def _continue_level(
     data = LevelCodes.of(codes.train, grid, level)
     clock = _fit(run, task, model, optimizer, average, data, None, accelerator, 1, progress)
     check_weights(model, task.stage, task.steps, task.remedy)
-    save_module(file, model, average.weights)
+    save_prior(file, model, average.weights)
     clock.book()
-    return load_module(file, PixelCNN, device)
+    return load_prior(file, device)
