@@ -8,7 +8,7 @@ reward log o - log p (`true_reward`), which only an oracle can give. Two more Pi
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -113,7 +113,7 @@ def tune(with_critic: bool, seed: int, recipe: Recipe) -> tuple[PixelCNN, dict[s
     callback = EntropyReward() if critic is None else CriticCallback(critic)
     model.learn(load_oracle().grid.n_codes * recipe.batch * recipe.updates, callback=callback)
     env.close()
-    policy = model.policy.prior
+    policy = cast(PixelCNN, model.policy.prior)
     if critic is None:
         return policy, {}
     own = draw(policy, HELD_OUT, 1000 * seed + 6)
