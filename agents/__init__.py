@@ -1,5 +1,7 @@
 """The Stable-Baselines3 side: policy, episode buffer, algorithms, callbacks."""
 
+from ral_gym.agents.algorithm import Algorithm
+from ral_gym.agents.algorithms.base import EpisodeAlgorithm
 from ral_gym.agents.algorithms.grpo import GRPO
 from ral_gym.agents.algorithms.reinforce import Reinforce
 from ral_gym.agents.defaults import ALGORITHMS, algorithm_defaults, policy_for
@@ -19,6 +21,7 @@ __all__ = [
     "ALGORITHMS",
     "GRPO",
     "AdaptiveEntropy",
+    "Algorithm",
     "CoTrainedCritic",
     "CodeFeatures",
     "CodeVecEnv",
@@ -27,6 +30,7 @@ __all__ = [
     "CriticRewardWrapper",
     "EntropyReward",
     "EntropyTarget",
+    "EpisodeAlgorithm",
     "EpisodeRolloutBuffer",
     "Episodes",
     "MLEShare",

@@ -7,7 +7,7 @@ SB3's `on_rollout_end` fires before the update it would have to include.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -56,6 +56,7 @@ class RunCallback(BaseCallback):
         keep_average: called with the number of updates four times on the way, at equal distances, to save the average.
         progress: show a progress bar.
         checkpoint_every: updates between checkpoints.
+        ties: callbacks between the two whose state belongs to a checkpoint: those with a `state_dict`.
     """
 
     def __init__(
@@ -68,8 +69,10 @@ class RunCallback(BaseCallback):
         keep_average: Callable[[int], None] | None = None,
         progress: bool = True,
         checkpoint_every: int = 10,
+        ties: Sequence[BaseCallback] = (),
     ) -> None:
         super().__init__()
+        self._ties: dict[str, Any] = {type(tie).__name__: tie for tie in ties if hasattr(tie, "state_dict")}
         self.run, self.reward, self.total_updates = run, reward, n_updates
         self.draw_samples, self.keep_average, self.progress = draw_samples, keep_average, progress
         self.checkpoint_every = checkpoint_every
@@ -89,6 +92,8 @@ class RunCallback(BaseCallback):
         assert self.average is not None
         self.average.load_state_dict(state["average"], self.model.policy)
         self.reward.load_state_dict(state["critic"])
+        for name, tie in self._ties.items():
+            tie.load_state_dict(state["ties"][name])
 
     def _init_callback(self) -> None:
         if self.average is None:
@@ -134,6 +139,9 @@ class RunCallback(BaseCallback):
 
     def _on_rollout_end(self) -> None:
         self._latest = dict(self.logger.name_to_value)
+        # SB3 counts progress in steps, and a round of partial generation has any number of them: count in updates.
+        model: Any = self.model
+        model._total_timesteps = model.num_timesteps * self.total_updates / (self.updates + 1)
 
     def _on_training_end(self) -> None:
         if self.updates < self.total_updates:
@@ -157,6 +165,9 @@ class RunCallback(BaseCallback):
             "optimizer": model.policy.optimizer.state_dict(),
             "average": self.average.state_dict(),
             "critic": self.reward.state_dict(),
+            "ties": {name: tie.state_dict() for name, tie in self._ties.items()},
+            "algorithm": model.extra_state() if hasattr(model, "extra_state") else {},
+            "progress_remaining": model._current_progress_remaining,
             "buffer": model.rollout_buffer.state_dict(),
             "env": env.core.state_dict(),
             "last_obs": model._last_obs,
@@ -179,3 +190,6 @@ def restore_model(model: Any, state: dict[str, Any]) -> None:
     model._last_episode_starts = np.array(state["last_episode_starts"])
     model.num_timesteps = state["num_timesteps"]
     model._n_updates = state["n_updates"]
+    model._current_progress_remaining = state.get("progress_remaining", 1.0)  # versions before did not need it
+    if state.get("algorithm"):
+        model.load_extra_state(state["algorithm"])

@@ -44,7 +44,7 @@ class AdaptiveEntropy:
         bounds: lowest and highest coefficient.
 
     Raises:
-        ConfigError: a target outside 0..1.
+        ConfigError: a target outside 0..1, or a coefficient that is not above 0.
     """
 
     def __init__(
@@ -60,6 +60,8 @@ class AdaptiveEntropy:
     ) -> None:
         if target != "start" and not 0 <= target <= 1:
             raise ConfigError(f"entropy target {target!r} is no share of ln K: choose 0..1, or 'start'")
+        if not coef > 0:
+            raise ConfigError(f"entropy coefficient {coef} cannot be steered: give one above 0, such as 2.2e-3")
         self.codebook_size, self.coef, self.schedule = codebook_size, coef, schedule
         self.target: float | None = None if target == "start" else float(target)
         self.dead_band, self.gain, self.bounds = dead_band, gain, bounds
@@ -217,6 +219,15 @@ class EntropyTarget(BaseCallback):
     def _on_step(self) -> bool:
         return True
 
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {"target": None if self.rule is None else self.rule.target}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """From a checkpoint, after the callback has been given its model."""
+        assert self.rule is not None
+        self.rule.target = state["target"]
+
     def _on_rollout_end(self) -> None:
         assert self.rule is not None
         entropy = -float(self.model.rollout_buffer.log_probs.mean())  # type: ignore[attr-defined]
@@ -260,6 +271,16 @@ class MLEShare(BaseCallback):
 
     def _on_step(self) -> bool:
         return True
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint, at the start of a rollout and after this callback's step there."""
+        return {} if self.optimizer is None else {"optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """From a checkpoint, after the callback has been given its model; the next rollout's start brings no step."""
+        assert self.optimizer is not None
+        self.optimizer.load_state_dict(state["optimizer"])
+        self._started = False
 
     def _on_rollout_start(self) -> None:
         if not self._started:

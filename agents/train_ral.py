@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from stable_baselines3.common.callbacks import CallbackList
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 from stable_baselines3.common.logger import Image, Logger, TensorBoardOutputFormat
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 
+from ral_gym.agents.algorithm import check_stage, find_algorithm
 from ral_gym.agents.callbacks import STAGE, RunCallback, RunWriter, restore_model
-from ral_gym.agents.defaults import ALGORITHMS, algorithm_defaults, check_algorithm, policy_for
 from ral_gym.agents.policy import PixelCNNPolicy, PriorWeights
 from ral_gym.agents.rewards.co_trained_critic import CoTrainedCritic
 from ral_gym.agents.rewards.composite import CompositeReward
@@ -40,15 +40,12 @@ def make_agent(run: Run, env: CodeVecEnv, prior: Prior, device: torch.device) ->
     """The run's algorithm on `env`, its policy starting from the MLE prior.
 
     Raises:
-        ConfigError: an unknown algorithm.
+        ConfigError: an unknown algorithm, or settings that would not reach it.
     """
     config = run.config.ral
-    check_algorithm(config.algo)
-    arguments = algorithm_defaults(config.algo, env)
-    arguments |= {
-        "learning_rate": config.learning_rate,
-        "gamma": config.gamma,
-        "max_grad_norm": config.max_grad_norm,
+    check_stage(config)
+    algorithm = find_algorithm(config.algo)
+    arguments = algorithm.stage_keywords(env, config) | {
         "rollout_buffer_kwargs": {"levels": env.levels, "per_level_discount": config.per_level_discount},
         "policy_kwargs": {
             "prior": PriorWeights.of(prior),
@@ -59,28 +56,7 @@ def make_agent(run: Run, env: CodeVecEnv, prior: Prior, device: torch.device) ->
         "seed": run.config.seed * 1000 + 4,
         "device": device,
     }
-    if config.algo == "reinforce":
-        arguments |= {
-            "baseline": config.baseline,
-            "normalize_advantage": config.normalize_advantage,
-            "mle_coef": config.mle_coef,
-            "kl_coef": config.kl_coef,
-        }
-    elif config.algo == "grpo":
-        arguments |= {
-            "group_size": group_size(config.n_envs),
-            "scale_advantage": "batch" if config.normalize_advantage else "none",
-            "mle_coef": config.mle_coef,
-            "kl_coef": config.kl_coef,
-        }
-    elif config.algo == "trpo":
-        del arguments["max_grad_norm"]  # its trust region does that
-    return ALGORITHMS[config.algo](policy_for(config.algo), env, **arguments)  # type: ignore[return-value]
-
-
-def group_size(n_envs: int, most: int = 8) -> int:
-    """GRPO's group: the largest divisor of the environments' number up to `most`; all, where that is 1."""
-    return next((size for size in range(min(most, n_envs), 1, -1) if n_envs % size == 0), n_envs)
+    return algorithm.cls(algorithm.policy, env, **arguments)  # type: ignore[return-value]
 
 
 def make_critic(run: Run, vqvae: VQVAE, codes: CodeSet, device: torch.device) -> CoTrainedCritic:
@@ -124,17 +100,19 @@ class Stage:
         critic: the critic and its optimizer; None where no reward is the critic's.
         reward_callback: delivers the rewards.
         run_callback: the average, the log, the checkpoints; `run_callback.updates` counts policy updates.
+        ties: callbacks for ties to the data that the algorithm's loss does not have.
     """
 
     model: OnPolicyAlgorithm
     critic: CoTrainedCritic | None
     reward_callback: CriticCallback | CompositeReward
     run_callback: RunCallback
+    ties: list[BaseCallback] = field(default_factory=list)
 
     @property
     def callbacks(self) -> CallbackList:
         """What `model.learn` takes."""
-        return CallbackList([self.reward_callback, self.run_callback])
+        return CallbackList([self.reward_callback, *self.ties, self.run_callback])
 
 
 def make_stage(
@@ -157,6 +135,7 @@ def make_stage(
     critic = make_critic(run, vqvae, codes, device) if config.uses_critic else None
     model = make_agent(run, env, prior, device)
     reward_callback = make_reward(run, critic)
+    ties = find_algorithm(config.algo).callbacks(config, PriorWeights.of(prior))
     run_callback = RunCallback(
         run,
         reward_callback,
@@ -167,11 +146,12 @@ def make_stage(
         ),
         progress=progress,
         checkpoint_every=config.checkpoint_every,
+        ties=ties,
     )
     writer = RunWriter(run, lambda: run_callback.updates)
     tensorboard = TensorBoardOutputFormat(str(run.file("tensorboard")))
     model.set_logger(Logger(None, [tensorboard, writer]))
-    return Stage(model, critic, reward_callback, run_callback)
+    return Stage(model, critic, reward_callback, run_callback, ties)
 
 
 def train_ral(

@@ -8,13 +8,23 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from ral_gym.algorithm_settings import (
+    SECTIONS,
+    A2CConfig,
+    GRPOConfig,
+    MaskablePPOConfig,
+    PPOConfig,
+    ReinforceConfig,
+    TRPOConfig,
+    check_section,
+    upgraded,
+)
 from ral_gym.errors import ConfigError
-from ral_gym.schema import both_priors, check_sizes, check_types, config_from
+from ral_gym.ranges import check_ranges, check_sizes
+from ral_gym.schema import check_types, config_from
 from ral_gym.settings import CRITIC_ALONE, Options, RewardWeights, check_reward_weights
 
 
@@ -169,7 +179,10 @@ class RALConfig:
     """Stage 3, reinforced adversarial learning (Section 4)."""
 
     algo: str = "reinforce"
-    """`reinforce`, `grpo`, or unmodified `ppo`, `a2c` (Stable-Baselines3), `trpo`, `maskable_ppo` (sb3-contrib)."""
+    """`reinforce`, `grpo`, or unmodified `ppo`, `a2c` (Stable-Baselines3), `trpo`, `maskable_ppo` (sb3-contrib); a
+    registered name, or your own `module:Class`."""
+    options: Options = field(default_factory=dict)
+    """Keyword arguments of the algorithm that are no settings here, such as your own one's."""
     reward: Literal["single", "intermediate"] = "single"
     """Eq. 6 (mean score at the end) or the score map upsampled to the code grid (Section 4.2)."""
     reward_normalization: Literal["max_abs", "standard", "none"] = "max_abs"
@@ -193,26 +206,38 @@ class RALConfig:
     """Adam's first moment decay (Section 4.4)."""
     adam_beta2: float = 0.999
     """Adam's second moment decay (Section 4.4)."""
-    gamma: float = 0.99
-    """Discount. With 1 the first code sees a terminal reward as well as the last one."""
-    baseline: Literal["none", "mean", "leave_one_out", "value"] = "none"
-    """REINFORCE's baseline; the paper mentions none. Other algorithms have their own."""
-    normalize_advantage: bool = False
-    """Divide the advantages by their standard deviation over the batch (reinforce and grpo)."""
+    gamma: float = 1.0
+    """Discount. With 1 the first code sees a terminal reward as well as the last one; the paper has 0.99."""
+    normalize_advantage: bool = True
+    """Divide the advantages by their standard deviation over the batch."""
     mle_coef: float = 0.0
-    """Share of maximum-likelihood loss on real codes mixed into each policy update (reinforce and grpo)."""
+    """Maximum likelihood on real codes: its weight in the loss of reinforce and grpo; for the others, own steps between
+    the updates at this share of the learning rate (`MLEShare`)."""
     kl_coef: float = 0.0
-    """Weight of KL(policy || MLE prior) in the loss (reinforce and grpo)."""
+    """Weight of KL(policy || MLE prior): in the loss of reinforce and grpo, in the rewards of the others
+    (`PriorKLReward`)."""
     train_levels: Literal["both", "top", "bottom"] = "both"
     """Two levels: which PixelCNNs RAL tunes; the other one stays the MLE prior."""
     per_level_discount: bool = True
     """Two levels: discount the top codes by top steps only. False: one discount over the whole episode, as printed."""
     max_grad_norm: float = 1.0
-    """Gradient clipping."""
+    """Gradient clipping; not for trpo."""
     ema_decay: float = 0.95
     """Decay of the exponential average of the policy's weights (row `ral`; `ral_live` is the policy itself)."""
     checkpoint_every: int = 10
     """Updates between checkpoints."""
+    reinforce: ReinforceConfig = field(default_factory=ReinforceConfig)
+    """REINFORCE alone."""
+    grpo: GRPOConfig = field(default_factory=GRPOConfig)
+    """GRPO alone."""
+    ppo: PPOConfig = field(default_factory=PPOConfig)
+    """PPO alone."""
+    a2c: A2CConfig = field(default_factory=A2CConfig)
+    """A2C alone."""
+    trpo: TRPOConfig = field(default_factory=TRPOConfig)
+    """TRPO alone."""
+    maskable_ppo: MaskablePPOConfig = field(default_factory=MaskablePPOConfig)
+    """MaskablePPO alone."""
 
     @property
     def uses_critic(self) -> bool:
@@ -282,15 +307,11 @@ class Config:
             ConfigError: a setting is of another type or out of range, or does not fit another one.
         """
         check_types(self)
-        for (allowed, holds), names in _LIMITS.items():
-            for name in names:
-                section, _, field_name = name.rpartition(".")
-                value = getattr(getattr(self, section) if section else self, field_name)
-                for number in value if isinstance(value, tuple) else (value,):
-                    if not holds(number):
-                        raise ConfigError(f"{name} is {number}: give {allowed}")
+        check_ranges(self)
         check_sizes(self)
         check_reward_weights(self.ral.reward_weights)
+        for name in SECTIONS:
+            check_section(name, getattr(self.ral, name))
         sides = [("vqvae.layers", self.vqvae.layers, self.strided_layers)]
         for name, value, layers in (*sides, ("critic.layers", self.critic.layers, self.critic.layers)):
             if self.data.image_size % 2**layers:
@@ -323,46 +344,11 @@ class Config:
         Raises:
             ConfigError: a setting is unknown, missing or of another type.
         """
-        if isinstance(values, dict) and (missing := [name for name in _ALWAYS_WRITTEN if name not in values]):
-            raise ConfigError(f"{missing[0]} is missing")
+        if isinstance(values, dict):
+            if missing := [name for name in _ALWAYS_WRITTEN if name not in values]:
+                raise ConfigError(f"{missing[0]} is missing")
+            values = values | {"ral": upgraded(values["ral"])}
         return config_from(cls, values)
 
 
 _ALWAYS_WRITTEN = ("preset", "data", "vqvae", "prior", "critic", "ral", "evaluation", "seed")
-_Rule = tuple[str, Callable[[float], bool]]
-_COUNT: _Rule = ("an integer of 1 or more", lambda value: value >= 1)
-_NOT_NEGATIVE: _Rule = ("0 or more", lambda value: 0 <= value < math.inf)
-_POSITIVE: _Rule = ("a number above 0", lambda value: 0 < value < math.inf)
-_SHARE: _Rule = ("at least 0 and below 1", lambda value: 0 <= value < 1)
-_NAMES: dict[_Rule, str] = {
-    _COUNT: """
-        vqvae.residual_units vqvae.layers vqvae.codebook_dim vqvae.batch_size vqvae.training_steps
-        prior.hidden_units prior.residual_units prior.layers prior.batch_size prior.training_steps
-        prior.attention_heads prior.augmented_passes prior.evaluate_every prior.held_out evaluation.held_out
-        critic.hidden_units critic.layers critic.batch_size ral.n_envs ral.n_updates ral.checkpoint_every
-        """,
-    _NOT_NEGATIVE: """
-        vqvae.residual_blocks vqvae.beta vqvae.threshold_ema_dead_code prior.output_stack_layers
-        prior.attention_layers prior.conditioning_stack_layers
-        critic.gradient_penalty critic.warmup_steps critic.n_critic ral.mle_coef ral.kl_coef
-        """,
-    _POSITIVE: """
-        vqvae.learning_rate prior.learning_rate critic.learning_rate ral.learning_rate ral.max_grad_norm
-        evaluation.temperatures
-        """,
-    _SHARE: """
-        vqvae.decay prior.dropout prior.ema_decay critic.adam_beta1 critic.adam_beta2 ral.adam_beta1 ral.adam_beta2
-        ral.ema_decay ral.reward_ema
-        """,
-    ("at least 0 and at most 1", lambda value: 0 <= value <= 1): "ral.gamma prior.scheduled_sampling_share",
-    ("1 or 2", lambda value: value in (1, 2)): "vqvae.levels",
-    ("2 or more", lambda value: value >= 2): "vqvae.hidden_units",
-    ("2 to 32766, so that codes fit 16 bits", lambda value: 2 <= value <= 32_766): "vqvae.codebook_size",
-    ("an odd number", lambda value: value >= 1 and value % 2 == 1): "vqvae.encoder_filter_size",
-    ("an even number of 2 or more", lambda value: value >= 2 and value % 2 == 0): "vqvae.decoder_filter_size",
-    ("an odd number of 3 or more", lambda value: value >= 3 and value % 2 == 1): "prior.conv_filter_size",
-    ("12 or more, two halves that KID can compare", lambda value: value >= 12): "evaluation.n_samples",
-    ("0 to 4000000, since numpy's seeds have 32 bits", lambda value: 0 <= value <= 4_000_000): "seed",
-}
-_LIMITS: dict[_Rule, tuple[str, ...]] = {rule: both_priors(names) for rule, names in _NAMES.items()}
-"""What a setting may be (in words, and as a test), and the settings that this holds for; both priors' alike."""

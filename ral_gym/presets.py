@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from ral_gym.algorithm_settings import ReinforceConfig
 from ral_gym.config import Config, CriticConfig, DataConfig, EvaluationConfig, PriorConfig, RALConfig, VQVAEConfig
 from ral_gym.errors import ConfigError
 
@@ -60,7 +61,7 @@ CELEBA64 = Config(
         adam_beta1=0.5,
         adam_beta2=0.999,
         gamma=0.99,
-        baseline="none",
+        reinforce=ReinforceConfig(baseline="none"),
         normalize_advantage=False,
         checkpoint_every=100,
         ema_decay=0.999,
@@ -215,8 +216,6 @@ DEMO = Config(
         n_updates=50,
         learning_rate=2e-4,
         gamma=0.9,
-        baseline="leave_one_out",
-        normalize_advantage=True,
         mle_coef=0.1,
         ema_decay=0.95,
         checkpoint_every=10,
@@ -278,8 +277,6 @@ SMOKE = Config(
         n_updates=4,
         learning_rate=1e-3,
         gamma=1.0,
-        baseline="leave_one_out",
-        normalize_advantage=True,
         mle_coef=0.1,
         checkpoint_every=2,
     ),

@@ -106,13 +106,18 @@ class Registry(Mapping[str, Any]):
 
         def keep(part: Part) -> Part:
             known = self._parts.get(name)
-            again = known is part or (known is not None and path_of(known) == path_of(part))  # a module run twice
+            again = known is part or (known is not None and _same(known, part))  # a module run twice
             if name in self._builtin or (known is not None and not again):
                 raise ConfigError(f"a {self.kind} called {name!r} is registered already: choose another name")
             self._parts[name] = part
             return part
 
         return keep
+
+    @property
+    def builtin(self) -> tuple[str, ...]:
+        """The names of the package's own parts."""
+        return tuple(self._builtin)
 
     def check(self, name: str) -> None:
         """Raise `ConfigError` for a name that `get` would refuse; imports nothing of this package or of a path."""
@@ -191,6 +196,12 @@ def path_of(part: Any) -> str:
     return f"{named.__module__}:{named.__qualname__}"
 
 
+def _same(one: Any, other: Any) -> bool:
+    """Whether two parts are one: classes and functions by their path, other objects (such as presets) by value."""
+    named = hasattr(one, "__qualname__") and hasattr(other, "__qualname__")
+    return path_of(one) == path_of(other) if named else bool(one == other)
+
+
 def _import(module: str, what: str) -> Any:
     if "" not in sys.path and "." not in sys.path:
         sys.path.append(".")  # last, so that a user's own file is found and shadows nothing
@@ -230,5 +241,19 @@ REWARDS = Registry("reward", "ral_gym.rewards")
 SOURCES = Registry("data source", "ral_gym.sources")
 EXTRACTORS = Registry("extractor", "ral_gym.extractors")
 METRICS = Registry("metric", "ral_gym.metrics")
-ALGORITHMS = Registry("algorithm", "ral_gym.algorithms")
+_ENTRIES = "ral_gym.agents.defaults:"
+ALGORITHMS = Registry(
+    "algorithm",
+    "ral_gym.algorithms",
+    {
+        "reinforce": _ENTRIES + "REINFORCE",
+        "ppo": _ENTRIES + "PROXIMAL",
+        "a2c": _ENTRIES + "ACTOR_CRITIC",
+        "trpo": _ENTRIES + "TRUST_REGION",
+        "grpo": _ENTRIES + "GROUPED",
+        "maskable_ppo": _ENTRIES + "MASKABLE",
+        "dqn": _ENTRIES + "DEEP_Q",
+        "qrdqn": _ENTRIES + "QUANTILE_DEEP_Q",
+    },
+)
 PRESETS = Registry("preset", "ral_gym.presets")

@@ -93,7 +93,7 @@ def test_every_variant_is_trained_from_one_prior_and_changes_one_thing(grid: tup
         changed = {
             line.split(":")[0] for line in differences(reference, json.loads(read_config(seed / name).to_json()))
         }
-        allowed = {"partial": {"ral.reset_mode"}, "baseline": {"ral.baseline"}, "gamma": {"ral.gamma"}}
+        allowed = {"partial": {"ral.reset_mode"}, "baseline": {"ral.reinforce.baseline"}, "gamma": {"ral.gamma"}}
         maps = {"critic.layers", "ral.reward", "ral.gamma"}  # a single reward at the end is not discounted
         assert changed and changed <= allowed.get(name.split("_")[0], maps), (name, changed)
         assert (seed / name / "prior.safetensors").read_bytes() == (seed / "reference/prior.safetensors").read_bytes()

@@ -22,7 +22,7 @@ from ral_gym.agents import (
     make_sb3_env,
     policy_for,
 )
-from ral_gym.agents.defaults import PIXELCNN_ALGORITHMS, check_algorithm
+from ral_gym.agents.algorithm import check_algorithm, trainable_algorithms
 from ral_gym.envs.worlds import toy_score_map, toy_world
 from ral_gym.errors import ConfigError
 from ral_gym.priors.pixelcnn import PixelCNN
@@ -206,7 +206,7 @@ def test_continuous_algorithms_are_refused_with_the_reason(algo: str) -> None:
 
 
 def test_stage_three_refuses_algorithms_without_a_pixelcnn() -> None:
-    for algo in PIXELCNN_ALGORITHMS:
+    for algo in trainable_algorithms():
         check_algorithm(algo)
     with pytest.raises(ConfigError, match="'dqn' learns a value per code and has no PixelCNN policy to train"):
         check_algorithm("dqn")
@@ -250,7 +250,7 @@ class UntilSolved(BaseCallback):
         return not solved and time.process_time() - self.began < SECONDS
 
 
-@pytest.mark.parametrize("algo", PIXELCNN_ALGORITHMS)
+@pytest.mark.parametrize("algo", trainable_algorithms())
 def test_solves_the_toy_from_its_terminal_reward(algo: str) -> None:
     """From a random start (mean reward 0.18) to the spec's threshold, with one reward per image, inside 15 s."""
     threshold = gym.spec("ral_gym/Toy-v0").reward_threshold

@@ -326,7 +326,7 @@ NOT_A_NUMBER = [
     ),
     (
         "ral",
-        REINFORCE + "._advantages",
+        REINFORCE + ".advantages",
         1,
         "weights are NaN or infinite after step 3; ",
         2,

@@ -2,29 +2,29 @@
 
 import dataclasses
 import json
+import operator
 import re
 from typing import Any
 
 import pytest
 
-from ral_gym.config import _LIMITS, Config
+from ral_gym.config import Config
 from ral_gym.errors import ConfigError
 from ral_gym.presets import PRESETS, SMOKE, get_preset
+from ral_gym.ranges import RANGES
 
 
-def changed(name: str, value: Any) -> Config:
-    section, _, field = name.rpartition(".")
-    if not section:
-        return dataclasses.replace(SMOKE, **{field: value})
-    return dataclasses.replace(SMOKE, **{section: dataclasses.replace(getattr(SMOKE, section), **{field: value})})
+def changed(name: str, value: Any, config: Any = SMOKE) -> Any:
+    """The settings with one field changed, in a section or in an algorithm's section of a section."""
+    first, _, rest = name.partition(".")
+    return dataclasses.replace(config, **{first: changed(rest, value, getattr(config, first)) if rest else value})
 
 
 def value_of(name: str) -> Any:
-    section, _, field = name.rpartition(".")
-    return getattr(getattr(SMOKE, section) if section else SMOKE, field)
+    return operator.attrgetter(name)(SMOKE)
 
 
-LIMITED = {name: allowed for (allowed, _), names in _LIMITS.items() for name in names}
+LIMITED = {name: allowed for (allowed, _), names in RANGES.items() for name in names}
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -143,13 +143,17 @@ def test_a_configuration_from_before_two_levels_is_read() -> None:
 
 def test_every_number_has_a_range() -> None:
     # A new setting cannot be forgotten; those of the data are checked where the images are loaded.
-    numbers = {
-        f"{section.name}.{field.name}"
-        for section in dataclasses.fields(Config)
-        if section.name != "data" and dataclasses.is_dataclass(getattr(SMOKE, section.name))
-        for field in dataclasses.fields(getattr(SMOKE, section.name))
-        if re.search(r"\b(int|float)\b", str(field.type))
-    }
+    def numbers_of(section: Any, path: str) -> set[str]:
+        found = set()
+        for field in dataclasses.fields(section):
+            value, name = getattr(section, field.name), f"{path}{field.name}"
+            if dataclasses.is_dataclass(value):
+                found |= numbers_of(value, f"{name}.")
+            elif re.search(r"\b(int|float|EntropyTarget)\b", str(field.type)):
+                found.add(name)
+        return found
+
+    numbers = {name for name in numbers_of(SMOKE, "") if not name.startswith("data.")}
     assert numbers | {"seed"} == set(LIMITED)
 
 

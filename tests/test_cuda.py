@@ -24,7 +24,7 @@ from ral_gym.agents import (
     make_sb3_env,
     policy_for,
 )
-from ral_gym.agents.defaults import PIXELCNN_ALGORITHMS
+from ral_gym.agents.algorithm import trainable_algorithms
 from ral_gym.priors.pixelcnn import PixelCNN
 from ral_gym.priors.sampler import CachedSampler, sample_naive
 from tests.tiny import make_tiny_run
@@ -110,7 +110,7 @@ def test_the_fast_path_draws_what_stepping_draws(run: str, device: str) -> None:
 
 
 @on_every_device
-@pytest.mark.parametrize("algo", PIXELCNN_ALGORITHMS)
+@pytest.mark.parametrize("algo", trainable_algorithms())
 def test_every_algorithm_trains_every_layer(run: str, algo: str, device: str) -> None:
     grouped = {"reset_mode": "full", "lockstep": True}
     model = make(run, device, algo, **grouped)

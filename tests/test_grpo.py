@@ -101,7 +101,7 @@ def test_rows_of_a_group_continue_one_image_and_are_compared_with_each_other_onl
         group = start_groups(buffer)
         returns = np.zeros(buffer.mask.shape)
         advantages = returns.copy()
-        returns[buffer.mask], advantages[buffer.mask] = buffer.returns, model._advantages()
+        returns[buffer.mask], advantages[buffer.mask] = buffer.returns, model.advantages()
         for label in {*group.tolist()}:
             mine = group == label
             same = (buffer.codes[mine][:, :prefix] == buffer.codes[mine][0, :prefix]).all()

@@ -72,7 +72,7 @@ def test_baselines_compare_only_episodes_of_one_start_and_stop() -> None:
     model.collect_rollouts(model.env, callback, model.rollout_buffer, model.n_steps)
     buffer = model.rollout_buffer
     advantages = np.zeros(buffer.mask.shape)
-    advantages[buffer.mask] = model._advantages()
+    advantages[buffer.mask] = model.advantages()
     for start, stop in {*zip(buffer.start, buffer.stop, strict=True)}:
         same = (buffer.start == start) & (buffer.stop == stop)
         np.testing.assert_allclose(advantages[same].sum(0), 0, atol=1e-5)

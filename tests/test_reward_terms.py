@@ -12,9 +12,10 @@ from tqdm import tqdm
 
 from ral_gym.agents import load_run
 from ral_gym.agents.callbacks import RunCallback
+from ral_gym.agents.defaults import group_size
 from ral_gym.agents.rewards.composite import CompositeReward
 from ral_gym.agents.rewards.critic_callback import CriticCallback
-from ral_gym.agents.train_ral import Stage, group_size, make_stage, train_ral
+from ral_gym.agents.train_ral import Stage, make_stage, train_ral
 from ral_gym.commands.arguments import parse
 from ral_gym.commands.dry_run import dry_run
 from ral_gym.commands.train import files_of

@@ -30,6 +30,8 @@ Figures = dict[str, float]
 class EpisodeAlgorithm(OnPolicyAlgorithm):
     """The base of `Reinforce` and `GRPO`; their pages explain the arguments. `train` makes `n_epochs` steps.
 
+    An algorithm of your own defines `advantages`, and `policy_loss` where it is not REINFORCE's.
+
     Raises:
         ConfigError: a maximum-likelihood share without real codes.
     """
@@ -44,16 +46,19 @@ class EpisodeAlgorithm(OnPolicyAlgorithm):
         self,
         policy: str | type[PixelCNNPolicy],
         env: GymEnv | str,
-        learning_rate: float | Schedule,
-        n_steps: int | None,
+        learning_rate: float | Schedule = 1e-4,
+        n_steps: int | None = None,
         *,
-        mle_coef: float,
-        kl_coef: float,
-        batch_size: int | None,
-        fast_path: bool,
-        rollout_buffer_class: type[EpisodeRolloutBuffer] | None,
+        gamma: float = 1.0,
+        mle_coef: float = 0.0,
+        kl_coef: float = 0.0,
+        ent_coef: float = 0.0,
         vf_coef: float = 0.0,
-        _init_setup_model: bool,
+        max_grad_norm: float = 1.0,
+        batch_size: int | None = None,
+        fast_path: bool = True,
+        rollout_buffer_class: type[EpisodeRolloutBuffer] | None = None,
+        _init_setup_model: bool = True,
         **kwargs: Any,
     ) -> None:
         self.mle_coef, self.kl_coef = mle_coef, kl_coef
@@ -64,8 +69,11 @@ class EpisodeAlgorithm(OnPolicyAlgorithm):
             env,
             learning_rate=learning_rate,
             n_steps=n_steps or 0,
+            gamma=gamma,
             gae_lambda=1.0,
+            ent_coef=ent_coef,
             vf_coef=vf_coef,
+            max_grad_norm=max_grad_norm,
             use_sde=False,
             sde_sample_freq=-1,
             rollout_buffer_class=rollout_buffer_class or EpisodeRolloutBuffer,
@@ -130,19 +138,43 @@ class EpisodeAlgorithm(OnPolicyAlgorithm):
         callback.on_rollout_end()
         return True
 
-    def _advantages(self) -> np.ndarray:
-        """(N,) advantages of the buffer's transitions."""
-        raise NotImplementedError
+    def advantages(self) -> np.ndarray:
+        """The advantages of the buffer's N transitions, (N,) float32: the hook for an algorithm of your own.
 
-    def _policy_loss(
+        `rollout_buffer` has the round, its transitions in this order: `returns`, `advantages` and `log_probs` (N,), and
+        of its n episodes `codes` and `mask` (n, T), `start` and `stop` (n,).
+
+        Raises:
+            NotImplementedError: a subclass has not said.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define advantages()")
+
+    def policy_loss(
         self, log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, row: Tensor
     ) -> tuple[Tensor, Figures]:
-        """Loss of every transition (N,), and figures summed over them; `row` (N,) tells which episode each is of."""
-        raise NotImplementedError
+        """The loss of every transition, another hook; here -A log pi, whose gradient is REINFORCE's (Eq. 2).
+
+        Args:
+            log_prob: (N,) of the drawn codes, under the policy now.
+            old_log_prob: (N,) when they were drawn.
+            advantages: (N,) as `advantages` gave them.
+            row: (N,) int64, the episode that each is of.
+
+        Returns:
+            losses (N,), and numbers for the log, summed over the transitions.
+        """
+        return -(advantages * log_prob), {}
+
+    def extra_state(self) -> dict[str, Any]:
+        """What a checkpoint of stage 3 must hold besides policy, optimizer and buffer: numbers, tensors, dicts."""
+        return {}
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        """Put back what `extra_state` gave."""
 
     def _prior_kl(self, log_probs: Tensor, log_prob: Tensor, reference: Tensor, actions: Tensor) -> Tensor:
         """KL(policy || start) at every transition, from log-probabilities (N, K); `log_prob` (N,) of the `actions`."""
-        raise NotImplementedError
+        return (log_probs.exp() * (log_probs - reference)).sum(1)
 
     def _value_loss(self, features: Tensor, position: Tensor, stop: Tensor, returns: Tensor) -> Tensor | None:
         """Squared errors of the value head (N,), or None without one."""
@@ -156,7 +188,7 @@ class EpisodeAlgorithm(OnPolicyAlgorithm):
         """An update from the finished episodes of the round: one optimizer step per epoch."""
         self.policy.set_training_mode(True)
         self._update_learning_rate(self.policy.optimizer)
-        advantages = self._advantages()
+        advantages = self.advantages()
         epochs: list[Figures] = []
         for _ in range(self.n_epochs):
             epochs.append(self._epoch(advantages))
@@ -206,7 +238,7 @@ class EpisodeAlgorithm(OnPolicyAlgorithm):
         log_prob = log_probs.gather(1, actions[:, None]).squeeze(1)  # (N,)
         entropy = -(log_probs.exp() * log_probs).sum(1)  # (N,)
         old_log_prob = torch.as_tensor(old_log_probs, device=self.device)
-        losses, figures = self._policy_loss(
+        losses, figures = self.policy_loss(
             log_prob, old_log_prob, torch.as_tensor(advantages, device=self.device), episodes.row
         )
         policy_loss = losses.sum() / total

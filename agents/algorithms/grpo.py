@@ -212,7 +212,7 @@ class GRPO(EpisodeAlgorithm):
             self._last_obs = found.core.observations()
         return super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
 
-    def _advantages(self) -> np.ndarray:
+    def advantages(self) -> np.ndarray:
         """(N,) returns of the buffer's transitions minus their group's mean at the same position."""
         buffer = self.rollout_buffer
         group = start_groups(buffer)
@@ -229,9 +229,10 @@ class GRPO(EpisodeAlgorithm):
             advantages = advantages / (advantages.std() + 1e-8)
         return advantages
 
-    def _policy_loss(
+    def policy_loss(
         self, log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, row: Tensor
     ) -> tuple[Tensor, Figures]:
+        """The clipped surrogate of every transition (N,), and how many ratios were clipped."""
         clip_range = self._clip_range
         losses, ratio = clipped_surrogate(
             log_prob, old_log_prob, advantages, clip_range, row if self.ratio == "sequence" else None
@@ -244,6 +245,16 @@ class GRPO(EpisodeAlgorithm):
 
     def _stop_early(self, figures: Figures) -> bool:
         return self.target_kl is not None and figures["approx_kl"] > 1.5 * self.target_kl
+
+    def extra_state(self) -> dict[str, Any]:
+        """The entropy bonus and its target."""
+        return {"ent_coef": self.ent_coef, "target": None if self.entropy_rule is None else self.entropy_rule.target}
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        """Put back what `extra_state` gave."""
+        self.ent_coef = state["ent_coef"]
+        if self.entropy_rule is not None:
+            self.entropy_rule.target = state["target"]
 
     def train(self) -> None:
         """An update from the finished episodes of the round: one optimizer step per epoch."""

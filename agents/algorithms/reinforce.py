@@ -16,7 +16,7 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedul
 from torch import Tensor
 from torch.nn import functional as F
 
-from ral_gym.agents.algorithms.base import EpisodeAlgorithm, Figures
+from ral_gym.agents.algorithms.base import EpisodeAlgorithm
 from ral_gym.agents.episodes import EpisodeRolloutBuffer
 from ral_gym.agents.policy import PixelCNNPolicy
 from ral_gym.errors import ConfigError
@@ -142,7 +142,7 @@ class Reinforce(EpisodeAlgorithm):
         """Whether rollouts must store value estimates."""
         return self.baseline == "value"
 
-    def _advantages(self) -> np.ndarray:
+    def advantages(self) -> np.ndarray:
         """(N,) advantages of the buffer's transitions."""
         buffer = self.rollout_buffer
         mask = buffer.mask
@@ -159,14 +159,6 @@ class Reinforce(EpisodeAlgorithm):
         if self.normalize_advantage:
             advantages = advantages / (advantages.std() + 1e-8)
         return advantages
-
-    def _policy_loss(
-        self, log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, row: Tensor
-    ) -> tuple[Tensor, Figures]:
-        return -(advantages * log_prob), {}
-
-    def _prior_kl(self, log_probs: Tensor, log_prob: Tensor, reference: Tensor, actions: Tensor) -> Tensor:
-        return (log_probs.exp() * (log_probs - reference)).sum(1)
 
     def _value_loss(self, features: Tensor, position: Tensor, stop: Tensor, returns: Tensor) -> Tensor | None:
         if self.baseline != "value":

@@ -36,8 +36,17 @@ class Variant:
 
     def applied(self, config: Config) -> Config:
         """The reference's settings with the changes."""
-        sections = {name: replace(getattr(config, name), **values) for name, values in self.changes.items()}
-        return replace(config, **sections)
+        changed: Any = config
+        for section, values in self.changes.items():
+            changed = _changed(changed, section, values)
+        return changed
+
+
+def _changed(settings: Any, section: str, values: Mapping[str, Any]) -> Any:
+    """Settings with other values in a section, such as ``ral`` or ``ral.reinforce``."""
+    first, _, rest = section.partition(".")
+    inner = getattr(settings, first)
+    return replace(settings, **{first: _changed(inner, rest, values) if rest else replace(inner, **values)})
 
 
 def reference_config(config: Config, updates: int | None) -> Config:
@@ -67,7 +76,10 @@ def variants_of(config: Config, groups: Sequence[str]) -> list[Variant]:
         found.append(Variant("single_discounted", "maps", discounted, {"ral": {"reward": "single"}}))
     if "baseline" in groups:
         labels = {"none": "none", "mean": "mean", "leave_one_out": "leave-one-out"}
-        found += [Variant(f"baseline_{b}", "baseline", label, {"ral": {"baseline": b}}) for b, label in labels.items()]
+        found += [
+            Variant(f"baseline_{b}", "baseline", label, {"ral.reinforce": {"baseline": b}})
+            for b, label in labels.items()
+        ]
     if "gamma" in groups:
         found += [Variant(f"gamma_{g:g}", "gamma", f"gamma {g:g}", {"ral": {"gamma": g}}) for g in (0.9, 0.99, 1.0)]
     return found
@@ -85,7 +97,7 @@ def reference_of(config: Config) -> Variant:
 def described(config: Config) -> str:
     """The reference in words."""
     ral, cells = config.ral, config.data.image_size // 2**config.critic.layers
-    baseline = ral.baseline.replace("_", "-")
+    baseline = ral.reinforce.baseline.replace("_", "-")
     return (
         f"full generation, {ral.reward} reward, {cells}x{cells} score map, baseline {baseline}, gamma {ral.gamma:g}, "
         f"{ral.n_updates} updates of {ral.n_envs} images"

@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal, Union, cast
 
 import tyro
 
-from ral_gym.config import Config
+from ral_gym.algorithm_settings import SECTIONS
+from ral_gym.config import Config, RALConfig
 from ral_gym.errors import ConfigError
 from ral_gym.presets import PRESETS, get_preset
 from ral_gym.registry import allow_given, load_plugins
@@ -35,7 +36,8 @@ class TrainArguments:
     data: str | None = None
     """Images: `faces`, `celeba:PATH`, `folder:PATH`, `lsun:PATH` or `hf:NAME`. Short for --data.source."""
     algo: str | None = None
-    """Algorithm of stage 3: reinforce, ppo, a2c, trpo, grpo or maskable_ppo. Short for --ral.algo."""
+    """Algorithm of stage 3: reinforce, ppo, a2c, trpo, grpo, maskable_ppo, or your own `module:Class`. Short for
+    --ral.algo; what is its alone has a section, such as --ral.ppo.clip-range."""
     start_from: str | None = None
     """A run folder whose trained VQ-VAE and prior this run starts from: only stage 3 is trained. Its settings take the
     place of the preset's; those of `ral`, `critic` and `evaluation` may be changed. Give --name too."""
@@ -184,7 +186,8 @@ def parse(argv: Sequence[str]) -> Arguments:
         SystemExit: wrong arguments (2) or --help (0), by tyro.
     """
     _load_plugins(argv)
-    train: Any = tyro.conf.subcommand("train", default=TrainArguments(_preset(argv)), description=_training_help())
+    base = _preset(argv)
+    train: Any = tyro.conf.subcommand("train", default=TrainArguments(base), description=_training_help())
     commands: Any = Union[  # noqa: UP007 (made at run time)
         Annotated[TrainArguments, train],
         Annotated[SampleArguments, tyro.conf.subcommand("sample")],
@@ -204,7 +207,7 @@ def parse(argv: Sequence[str]) -> Arguments:
             config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.AvoidSubcommands),
         ),
     )
-    return _complete(arguments) if isinstance(arguments, TrainArguments) else arguments
+    return _complete(arguments, base) if isinstance(arguments, TrainArguments) else arguments
 
 
 def parse_train(argv: Sequence[str]) -> TrainArguments:
@@ -215,8 +218,9 @@ def parse_train(argv: Sequence[str]) -> TrainArguments:
         SystemExit: wrong arguments (2) or --help (0), by tyro.
     """
     _load_plugins(argv)
-    default = TrainArguments(_preset(argv))
-    return _complete(tyro.cli(TrainArguments, args=list(argv), default=default, description=_training_help()))
+    base = _preset(argv)
+    default = TrainArguments(base)
+    return _complete(tyro.cli(TrainArguments, args=list(argv), default=default, description=_training_help()), base)
 
 
 def _load_plugins(argv: Sequence[str]) -> None:
@@ -255,14 +259,15 @@ def _training_help() -> str:
     return f"{TrainArguments.__doc__}\nPresets: {', '.join(PRESETS)}."
 
 
-def _complete(arguments: TrainArguments) -> TrainArguments:
-    """Apply the short flags, check the settings and name the run."""
+def _complete(arguments: TrainArguments, base: Config) -> TrainArguments:
+    """Apply the short flags, check the settings and name the run; `base` is what the arguments started from."""
     config = arguments.config
     if arguments.data is not None:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, source=arguments.data))
     if arguments.algo is not None:
         config = dataclasses.replace(config, ral=dataclasses.replace(config.ral, algo=arguments.algo))
     config.check()
+    config = dataclasses.replace(config, ral=_own_section(config.ral, base.ral))
     if not arguments.stages:
         raise ConfigError(f"--stages names no stage: give one or more of {' '.join(STAGES)}")
     if arguments.gradient_accumulation < 1:
@@ -271,6 +276,32 @@ def _complete(arguments: TrainArguments) -> TrainArguments:
     if arguments.start_from is not None and arguments.name is None:
         raise ConfigError(f"--start-from {arguments.start_from} makes a run of its own: name it with --name")
     if arguments.name is None:
-        parts = [config.preset, *([config.ral.algo] if config.ral.algo != "reinforce" else [])]
+        algo = config.ral.algo.rpartition(":")[2]
+        parts = [config.preset, *([algo] if algo != "reinforce" else [])]
         arguments.name = "-".join(parts + ([f"seed{config.seed}"] if config.seed else []))
     return arguments
+
+
+def _own_section(ral: RALConfig, base: RALConfig) -> RALConfig:
+    """Stage 3's settings without what the preset sets for another algorithm than the one chosen.
+
+    Raises:
+        ConfigError: the command line sets something for another algorithm.
+    """
+    own: str | None = ral.algo
+    if own not in SECTIONS:
+        from ral_gym.agents.algorithm import find_algorithm  # imports torch
+
+        own = find_algorithm(ral.algo).section
+    for name, cls in SECTIONS.items():
+        section = getattr(ral, name)
+        if name == own:
+            continue
+        before = getattr(base, name)
+        changed = [f.name for f in dataclasses.fields(cls) if getattr(section, f.name) != getattr(before, f.name)]
+        if changed:
+            flag = f"--ral.{name}.{changed[0]}".replace("_", "-")
+            instead = f", or give what ral.{own} has" if own in SECTIONS else ""
+            raise ConfigError(f"{flag} is for another algorithm than {ral.algo}: leave it out{instead}")
+        ral = dataclasses.replace(ral, **{name: cls()})
+    return ral

@@ -62,7 +62,7 @@ def train(arguments: TrainArguments, console: Console) -> dict[str, Any]:
         RunError: a stage that was asked for needs one that was not and that has not been trained, or another process
             is at work in the folder.
     """
-    from ral_gym.agents.defaults import check_algorithm
+    from ral_gym.agents.algorithm import check_stage
     from ral_gym.runs.run import Run
     from ral_gym.runs.storage import load_json
     from ral_gym.stages.common import resolve_device
@@ -70,7 +70,7 @@ def train(arguments: TrainArguments, console: Console) -> dict[str, Any]:
     from ral_gym.stages.processes import process_index
 
     config, stages = arguments.config, arguments.stages
-    check_algorithm(config.ral.algo)
+    check_stage(config.ral)
     if arguments.dry_run:
         from ral_gym.commands.overview import show_dry_run
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
+from ral_gym.algorithm_settings import SECTIONS, changed_settings
 from ral_gym.config import Config
 from ral_gym.errors import RunError
 from ral_gym.metrics.table import (
@@ -102,14 +103,24 @@ def stage_command(run: Run, *stages: str) -> str:
 
 
 def settings(config: Config) -> dict[str, Any]:
-    """Every setting by its name on the command line; the bottom prior's only where there is one."""
+    """Every setting by its name on the command line; the bottom prior's and an algorithm's only where there is one."""
+    unused = {
+        f"ral.{name}"
+        for name in SECTIONS
+        if name != config.ral.algo and not changed_settings(getattr(config.ral, name))
+    }
+    unused |= {"bottom"} if config.vqvae.levels == 1 else set()
+    return _settings(config, "", unused)
+
+
+def _settings(section: Any, path: str, unused: set[str]) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
+    for field in dataclasses.fields(section):
+        value, name = getattr(section, field.name), f"{path}{field.name}"
         if not dataclasses.is_dataclass(value):
-            found[field.name] = value
-        elif field.name != "bottom" or config.vqvae.levels == 2:
-            found |= {f"{field.name}.{inner.name}": getattr(value, inner.name) for inner in dataclasses.fields(value)}
+            found[name] = value
+        elif name not in unused:
+            found |= _settings(value, f"{name}.", unused)
     return found
 
 

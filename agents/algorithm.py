@@ -1,0 +1,244 @@
+"""An algorithm of stage 3: a Stable-Baselines3 class, its policy, its keyword defaults, and how the settings reach it.
+
+Every algorithm comes in through `ral_gym.registry.ALGORITHMS`, as an `Algorithm` or as a bare class, whose entry is
+that of its nearest known base. A setting that the class takes as an argument is that argument; ties to the data that it
+does not take are callbacks around it (`ral_gym.agents.regularizers`); what would reach nothing is refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.vec_env import VecEnv
+
+from ral_gym.agents.episodes import EpisodeRolloutBuffer
+from ral_gym.agents.policy import PixelCNNPolicy, PriorWeights
+from ral_gym.agents.regularizers import EntropyTarget, MLEShare, PriorKLReward
+from ral_gym.algorithm_settings import SECTIONS, changed_settings
+from ral_gym.config import RALConfig
+from ral_gym.errors import ConfigError
+from ral_gym.registry import ALGORITHMS as REGISTRY
+
+SHARED = ("learning_rate", "gamma", "max_grad_norm", "normalize_advantage", "mle_coef", "kl_coef")
+"""Settings of `RALConfig` that are an algorithm's arguments of the same name, where it has them."""
+CALLBACKS = ("mle_coef", "kl_coef")
+"""Those that a callback brings to an algorithm without them."""
+RESERVED = [
+    "policy",
+    "env",
+    "n_steps",
+    "seed",
+    "device",
+    "verbose",
+    "tensorboard_log",
+    "policy_kwargs",
+    "rollout_buffer_class",
+    "rollout_buffer_kwargs",
+    "_init_setup_model",
+    "use_sde",
+    "sde_sample_freq",
+    "stats_window_size",
+]
+"""Arguments that stage 3 gives, or that mean nothing there."""
+CONTINUOUS_ONLY = ("sac", "td3", "ddpg", "tqc", "crossq")
+
+
+def whole_episodes(env: VecEnv) -> dict[str, Any]:
+    """Keyword arguments that suit T-step episodes with a terminal reward, for every on-policy algorithm.
+
+    SB3's own defaults (gamma 0.99, gae_lambda 0.95, n_steps 2048 or 5) come from control tasks: here they would hide
+    the reward from the early codes and cut images apart.
+    """
+    levels = tuple(env.get_attr("levels", 0)[0])
+    return {
+        "policy_kwargs": {"levels": levels},  # checked against the prior's; the policy sees only spaces
+        "rollout_buffer_kwargs": {"levels": levels},  # two levels: each is discounted as an episode of its own
+        "n_steps": int(env.observation_space.shape[0]),  # type: ignore[index]  # one whole episode per rollout
+        "gamma": 1.0,  # the first code sees the terminal reward as well as the last
+        "rollout_buffer_class": EpisodeRolloutBuffer,  # one pass per image instead of one per code
+    }
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """What stage 3, `algorithm_defaults` and `policy_for` know of an algorithm.
+
+    Attributes:
+        cls: a Stable-Baselines3 class.
+        policy: its policy: `PixelCNNPolicy` or a subclass where it is to train a prior; else SB3's name of one.
+        defaults: keyword arguments for an environment, before the settings.
+        section: the section of `RALConfig` that holds its own settings, or None.
+        renamed: keyword arguments for those shared settings that it has under other names.
+        renames: the names of these settings.
+    """
+
+    cls: type[BaseAlgorithm]
+    policy: str | type[BasePolicy] = PixelCNNPolicy
+    defaults: Callable[[VecEnv], dict[str, Any]] = whole_episodes
+    section: str | None = None
+    renamed: Callable[[RALConfig], dict[str, Any]] = lambda config: {}
+    renames: tuple[str, ...] = ()
+
+    @property
+    def trains_prior(self) -> bool:
+        """Whether it trains a prior on whole images, as stage 3 asks."""
+        policy = self.policy
+        own = isinstance(policy, type) and issubclass(policy, PixelCNNPolicy)
+        return own and issubclass(self.cls, OnPolicyAlgorithm)
+
+    @functools.cached_property
+    def parameters(self) -> frozenset[str]:
+        """The names that its constructor takes, those that it hands on to its base included."""
+        names: set[str] = set()
+        for cls in self.cls.__mro__:
+            if "__init__" in vars(cls):
+                taken = inspect.signature(cls.__init__).parameters  # type: ignore[misc]
+                kinds = {parameter.kind for parameter in taken.values()}
+                names |= {name for name, p in taken.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+                if inspect.Parameter.VAR_KEYWORD not in kinds:
+                    break
+        return frozenset(names - {"self"})
+
+    def own_settings(self, config: RALConfig | None = None) -> dict[str, Any]:
+        """Its section's values; those of the dataclass without a configuration."""
+        if self.section is None:
+            return {}
+        return vars(SECTIONS[self.section]() if config is None else getattr(config, self.section))
+
+    def keywords(self, env: VecEnv, config: RALConfig | None = None) -> dict[str, Any]:
+        """The defaults on `env` and its section; None in the section leaves a default as it is."""
+        defaults = self.defaults(env)
+        own = {
+            name: value
+            for name, value in self.own_settings(config).items()
+            if name in self.parameters and (value is not None or name not in defaults)
+        }
+        return defaults | own
+
+    def stage_keywords(self, env: VecEnv, config: RALConfig) -> dict[str, Any]:
+        """As `keywords`, with the shared settings and the free options of stage 3."""
+        shared = {name: getattr(config, name) for name in SHARED if name in self.parameters}
+        return self.keywords(env, config) | shared | self.renamed(config) | config.options
+
+    def callbacks(self, config: RALConfig, prior: PriorWeights) -> list[BaseCallback]:
+        """The ties that its loss does not have, in the order in which they belong behind the rewards' callback.
+
+        Args:
+            config: stage 3's settings.
+            prior: the MLE prior.
+        """
+        own = self.own_settings(config)
+        found: list[BaseCallback] = []
+        if config.kl_coef and "kl_coef" not in self.parameters:
+            found.append(PriorKLReward(config.kl_coef, prior))
+        target = own.get("entropy_target")
+        if target is not None and "entropy_target" not in self.parameters:
+            found.append(EntropyTarget(own["ent_coef"], target, schedule=own["entropy_schedule"]))
+        if config.mle_coef and "mle_coef" not in self.parameters:
+            found.append(MLEShare(config.mle_coef))
+        return found
+
+    def check(self, config: RALConfig) -> None:
+        """Refuse settings of stage 3 that would reach nothing.
+
+        Raises:
+            ConfigError: another algorithm's section is set, a shared setting has no counterpart here, or an option is
+                no argument of the class or has a setting of its own.
+        """
+        for section in SECTIONS:
+            changed = changed_settings(getattr(config, section))
+            if section != self.section and changed:
+                name, value = next(iter(changed.items()))
+                own = f"set ral.{self.section} instead" if self.section else "it has no section"
+                raise ConfigError(
+                    f"ral.{section}.{name} is {value}, but ral.algo is {config.algo}: leave ral.{section} out; {own}"
+                )
+        for name in SHARED:
+            default = getattr(RALConfig(), name)
+            if name in CALLBACKS or name in self.parameters or name in self.renames:
+                continue
+            if getattr(config, name) != default and name != "learning_rate":
+                raise ConfigError(
+                    f"ral.{name} is {getattr(config, name)}, but {config.algo} has no such argument: give {default}"
+                )
+        self._check_options(config)
+
+    def _check_options(self, config: RALConfig) -> None:
+        own = self.own_settings(config)
+        for name in config.options:
+            if name in own or (name in SHARED and (name in self.parameters or name in CALLBACKS)):
+                where = f"ral.{self.section}.{name}" if name in own else f"ral.{name}"
+                raise ConfigError(f"ral.options names {name}, which is a setting: give {where}")
+            if name not in self.parameters or name in RESERVED:
+                free = sorted(self.parameters - set(RESERVED) - set(SHARED) - own.keys())
+                raise ConfigError(f"ral.options: {config.algo} takes no {name} here; choose among {', '.join(free)}")
+
+
+def find_algorithm(name: str) -> Algorithm:
+    """The entry of an algorithm by its name or ``module:Class``.
+
+    Raises:
+        ConfigError: it is unknown, may not be imported, cannot draw codes, or is no Stable-Baselines3 class.
+    """
+    if name not in REGISTRY and name.replace("_", "") in CONTINUOUS_ONLY:
+        raise ConfigError(
+            f"algorithm '{name}' acts in continuous spaces only (its actor outputs real vectors), but an action "
+            f"here is one of K discrete codes: choose one of {', '.join(REGISTRY)}"
+        )
+    part = REGISTRY.get(name)
+    if isinstance(part, Algorithm):
+        return part
+    if not (isinstance(part, type) and issubclass(part, BaseAlgorithm)):
+        raise ConfigError(f"algorithm {name!r} is neither a Stable-Baselines3 class nor a ral_gym.agents.Algorithm")
+    return _derived(part)
+
+
+@functools.cache
+def _derived(cls: type[BaseAlgorithm]) -> Algorithm:
+    """The entry of a bare class: its nearest built-in base's, with the class in its place."""
+    entries: dict[type, Algorithm] = {entry.cls: entry for entry in map(REGISTRY.get, REGISTRY.builtin)}
+    for base in cls.__mro__:
+        if base in entries:
+            return dataclasses.replace(entries[base], cls=cls)
+    if not issubclass(cls, OnPolicyAlgorithm):
+        return Algorithm(cls, policy="MlpPolicy", defaults=lambda env: {"gamma": 1.0})
+    return Algorithm(cls)
+
+
+def check_algorithm(name: str, pixelcnn: bool = True) -> None:
+    """Raise `ConfigError` for an algorithm that does not run here.
+
+    Args:
+        name: its name.
+        pixelcnn: it must also train a prior, as stage 3 does.
+    """
+    if find_algorithm(name).trains_prior or not pixelcnn:
+        return
+    raise ConfigError(
+        f"algorithm '{name}' learns a value per code and has no PixelCNN policy to train: choose one of "
+        f"{', '.join(trainable_algorithms())}"
+    )
+
+
+def check_stage(config: RALConfig) -> None:
+    """Refuse stage 3's algorithm, or settings that would not reach it, before anything is trained.
+
+    Raises:
+        ConfigError: which one, why, and what to do.
+    """
+    check_algorithm(config.algo)
+    find_algorithm(config.algo).check(config)
+
+
+def trainable_algorithms() -> list[str]:
+    """The built-in and registered names that stage 3 takes."""
+    return [name for name in REGISTRY if find_algorithm(name).trains_prior]

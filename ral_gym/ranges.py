@@ -1,0 +1,121 @@
+"""Which numbers a setting may have, in words and as a test, and the largest sizes: a config.json may come from anywhere."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from typing import Any
+
+from ral_gym.errors import ConfigError
+
+_Rule = tuple[str, Callable[[float], bool]]
+_COUNT: _Rule = ("an integer of 1 or more", lambda value: value >= 1)
+_NOT_NEGATIVE: _Rule = ("0 or more", lambda value: 0 <= value < math.inf)
+_POSITIVE: _Rule = ("a number above 0", lambda value: 0 < value < math.inf)
+_SHARE: _Rule = ("at least 0 and below 1", lambda value: 0 <= value < 1)
+_NAMES: dict[_Rule, str] = {
+    _COUNT: """
+        vqvae.residual_units vqvae.layers vqvae.codebook_dim vqvae.batch_size vqvae.training_steps
+        prior.hidden_units prior.residual_units prior.layers prior.batch_size prior.training_steps
+        prior.attention_heads prior.augmented_passes prior.evaluate_every prior.held_out evaluation.held_out
+        critic.hidden_units critic.layers critic.batch_size ral.n_envs ral.n_updates ral.checkpoint_every
+        ral.grpo.n_epochs ral.ppo.n_epochs ral.maskable_ppo.n_epochs ral.reinforce.batch_size ral.grpo.batch_size
+        ral.trpo.n_critic_updates ral.trpo.cg_max_steps ral.trpo.line_search_max_iter ral.trpo.sub_sampling_factor
+        """,
+    _NOT_NEGATIVE: """
+        vqvae.residual_blocks vqvae.beta vqvae.threshold_ema_dead_code prior.output_stack_layers
+        prior.attention_layers prior.conditioning_stack_layers
+        critic.gradient_penalty critic.warmup_steps critic.n_critic ral.mle_coef ral.kl_coef
+        ral.reinforce.ent_coef ral.grpo.ent_coef ral.ppo.ent_coef ral.a2c.ent_coef ral.maskable_ppo.ent_coef
+        ral.reinforce.vf_coef ral.ppo.vf_coef ral.a2c.vf_coef ral.maskable_ppo.vf_coef ral.trpo.cg_damping
+        """,
+    _POSITIVE: """
+        vqvae.learning_rate prior.learning_rate critic.learning_rate ral.learning_rate ral.max_grad_norm
+        evaluation.temperatures
+        ral.grpo.clip_range ral.ppo.clip_range ral.maskable_ppo.clip_range
+        ral.grpo.target_kl ral.ppo.target_kl ral.maskable_ppo.target_kl ral.trpo.target_kl
+        """,
+    _SHARE: """
+        vqvae.decay prior.dropout prior.ema_decay critic.adam_beta1 critic.adam_beta2 ral.adam_beta1 ral.adam_beta2
+        ral.ema_decay ral.reward_ema
+        """,
+    ("at least 0 and at most 1", lambda value: 0 <= value <= 1): """
+        ral.gamma prior.scheduled_sampling_share
+        ral.ppo.gae_lambda ral.a2c.gae_lambda ral.trpo.gae_lambda ral.maskable_ppo.gae_lambda
+        ral.reinforce.entropy_target ral.grpo.entropy_target ral.ppo.entropy_target ral.a2c.entropy_target
+        ral.maskable_ppo.entropy_target
+        """,
+    ("1 or 2", lambda value: value in (1, 2)): "vqvae.levels",
+    ("2 or more", lambda value: value >= 2): """
+        vqvae.hidden_units ral.grpo.group_size ral.ppo.batch_size ral.maskable_ppo.batch_size ral.trpo.batch_size
+        """,
+    ("2 to 32766, so that codes fit 16 bits", lambda value: 2 <= value <= 32_766): "vqvae.codebook_size",
+    ("an odd number", lambda value: value >= 1 and value % 2 == 1): "vqvae.encoder_filter_size",
+    ("an even number of 2 or more", lambda value: value >= 2 and value % 2 == 0): "vqvae.decoder_filter_size",
+    ("an odd number of 3 or more", lambda value: value >= 3 and value % 2 == 1): "prior.conv_filter_size",
+    ("12 or more, two halves that KID can compare", lambda value: value >= 12): "evaluation.n_samples",
+    ("0 to 4000000, since numpy's seeds have 32 bits", lambda value: 0 <= value <= 4_000_000): "seed",
+}
+
+
+def both_priors(names: str) -> tuple[str, ...]:
+    """Names of settings; those of the prior are those of the bottom one too."""
+    given = names.split()
+    return (*given, *(name.replace("prior.", "bottom.") for name in given if name.startswith("prior.")))
+
+
+RANGES: dict[_Rule, tuple[str, ...]] = {rule: both_priors(names) for rule, names in _NAMES.items()}
+"""What a setting may be (in words, and as a test), and the settings that this holds for; both priors' alike."""
+
+SIZES: dict[int, str] = {
+    16: "vqvae.layers critic.layers",
+    1_000: """
+        vqvae.residual_blocks prior.layers prior.attention_layers prior.attention_heads prior.output_stack_layers
+        prior.conditioning_stack_layers prior.augmented_passes data.workers
+        """,
+    16_384: """
+        vqvae.hidden_units vqvae.residual_units vqvae.codebook_dim prior.hidden_units prior.residual_units
+        critic.hidden_units data.image_size data.crop
+        """,
+    255: "vqvae.encoder_filter_size vqvae.decoder_filter_size prior.conv_filter_size",
+    1_000_000: """
+        vqvae.batch_size prior.batch_size critic.batch_size ral.n_envs critic.n_critic evaluation.n_samples
+        ral.grpo.group_size ral.grpo.n_epochs ral.ppo.n_epochs ral.maskable_ppo.n_epochs ral.trpo.n_critic_updates
+        ral.trpo.cg_max_steps ral.trpo.line_search_max_iter ral.trpo.sub_sampling_factor
+        vqvae.threshold_ema_dead_code
+        """,
+    1_000_000_000: """
+        vqvae.training_steps prior.training_steps prior.evaluate_every ral.n_updates ral.checkpoint_every
+        critic.warmup_steps data.limit data.memory_budget_mb
+        ral.reinforce.batch_size ral.grpo.batch_size ral.ppo.batch_size ral.maskable_ppo.batch_size ral.trpo.batch_size
+        """,
+}
+"""The largest size -> the settings that it holds for."""
+
+
+def check_ranges(config: Any) -> None:
+    """Refuse numbers of a `Config` that are out of their range; None and text are left alone.
+
+    Raises:
+        ConfigError: which setting, its value, and what is allowed.
+    """
+    for (allowed, holds), names in RANGES.items():
+        for name in names:
+            value = operator.attrgetter(name)(config)
+            for number in value if isinstance(value, tuple) else (value,):
+                if isinstance(number, int | float) and not holds(number):
+                    raise ConfigError(f"{name} is {number}: give {allowed}")
+
+
+def check_sizes(config: Any) -> None:
+    """Refuse sizes of a `Config` that nothing could be built with.
+
+    Raises:
+        ConfigError: which one, and the largest that is allowed.
+    """
+    for most, names in SIZES.items():
+        for name in both_priors(names):
+            value = operator.attrgetter(name)(config)
+            if value is not None and value > most:
+                raise ConfigError(f"{name} is {value}: give at most {most}")
