@@ -1,4 +1,4 @@
-"""Which numbers a setting may have, in words and as a test, and the largest sizes: a config.json may come from anywhere."""
+"""Which numbers a setting may have, in words and as a test, and the largest sizes, since files may ask for any."""
 
 from __future__ import annotations
 

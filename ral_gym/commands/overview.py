@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any
-
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from ral_gym.commands.arguments import PresetsArguments, TrainArguments
-from ral_gym.config import Config
+from ral_gym.config import Config, settings
 from ral_gym.presets import PRESETS, get_preset
 
 
@@ -60,16 +57,10 @@ def _network(units: int, layers: int, attention: int) -> str:
 def _one_preset(config: Config) -> Table:
     """Every setting of a preset."""
     table = _table(f"Preset {config.preset}", "setting", "value", left=2)
-    for section in dataclasses.fields(config):
-        value: Any = getattr(config, section.name)
-        if section.name == "bottom" and config.vqvae.levels == 1:
-            continue
-        if not dataclasses.is_dataclass(value):
-            table.add_row(section.name, str(value))
-            continue
-        for number, field in enumerate(dataclasses.fields(value)):
-            last = number == len(dataclasses.fields(value)) - 1
-            table.add_row(f"{section.name}.{field.name}", str(getattr(value, field.name)), end_section=last)
+    shown = list(settings(config).items())
+    for (name, value), following in zip(shown, [*shown[1:], ("", None)], strict=True):
+        last = name.rpartition(".")[0] != following[0].rpartition(".")[0]
+        table.add_row(name, str(value), end_section=last)
     return table
 
 

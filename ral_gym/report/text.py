@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import shlex
 from collections.abc import Mapping
 from html import escape
 from typing import Any
 
-from ral_gym.algorithm_settings import SECTIONS, changed_settings
-from ral_gym.config import Config
+from ral_gym.config import Config, settings
 from ral_gym.errors import RunError
 from ral_gym.metrics.table import (
     COLUMNS,
@@ -100,28 +98,6 @@ def train_command(run: Run) -> list[str]:
 def stage_command(run: Run, *stages: str) -> str:
     """The command that runs some stages of a run."""
     return shlex.join([*train_command(run), *(["--stages", *stages] if stages else [])])
-
-
-def settings(config: Config) -> dict[str, Any]:
-    """Every setting by its name on the command line; the bottom prior's and an algorithm's only where there is one."""
-    unused = {
-        f"ral.{name}"
-        for name in SECTIONS
-        if name != config.ral.algo and not changed_settings(getattr(config.ral, name))
-    }
-    unused |= {"bottom"} if config.vqvae.levels == 1 else set()
-    return _settings(config, "", unused)
-
-
-def _settings(section: Any, path: str, unused: set[str]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for field in dataclasses.fields(section):
-        value, name = getattr(section, field.name), f"{path}{field.name}"
-        if not dataclasses.is_dataclass(value):
-            found[name] = value
-        elif name not in unused:
-            found |= _settings(value, f"{name}.", unused)
-    return found
 
 
 def results_section(run: Run, results: Mapping[str, Any] | None) -> str:
