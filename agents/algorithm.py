@@ -23,8 +23,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from ral_gym.agents.episodes import EpisodeRolloutBuffer
 from ral_gym.agents.policy import PixelCNNPolicy, PriorWeights
 from ral_gym.agents.regularizers import EntropyTarget, MLEShare, PriorKLReward
-from ral_gym.algorithm_settings import SECTIONS, changed_settings
-from ral_gym.config import RALConfig
+from ral_gym.config import SECTIONS, RALConfig, changed_settings
 from ral_gym.errors import ConfigError
 from ral_gym.registry import ALGORITHMS as REGISTRY
 

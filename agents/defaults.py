@@ -1,7 +1,7 @@
 """The built-in algorithms, with keyword sets that suit T-step episodes with a terminal reward.
 
 They come in by the door that everybody's do: `ral_gym.registry.ALGORITHMS` names the entries of this file. An
-algorithm's own values (clip range, epochs, ...) stand in its section, `ral_gym.algorithm_settings`.
+algorithm's own values (clip range, epochs, ...) stand in its section, `ral_gym.config.algorithms`.
 """
 
 from __future__ import annotations

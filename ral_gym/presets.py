@@ -4,8 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ral_gym.algorithm_settings import ReinforceConfig
-from ral_gym.config import Config, CriticConfig, DataConfig, EvaluationConfig, PriorConfig, RALConfig, VQVAEConfig
+from ral_gym.config import (
+    Config,
+    CriticConfig,
+    DataConfig,
+    EvaluationConfig,
+    PriorConfig,
+    RALConfig,
+    ReinforceConfig,
+    VQVAEConfig,
+)
 from ral_gym.errors import ConfigError
 
 # The paper --------------------------------------------------------------------------------------------------------

@@ -8,12 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
-from ral_gym.algorithm_settings import SECTIONS
 from ral_gym.commands.arguments import STAGES, SampleArguments, TrainArguments, parse
 from ral_gym.commands.cli import main
 from ral_gym.commands.generate import open_run
 from ral_gym.commands.train import files_of, finished_files
-from ral_gym.config import Config
+from ral_gym.config import SECTIONS, Config
 from ral_gym.presets import PRESETS, SMOKE, get_preset
 from ral_gym.priors.pixelcnn import PixelCNN
 from ral_gym.priors.sampler import CachedSampler

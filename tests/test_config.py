@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 
-from ral_gym.config import Config
+from ral_gym.config import RANGES, Config
 from ral_gym.errors import ConfigError
 from ral_gym.presets import PRESETS, SMOKE, get_preset
-from ral_gym.ranges import RANGES
 
 
 def changed(name: str, value: Any, config: Any = SMOKE) -> Any:

@@ -10,8 +10,7 @@ from typing import Annotated, Any, Literal, Union, cast
 
 import tyro
 
-from ral_gym.algorithm_settings import SECTIONS
-from ral_gym.config import Config, RALConfig
+from ral_gym.config import SECTIONS, Config, RALConfig
 from ral_gym.errors import ConfigError
 from ral_gym.presets import PRESETS, get_preset
 from ral_gym.registry import allow_given, load_plugins

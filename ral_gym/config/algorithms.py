@@ -1,6 +1,6 @@
 """The settings of each algorithm of stage 3 alone: one documented dataclass per algorithm.
 
-What several algorithms share (discount, learning rate, ties to the data, ...) stands in `ral_gym.config.RALConfig`,
+What several algorithms share (discount, learning rate, ties to the data, ...) stands in `RALConfig`,
 which holds one of each of these as a section: ``--ral.ppo.clip-range 0.2``. A field has the name and the meaning of the
 algorithm's keyword argument; its default is the one that `ral_gym.agents.algorithm_defaults` gives.
 """

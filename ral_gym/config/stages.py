@@ -1,8 +1,4 @@
-"""The settings of a run: one documented dataclass per stage.
-
-The same names appear on the command line (tyro), in ``config.json`` and in the logs.
-``ral_gym.presets`` holds named instances: the paper's tables and small ones for a CPU.
-"""
+"""One documented dataclass per stage, and all of them as one `Config`."""
 
 from __future__ import annotations
 
@@ -11,7 +7,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ral_gym.algorithm_settings import (
+from ral_gym.config.algorithms import (
     SECTIONS,
     A2CConfig,
     GRPOConfig,
@@ -23,8 +19,8 @@ from ral_gym.algorithm_settings import (
     check_section,
     upgraded,
 )
+from ral_gym.config.ranges import check_ranges, check_sizes
 from ral_gym.errors import ConfigError
-from ral_gym.ranges import check_ranges, check_sizes
 from ral_gym.schema import check_types, config_from
 from ral_gym.settings import CRITIC_ALONE, Options, RewardWeights, check_reward_weights
 
