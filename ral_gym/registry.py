@@ -238,7 +238,17 @@ PRIORS = Registry(
 )
 CRITICS = Registry("critic", "ral_gym.critics", {"patch": "ral_gym.rewards.critic:PatchCritic"})
 REWARDS = Registry("reward", "ral_gym.rewards")
-SOURCES = Registry("data source", "ral_gym.sources")
+SOURCES = Registry(
+    "data source",
+    "ral_gym.sources",
+    {
+        "faces": "ral_gym.data.faces:Faces",
+        "celeba": "ral_gym.data.celeba:CelebA",
+        "folder": "ral_gym.data.folder:Folder",
+        "lsun": "ral_gym.data.sources:Lsun",
+        "hf": "ral_gym.data.sources:HuggingFace",
+    },
+)
 EXTRACTORS = Registry("extractor", "ral_gym.extractors")
 METRICS = Registry("metric", "ral_gym.metrics")
 _ENTRIES = "ral_gym.agents.defaults:"

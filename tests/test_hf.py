@@ -108,7 +108,8 @@ def test_workers_read_it_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     build(100).save_to_disk(tmp_path / "saved")
     _, entries, reader = list_huggingface(str(tmp_path / "saved"), progress=False)
     assert len(pickle.dumps(reader)) < 5000  # the files' names, not their content
-    monkeypatch.setattr(image_files, "IN_PROCESS_BELOW", 10)
+    monkeypatch.setattr(image_files, "WORKERS_FROM_SECONDS", 0.0)
+    monkeypatch.setattr(image_files, "_cpus", lambda: 2)
     alone, together = (load(small(f"hf:{tmp_path / 'saved'}", workers=workers)) for workers in (1, 2))
     assert np.array_equal(alone.train, together.train) and len(entries) == 100
 

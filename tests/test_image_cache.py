@@ -18,7 +18,9 @@ import pytest
 from PIL import Image
 
 from ral_gym.data import cache as image_cache
+from ral_gym.data import cache_folder, listing
 from ral_gym.data import files as image_files
+from ral_gym.data.cache_folder import CacheFolder
 from ral_gym.data.images import load_images
 from tests.image_folders import indices, load, message_of, small, write_images
 
@@ -52,12 +54,15 @@ def test_cache_equals_memory_and_is_used_again(tmp_path: Path, monkeypatch: pyte
 def test_groups_are_slices_without_gaps(tmp_path: Path, budget_mb: int) -> None:
     for path in write_images(tmp_path / "images", 12)[::5]:
         path.write_bytes(b"broken")  # 0, 5 and 10
-    files, _ = image_files.list_folder(tmp_path / "images")
+    files, _ = listing.list_folder(tmp_path / "images")
     decoding = image_files.Decoding(str(tmp_path / "images"), None, 8, False)
     groups = [files[6:], files[:3], files[3:6]]
-    images, counts, skipped = image_cache.decode_groups(groups, decoding, budget_mb, str(tmp_path / "cache"), 1, False)
-    assert indices(images) == [6, 7, 8, 9, 11, 1, 2, 3, 4] and counts == [5, 2, 2]
-    assert [entry.split(":")[0] for entry in skipped] == ["000010.png", "000000.png", "000005.png"]
+    keeping = image_cache.Keeping(budget_mb, str(tmp_path / "cache"))
+    decoded = image_cache.decode_groups(groups, decoding, keeping, 1, False)
+    assert indices(decoded.images) == [6, 7, 8, 9, 11, 1, 2, 3, 4] and decoded.counts == [5, 2, 2]
+    usable = [[True] * 4 + [False, True], [False, True, True], [True, True, False]]
+    assert [rows.tolist() for rows in decoded.kept] == usable
+    assert [entry.split(":")[0] for entry in decoded.skipped] == ["000010.png", "000000.png", "000005.png"]
 
 
 @pytest.mark.parametrize("budget_mb", [1, 2])
@@ -111,7 +116,7 @@ def test_interrupted_cache_leaves_nothing_behind(tmp_path: Path, monkeypatch: py
     killed_yesterday = tmp_path / "cache" / "images-x.tmp-1"
     killed_yesterday.mkdir()
     os.utime(killed_yesterday, (1, 1))
-    image_cache._remove_stale(tmp_path / "cache", "images-x")
+    CacheFolder(tmp_path / "cache")._remove_stale()
     assert not killed_yesterday.exists()
     assert len(load(config).train) == 95
 
@@ -125,8 +130,8 @@ def test_unwritable_cache_folder(tmp_path: Path) -> None:
 
 def test_full_disk_is_seen_before_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_images(tmp_path / "images", 5)
-    full = type(image_cache.shutil.disk_usage(tmp_path))(10, 10, 0)
-    monkeypatch.setattr(image_cache.shutil, "disk_usage", lambda folder: full)
+    full = type(cache_folder.shutil.disk_usage(tmp_path))(10, 10, 0)
+    monkeypatch.setattr(cache_folder.shutil, "disk_usage", lambda folder: full)
     forbid_decoding(monkeypatch)
     message = message_of(small(tmp_path / "images", memory_budget_mb=0, cache_dir=str(tmp_path / "cache")))
     assert "no space left" in message and str(tmp_path / "cache") in message
@@ -153,7 +158,8 @@ def test_disk_that_fills_up_while_decoding(tmp_path: Path) -> None:
 def test_workers_decode_the_same_in_the_same_order(
     tmp_path: Path, as_zip: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(image_files, "IN_PROCESS_BELOW", 10)
+    monkeypatch.setattr(image_files, "WORKERS_FROM_SECONDS", 0.0)
+    monkeypatch.setattr(image_files, "_cpus", lambda: 2)
     for path in write_images(tmp_path / "img_align_celeba", 200)[::70]:
         path.write_bytes(b"broken")
     if as_zip:
@@ -190,13 +196,14 @@ def test_progress_bar_shows_rate_and_time_left(tmp_path: Path, capsys: pytest.Ca
 SCRIPT = """
 import sys
 if {guard}:
-    from ral_gym.data.cache import decode_groups
-    from ral_gym.data.files import Decoding, list_folder
+    from ral_gym.data.cache import Keeping, decode_groups
+    from ral_gym.data.files import Decoding
+    from ral_gym.data.listing import list_folder
     from pathlib import Path
     try:
         print("started", flush=True)
         files, _ = list_folder(Path(sys.argv[1]))
-        decode_groups([files], Decoding(sys.argv[1], None, 256, False), 2048, None, workers=2, progress=False)
+        decode_groups([files], Decoding(sys.argv[1], None, 256, False), Keeping(cache_mb=0), workers=2, progress=False)
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:

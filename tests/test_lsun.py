@@ -14,9 +14,9 @@ from PIL import Image
 
 from ral_gym.config import DataConfig
 from ral_gym.data import files as image_files
-from ral_gym.data import images as data
 from ral_gym.data import sources as image_sources
-from ral_gym.data.files import ImageFile
+from ral_gym.data.base import random_split, take
+from ral_gym.data.listing import ImageFile
 from ral_gym.data.sources import Entries, LsunReader, list_lsun
 from tests.image_folders import encoded, indices, load, message_of, peak_memory, small, write_images, write_lmdb
 
@@ -61,7 +61,8 @@ def test_damaged_entries_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixt
 
 
 def test_workers_read_it_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(image_files, "IN_PROCESS_BELOW", 10)
+    monkeypatch.setattr(image_files, "WORKERS_FROM_SECONDS", 0.0)
+    monkeypatch.setattr(image_files, "_cpus", lambda: 2)
     path = write_lmdb(tmp_path / "a_lmdb", [encoded(index) for index in range(100)])
     alone, together = (load(small(f"lsun:{path}", workers=workers)) for workers in (1, 2))
     assert np.array_equal(alone.train, together.train) and np.array_equal(alone.test, together.test)
@@ -108,7 +109,8 @@ def test_the_cache_follows_the_database(tmp_path: Path) -> None:
 
 def test_large_sets_hold_out_no_more_than_needed() -> None:
     entries = Entries(str, np.arange(300_000), 0, 0)
-    train, test, words = data._random_split(entries, seed=0)
+    split = random_split(np.arange(300_000), seed=0)
+    train, test, words = take(entries, split.train), take(entries, split.test), split.words
     assert (len(train), len(test), words) == (290_000, 10_000, "a random sample")
     assert isinstance(train, Entries) and isinstance(test, Entries)
     assert len(np.union1d(train.rows, test.rows)) == 300_000 and (np.diff(test.rows) > 0).all()

@@ -33,7 +33,8 @@ class TrainArguments:
     config: Annotated[Config, tyro.conf.arg(name="")]
     """The stages' settings; the defaults are the preset's."""
     data: str | None = None
-    """Images: `faces`, `celeba:PATH`, `folder:PATH`, `lsun:PATH` or `hf:NAME`. Short for --data.source."""
+    """Images: `faces`, `celeba:PATH`, `folder:PATH`, `lsun:PATH`, `hf:NAME`, or your own `NAME:ARGUMENT`. Short for
+    --data.source."""
     algo: str | None = None
     """Algorithm of stage 3: reinforce, ppo, a2c, trpo, grpo, maskable_ppo, or your own `module:Class`. Short for
     --ral.algo; what is its alone has a section, such as --ral.ppo.clip-range."""
@@ -166,6 +167,16 @@ class VerifyArguments:
     """Your own parts: modules that register some, or `module:Class` names that the run's files may ask for."""
 
 
+@dataclass
+class CacheArguments:
+    """List the decoded images that are kept on disk for the next command, or remove them."""
+
+    clear: bool = False
+    """Remove them all."""
+    cache_dir: str | None = None
+    """Their folder, as data.cache_dir of a run. None: ~/.cache/ral_gym."""
+
+
 Arguments = (
     TrainArguments
     | SampleArguments
@@ -174,6 +185,7 @@ Arguments = (
     | VerifyArguments
     | ReportArguments
     | PresetsArguments
+    | CacheArguments
 )
 
 
@@ -195,6 +207,7 @@ def parse(argv: Sequence[str]) -> Arguments:
         Annotated[VerifyArguments, tyro.conf.subcommand("verify")],
         Annotated[ReportArguments, tyro.conf.subcommand("report")],
         Annotated[PresetsArguments, tyro.conf.subcommand("presets")],
+        Annotated[CacheArguments, tyro.conf.subcommand("cache")],
     ]
     arguments = cast(
         Arguments,

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from ral_gym.commands.arguments import (
+    CacheArguments,
     CompleteArguments,
     EvaluateArguments,
     PresetsArguments,
@@ -55,6 +56,10 @@ def _dispatch(argv: Sequence[str], console: Console) -> None:
             from ral_gym.commands.overview import show_presets
 
             show_presets(arguments, console)
+        case CacheArguments():
+            from ral_gym.commands.cache import show_cache
+
+            show_cache(arguments, console)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ral_gym.config import Config
+from ral_gym.data.images import channels_of
 from ral_gym.grid import CodeGrid
 from ral_gym.priors.base import logits_of
 from ral_gym.rewards.critic import PatchCritic
@@ -89,7 +90,7 @@ def dry_run(config: Config, compute: Compute | None = None, processes: int = 1) 
     config.check()
     compute = compute or Compute()
     compute.check()
-    channels = 1 if config.data.grey or config.data.source == "faces" else 3
+    channels = channels_of(config.data)
     with META:
         vqvae = vqvae_of(config, config.data.image_size, channels)
         grid = CodeGrid(vqvae.height, vqvae.width, vqvae.codebook_size, vqvae.levels)

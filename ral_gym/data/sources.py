@@ -8,48 +8,37 @@ libraries are optional and imported where they are used. Like there, nothing in 
 from __future__ import annotations
 
 import contextlib
-import io
 import os
 from array import array
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from ral_gym.data.files import ImageFile
-from ral_gym.errors import DataError
+from ral_gym.data.base import Entries, Source, existing_path
+from ral_gym.data.opening import LIMITS, Limits, check_regular, open_image, read_file
+from ral_gym.errors import DataError, printable
 
 TRIED = 16  # entries of an LMDB of which one must be an image: any may be damaged
 
 
-class Entries:
-    """Rows of a database as `ImageFile`s that exist only while they are looked at: millions cost some MB, not GB.
+# LSUN ---------------------------------------------------------------------------------------------------------------
+
+
+class Lsun(Source):
+    """One category of LSUN (Yu et al., 2015); the images' shorter side is 256 pixels there.
 
     Args:
-        name_of: the name of a row of the database.
-        rows: (N,) int64, which of its rows these are, in order.
-        size, stamp: of every file; they must change when the database does.
+        path: the LMDB folder, or the `data.mdb` in it.
+        limits: what is too large.
     """
 
-    def __init__(self, name_of: Callable[[int], str], rows: np.ndarray, size: int, stamp: int) -> None:
-        self.name_of, self.rows, self.size, self.stamp = name_of, rows, size, stamp
+    argument = "PATH"
 
-    def __len__(self) -> int:
-        """N."""
-        return len(self.rows)
-
-    def __iter__(self) -> Iterator[ImageFile]:
-        """Make one `ImageFile` after the other."""
-        return (ImageFile(self.name_of(int(row)), self.size, self.stamp) for row in self.rows)
-
-    def take(self, indices: np.ndarray) -> Entries:
-        """Some of these entries, in the order of `indices`."""
-        return Entries(self.name_of, self.rows[indices], self.size, self.stamp)
-
-
-# LSUN ---------------------------------------------------------------------------------------------------------------
+    def __init__(self, path: str, limits: Limits = LIMITS) -> None:
+        folder, entries = list_lsun(existing_path(path, "lsun"), limits)
+        title = f"LSUN (Yu et al., 2015) from {folder}"
+        super().__init__(entries, root=folder, title=title, reader=LsunReader(str(folder)))
 
 
 class LsunReader:
@@ -76,11 +65,12 @@ class LsunReader:
             self.environment = None
 
 
-def list_lsun(path: Path) -> tuple[Path, Entries]:
+def list_lsun(path: Path, limits: Limits = LIMITS) -> tuple[Path, Entries]:
     """The images of one LSUN category.
 
     Args:
         path: the folder that LSUN's zip unpacks to, `bedroom_train_lmdb` for example, or the `data.mdb` in it.
+        limits: how many entries there may be.
 
     Returns:
         The folder, and its images in the order of their keys (about 50 bytes of memory each).
@@ -104,6 +94,8 @@ def list_lsun(path: Path) -> tuple[Path, Entries]:
             for key in transaction.cursor().iternext(values=False):
                 keys += key
                 ends.append(len(keys))
+                if len(ends) > limits.max_files:
+                    raise DataError(f"{folder} holds more than {limits.max_files:,} images: raise data.max_files")
     except _lmdb().Error as error:
         raise DataError(f"{folder} is a damaged LMDB ({error}): download it again") from None
     finally:
@@ -145,7 +137,7 @@ def _check_images(transaction: Any, folder: Path) -> None:
     """One of the first entries must be an image, as all of LSUN's are."""
     tried = 0
     for _, value in transaction.cursor().iternext():
-        with contextlib.suppress(Exception), Image.open(io.BytesIO(value)):  # Pillow's readers raise nearly anything
+        with contextlib.suppress(Exception), open_image(value):  # Pillow's readers raise nearly anything
             return
         tried += 1
         if tried == TRIED:
@@ -161,30 +153,64 @@ def _check_images(transaction: Any, folder: Path) -> None:
 # Hugging Face -------------------------------------------------------------------------------------------------------
 
 
+class HuggingFace(Source):
+    """One split of a Hugging Face dataset, with the classes of its first ClassLabel column.
+
+    Args:
+        text: NAME or NAME:SPLIT; see `list_huggingface`.
+        progress: let the library show its progress bars.
+        limits: what is too large.
+    """
+
+    argument = "NAME"
+
+    def __init__(self, text: str, progress: bool = False, limits: Limits = LIMITS) -> None:
+        name, entries, reader = list_huggingface(text, progress, limits)
+        labels, classes = _class_labels(reader.dataset)
+        title = f"Hugging Face dataset {printable(name)}"
+        super().__init__(entries, root=name, title=title, reader=reader, labels=labels, classes=classes)
+
+
+def _class_labels(dataset: Any) -> tuple[np.ndarray | None, list[str]]:
+    """The first ClassLabel column as integers, and its names; nothing where there is none, or rows lack a label."""
+    kind = _datasets().ClassLabel
+    column = next((name for name, feature in dataset.features.items() if isinstance(feature, kind)), None)
+    if column is None:
+        return None, []
+    labels = np.array(dataset.select_columns(column).with_format("numpy")[:][column])
+    if labels.dtype.kind not in "iu" or labels.min() < 0:
+        return None, []
+    return labels, list(dataset.features[column].names)
+
+
 class HuggingFaceReader:
     """Reads encoded images of a dataset by row; the dataset is a memory map of files, and is sent as their names."""
 
-    def __init__(self, dataset: Any, column: str) -> None:
-        self.dataset, self.column = dataset, column
+    def __init__(self, dataset: Any, column: str, limits: Limits = LIMITS) -> None:
+        self.dataset, self.column, self.limits = dataset, column, limits
 
     def __call__(self, name: str) -> bytes:
         """The encoded image of the row `name`."""
         value = self.dataset[int(name.removeprefix("row "))][self.column]
         if value is None or (value["bytes"] is None and value["path"] is None):
             raise ValueError("no image in this row")
-        return value["bytes"] if value["bytes"] is not None else Path(value["path"]).read_bytes()
+        if value["bytes"] is None:
+            return read_file(value["path"], self.limits)
+        self.limits.check_size(len(value["bytes"]))
+        return value["bytes"]
 
     def close(self) -> None:
         """Nothing to close."""
 
 
-def list_huggingface(text: str, progress: bool) -> tuple[str, Entries, HuggingFaceReader]:
+def list_huggingface(text: str, progress: bool, limits: Limits = LIMITS) -> tuple[str, Entries, HuggingFaceReader]:
     """The images of a Hugging Face dataset.
 
     Args:
         text: NAME or NAME:SPLIT. NAME is a dataset's name on the hub, or a path: a folder written by `save_to_disk`, a
             folder of parquet or image files, or one parquet file. SPLIT is `train` unless given.
         progress: let the library show its progress bars.
+        limits: what is too large.
 
     Returns:
         Where they come from (name, split and column), the rows, and what reads them. The image column is the one
@@ -195,6 +221,7 @@ def list_huggingface(text: str, progress: bool) -> tuple[str, Entries, HuggingFa
     """
     name, split = _name_and_split(text)
     datasets = _datasets()
+    _check_files(name, limits)
     dataset = _load_dataset(name, split, progress)
     split = split or "train"
     columns = [column for column, kind in dataset.features.items() if isinstance(kind, datasets.Image)]
@@ -206,9 +233,26 @@ def list_huggingface(text: str, progress: bool) -> tuple[str, Entries, HuggingFa
     if not len(dataset):
         raise DataError(f"The split {split!r} of {name} is empty: give another one as hf:NAME:SPLIT")
     column = next((wanted for wanted in ("image", "img") if wanted in columns), columns[0])
-    reader = HuggingFaceReader(dataset.cast_column(column, datasets.Image(decode=False)), column)
+    reader = HuggingFaceReader(dataset.cast_column(column, datasets.Image(decode=False)), column, limits)
     stamp = int.from_bytes(str(dataset._fingerprint).encode(), "big")  # the library's own hash of the content
     return f"{name} ({split}, column {column})", Entries(_row_name, np.arange(len(dataset)), 0, stamp), reader
+
+
+def _check_files(name: str, limits: Limits) -> None:
+    """Refuse a folder with a FIFO, a device or a socket in it: the library would open it, and wait."""
+    seen = 0
+    for folder, _, files in os.walk(name) if os.path.isdir(name) else [(os.path.dirname(name), [], [name])]:
+        for file in files:
+            path = os.path.join(folder, file)
+            try:
+                check_regular(os.stat(path).st_mode)
+            except ValueError as error:
+                raise DataError(f"{path} is {error}: remove it from the dataset's folder") from None
+            except OSError:  # a broken link, or a name on the hub
+                continue
+            seen += 1
+        if seen > limits.max_files:
+            raise DataError(f"{name} holds more than {limits.max_files:,} files: raise data.max_files")
 
 
 def _row_name(row: int) -> str:

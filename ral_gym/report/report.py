@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 import ral_gym
 from ral_gym.data.images import ImageSet, load_images, to_float
+from ral_gym.data.opening import open_image, read_file
 from ral_gym.data.subsets import subset
 from ral_gym.errors import ConfigError, DataError
 from ral_gym.priors.base import Prior
@@ -269,7 +269,7 @@ class Report:
             return self.lacking("No curves", "evaluate")
         figures = []
         for path in pictures:
-            with Image.open(path) as opened:
+            with open_image(read_file(path)) as opened:
                 small = opened.convert("RGB")
             small.thumbnail((1200, 1200))
             file = io.BytesIO()

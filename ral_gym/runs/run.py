@@ -50,7 +50,7 @@ from ral_gym.runs.storage import (
     write_text,
 )
 
-RESOURCES = ("workers", "memory_budget_mb", "cache_dir")
+RESOURCES = ("workers", "memory_budget_mb", "cache_dir", "cache_mb")
 """Settings of `data` that change how fast and where, but not what comes out: a run may continue with others."""
 
 

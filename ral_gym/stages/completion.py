@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from ral_gym.config import DataConfig
 from ral_gym.data.files import Decoding, to_square
-from ral_gym.data.images import CELEBA_CROP, to_float
+from ral_gym.data.images import crop_of, limits_of, to_float
+from ral_gym.data.opening import open_image, read_file
 from ral_gym.errors import ConfigError, DataError
 from ral_gym.pictures import _array, _Panel, _scale, _tile, _write_panels
 from ral_gym.priors.base import Prior
@@ -50,7 +50,7 @@ def read_image(path: Path, vqvae: VQVAE, data: DataConfig) -> tuple[Tensor, str]
     """One image, cut as the run's images were.
 
     Args:
-        path: any file that Pillow reads.
+        path: a png, jpg, webp, bmp, pgm, ppm, tif or gif file.
         vqvae: says size and channels.
         data: says the crop.
 
@@ -60,15 +60,15 @@ def read_image(path: Path, vqvae: VQVAE, data: DataConfig) -> tuple[Tensor, str]
     Raises:
         DataError: it is missing or no image.
     """
-    crop = data.crop if data.crop is not None else CELEBA_CROP if data.source.startswith("celeba:") else None
+    crop, limits = crop_of(data), limits_of(data)
     grey = vqvae.channels == 1
     try:
-        with Image.open(path) as image:
+        with open_image(read_file(path, limits), limits) as image:
             width, height = image.size
             if crop is not None and min(width, height) < crop:
                 crop = None  # too small for the run's crop: all of its shorter side
             coloured = image.mode not in ("1", "L", "LA", "I", "F") and not image.mode.startswith("I;16")
-            square = to_square(image, Decoding(str(path.parent), crop, vqvae.image_size, grey))
+            square = to_square(image, Decoding("", crop, vqvae.image_size, grey, limits=limits))
     except FileNotFoundError as error:
         raise DataError(f"{path} does not exist: give an image file") from error
     except Exception as error:  # damaged files make Pillow's readers raise nearly anything
