@@ -134,6 +134,15 @@ def test_limit_keeps_a_seeded_subset_and_grows_by_adding(tmp_path: Path) -> None
     assert len(load(small(tmp_path, limit=1000)).train) == 57
 
 
+def test_limit_bounds_the_held_out_images_too(tmp_path: Path) -> None:
+    write_images(tmp_path, 200)  # 10 are held out
+    whole, four, six = (load(small(tmp_path, limit=limit)).test for limit in (None, 4, 6))
+    assert (len(whole), len(four), len(six)) == (10, 4, 6)
+    assert set(indices(four)) < set(indices(six)) < set(indices(whole))
+    assert len(load(small(tmp_path, limit=4, test_limit=0)).test) == 10
+    assert len(load(small(tmp_path, test_limit=3)).test) == 3 and len(load(small(tmp_path, test_limit=3)).train) == 190
+
+
 # CelebA -------------------------------------------------------------------------------------------------------------
 
 

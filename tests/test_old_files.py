@@ -1,5 +1,6 @@
 """Files of earlier versions still work: run folders and saved Stable-Baselines3 models (tests/fixtures)."""
 
+import dataclasses
 import importlib
 import json
 import shutil
@@ -11,6 +12,9 @@ from stable_baselines3 import PPO
 
 from ral_gym.agents import GRPO, Reinforce, load_run, make_sb3_env
 from ral_gym.commands.cli import main
+from ral_gym.data.images import load_images
+from ral_gym.errors import RunError
+from ral_gym.presets import SMOKE
 from ral_gym.runs.run import Run, read_config
 from ral_gym.stages.levels import GENERATORS, load_generator, load_vqvae
 
@@ -63,6 +67,17 @@ def test_an_old_run_prints_its_table_and_draws(old_run: Path, capsys: pytest.Cap
     assert "ral_best_temperature" in capsys.readouterr().out
     assert main(["sample", str(old_run), "--n", "4"]) == 0
     assert (old_run / "samples" / "sample_policy_ema.png").is_file()
+
+
+def test_an_old_run_keeps_all_its_held_out_images(old_run: Path, tmp_path: Path) -> None:
+    """Their `data.limit` held for training images alone; a new run's holds for both."""
+    old, new = read_config(old_run), Run(tmp_path / "new", SMOKE)
+    assert old.data.limit is not None and len(load_images(old.data, progress=False).test) == 72
+    assert len(load_images(new.config.data, progress=False).test) == 64
+    asked = dataclasses.replace(old, data=dataclasses.replace(old.data, test_limit=None))  # a command line's
+    assert Run(old_run, asked).config == old
+    with pytest.raises(RunError, match="test_limit"):
+        Run(old_run, dataclasses.replace(old, data=dataclasses.replace(old.data, test_limit=5)))
 
 
 SMALL = [

@@ -30,13 +30,14 @@ import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from ral_gym.config import Config
+from ral_gym.config import Config, limits_training_only
 from ral_gym.errors import ConfigError, RunError
 from ral_gym.runs.storage import (
     cannot_write,
@@ -103,6 +104,8 @@ class Run:
                 has = f"has no config.json, but {', '.join(sorted(contents)[:3])}" if contents else "is a file"
                 raise RunError(f"{self.path} is not a run folder: it {has}; choose another --name")
         elif contents:  # else nothing has been made yet with the settings there, so that others may take their place
+            if config.data.test_limit is None and limits_training_only(load_json(file)):
+                self.config = replace(config, data=replace(config.data, test_limit=0))  # it goes on as it began
             self._check_same(file)
             return
         write_text(file, config.to_json())
