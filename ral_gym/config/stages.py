@@ -353,17 +353,12 @@ class Config:
         Raises:
             ConfigError: a setting is unknown, missing or of another type.
         """
-<<<<<<< HEAD:ral_gym/config/stages.py
         if isinstance(values, dict):
             if missing := [name for name in _ALWAYS_WRITTEN if name not in values]:
                 raise ConfigError(f"{missing[0]} is missing")
             values = values | {"ral": upgraded(values["ral"])}
-=======
-        if isinstance(values, dict) and (missing := [name for name in _ALWAYS_WRITTEN if name not in values]):
-            raise ConfigError(f"{missing[0]} is missing")
-        if limits_training_only(values):
-            values = {**values, "data": {**values["data"], "test_limit": 0}}
->>>>>>> 4594015 (A limit bounds the held-out images too; changelog of the data sources):ral_gym/config.py
+            if limits_training_only(values):
+                values = values | {"data": values["data"] | {"test_limit": 0}}
         return config_from(cls, values)
 
 

@@ -37,7 +37,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ral_gym.config import Config, limits_training_only
+from ral_gym.config import Config
+from ral_gym.config.stages import limits_training_only
 from ral_gym.errors import ConfigError, RunError
 from ral_gym.runs.storage import (
     cannot_write,
