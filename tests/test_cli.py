@@ -204,7 +204,7 @@ def test_ctrl_c_in_every_stage_loses_nothing(train, smoke_run, tmp_path, monkeyp
         "prior": ("Run.log", lambda run, stage, step, figures: stage == "prior" and step == 20),
         "ral": ("Run.log", lambda run, stage, step, figures: stage == "ral" and step == 3),
         "continued": ("ral_gym.stages.train_prior.check_finite", lambda loss, stage, *rest: stage == "prior_continued"),
-        "evaluation": ("ral_gym.stages.evaluate.save_json", lambda path, rows: "ral" in rows),
+        "evaluation": ("ral_gym.stages.evaluate.save_json", lambda path, begun: "ral" in begun["rows"]),
     }
     kept: dict[Path, bytes] = {}
     try:
