@@ -249,7 +249,16 @@ SOURCES = Registry(
         "hf": "ral_gym.data.sources:HuggingFace",
     },
 )
-EXTRACTORS = Registry("extractor", "ral_gym.extractors")
+EXTRACTORS = Registry(
+    "extractor",
+    "ral_gym.extractors",
+    {
+        "lite0": "ral_gym.metrics.features:Lite0Features",
+        "inception": "ral_gym.metrics.features:InceptionFeatures",
+        "encoder": "ral_gym.metrics.features:EncoderFeatures",
+        "pyramid": "ral_gym.metrics.pyramid:PyramidFeatures",
+    },
+)
 METRICS = Registry("metric", "ral_gym.metrics")
 _ENTRIES = "ral_gym.agents.defaults:"
 ALGORITHMS = Registry(

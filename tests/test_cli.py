@@ -81,7 +81,6 @@ def test_runs_that_differ_in_algorithm_or_seed_have_names_of_their_own(options, 
     [
         (["--no-such-flag", "3"], "--no-such-flag"),
         (["--vqvae.batch-size", "many"], "--vqvae.batch-size"),
-        (["--evaluation.extractor", "vgg"], "vgg"),
         (["--preset"], "--preset"),
     ],
 )
@@ -91,6 +90,12 @@ def test_a_bad_flag_is_named(capsys, options, words) -> None:
     assert caught.value.code == 2
     captured = capsys.readouterr()
     assert words in captured.err and "Traceback" not in captured.err and not captured.out
+
+
+@pytest.mark.parametrize("field", ["extractor", "metrics"])
+def test_an_unknown_part_of_the_evaluation_is_named_before_anything_is_loaded(field) -> None:
+    with pytest.raises(ConfigError, match=r"'nobody' is unknown: choose one of .*, or bring your own as module:Class"):
+        parse_train([f"--evaluation.{field}", "nobody"])
 
 
 def test_settings_are_checked_before_anything_is_loaded() -> None:

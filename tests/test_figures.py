@@ -18,6 +18,7 @@ from rich.console import Console
 
 from ral_gym import pictures as figures
 from ral_gym.errors import RunError
+from ral_gym.metrics.table import metric_text
 from ral_gym.pictures import (
     COLOURS,
     colour,
@@ -238,7 +239,7 @@ def test_markdown_has_every_figure_in_order_and_a_dash_for_each_missing_one():
     assert lines[2:6] == [
         "| `mle` | 31.3 | 0.0123 | 3.730 | 4.120 | - | 0.951 | 1.0 | 3,000 | 1.00 |",
         "| `ral` | 123.6 | 5,944 | - | - | 2.850 | - | - | 3,000 | - |",
-        "| `floor` | 3.1 | -15.98 | - | - | - | - | - | 144 | - |",
+        "| `floor` | 3.10 | -16.0 | - | - | - | - | - | 144 | - |",
         "| `another` | - | - | - | - | - | - | - | - | - |",
     ]
     assert lines[-1] == (
@@ -270,10 +271,47 @@ def test_intervals_stand_beside_the_figures_from_their_farther_end():
     assert "intervals 95 %, over samples or held-out images, not over seeds" in lines[-1]
 
 
-def shown(rows) -> str:
+@pytest.mark.parametrize(
+    ("value", "ends", "expected"),
+    [
+        (0.000312, [0.000291, 0.000333], ("0.000312", "0.000291", "0.000333", "0.000021")),
+        (1.234e-9, [1.1e-9, 1.5e-9], ("1.23e-09", "1.10e-09", "1.50e-09", "2.66e-10")),
+        (5.432, [5.1, 5.7], ("5.43", "5.10", "5.70", "0.33")),
+        (1332.56, [1299.66, 1365.46], ("1332.6", "1299.7", "1365.5", "32.9")),
+        (17.4, [17.37, 17.42], ("17.40", "17.37", "17.42", "0.03")),
+        (0.0, [0.0, 0.0004], ("0.0000", "0.0000", "0.0004", "0.0004")),
+        (0.0, None, ("0.0", "", "", "")),
+        (None, None, ("-", "", "", "")),
+    ],
+)
+def test_every_scale_of_features_has_significant_digits(value, ends, expected):
+    row = {"fd": value, "intervals": {"fd": ends} if ends else {}}
+    assert metric_text(row, "fd") == expected
+    results = {**RESULTS, "rows": {"mle": {**row, "n": 3000}}}
+    if value is not None:
+        text = f"{expected[0]} ±{expected[3]}" if ends else expected[0]
+        assert f"| `mle` | {text} |" in results_markdown(results) and text in shown(results["rows"])
+
+
+def test_columns_of_your_own_follow_with_their_meaning():
+    row = {"fd": 3.0, "brightness": 0.012345, "intervals": {"brightness": [0.0121, 0.0126]}}
+    results = {**RESULTS, "rows": {"mle": row}, "metrics": {"brightness": "mean of all pixels", "unused": ""}}
+    lines = results_markdown(results).splitlines()
+    assert lines[0] == "| row | FD | brightness |" and lines[2] == "| `mle` | 3.00 | 0.0123 ±0.0003 |"
+    assert "brightness: mean of all pixels" in lines[-1] and "unused" not in lines[-1]
+    assert any(line.split() == ["mle", "3.00", "0.0123"] for line in shown(**results).splitlines())
+
+
+def test_the_caption_says_how_many_held_out_images_there_were():
+    results = {**RESULTS, "held_out": {"test": 2000, "new_people": 40}}
+    assert "NLL of 2,000 and 40 images" in results_markdown(results)
+    assert "NLL of" not in results_markdown(RESULTS)
+
+
+def shown(rows, **more) -> str:
     """The table on a terminal of 80 columns."""
     console = Console(width=80, record=True, file=io.StringIO())
-    console.print(results_table({**RESULTS, "rows": rows}))
+    console.print(results_table({**RESULTS, **more, "rows": rows}))
     text = console.export_text()
     assert "…" not in text and max(map(len, text.splitlines())) <= 80
     return text

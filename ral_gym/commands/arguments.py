@@ -13,7 +13,7 @@ import tyro
 from ral_gym.config import SECTIONS, Config, RALConfig
 from ral_gym.errors import ConfigError
 from ral_gym.presets import PRESETS, get_preset
-from ral_gym.registry import allow_given, load_plugins
+from ral_gym.registry import EXTRACTORS, METRICS, allow_given, load_plugins
 
 Stage = Literal["vqvae", "prior", "ral", "evaluate"]
 STAGES: tuple[Stage, ...] = ("vqvae", "prior", "ral", "evaluate")
@@ -280,6 +280,9 @@ def _complete(arguments: TrainArguments, base: Config) -> TrainArguments:
         config = dataclasses.replace(config, ral=dataclasses.replace(config.ral, algo=arguments.algo))
     config.check()
     config = dataclasses.replace(config, ral=_own_section(config.ral, base.ral))
+    EXTRACTORS.check(config.evaluation.extractor)
+    for name in config.evaluation.metrics:
+        METRICS.check(name)
     if not arguments.stages:
         raise ConfigError(f"--stages names no stage: give one or more of {' '.join(STAGES)}")
     if arguments.gradient_accumulation < 1:

@@ -66,7 +66,7 @@ def train(arguments: TrainArguments, console: Console) -> dict[str, Any]:
     from ral_gym.runs.run import Run
     from ral_gym.runs.storage import load_json
     from ral_gym.stages.common import resolve_device
-    from ral_gym.stages.evaluate import check_extractor
+    from ral_gym.stages.evaluate import check_measuring
     from ral_gym.stages.processes import process_index
 
     config, stages = arguments.config, arguments.stages
@@ -83,7 +83,7 @@ def train(arguments: TrainArguments, console: Console) -> dict[str, Any]:
         return report(run, load_json(run.file("results.json")), console)
     _check_stages(run, stages)
     if "evaluate" in stages:
-        check_extractor(run)
+        check_measuring(run)
     with run.locked() if process_index() == 0 else nullcontext():
         return _run_stages(Pipeline(run, device, arguments, console), stages, console)
 

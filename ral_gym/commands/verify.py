@@ -24,7 +24,7 @@ from ral_gym.errors import ConfigError, RunError
 from ral_gym.runs.run import Run
 from ral_gym.runs.storage import load_json
 from ral_gym.stages.common import resolve_device
-from ral_gym.stages.evaluate import check_extractor, load_priors, measure, results_of
+from ral_gym.stages.evaluate import check_measuring, load_priors, measure, results_of
 from ral_gym.stages.generator_metrics import MEASUREMENT, GeneratorMetrics
 from ral_gym.stages.levels import load_vqvae
 from ral_gym.tokenizers.code_set import CodeSet
@@ -101,7 +101,7 @@ def verify_run(arguments: VerifyArguments, console: Console) -> Comparison:
     saved = flat_rows(results, run)
     if unknown := [name for name in arguments.rows if name not in saved]:
         raise RunError(f"{run.path} has no row {', '.join(unknown)}: choose among {', '.join(saved)}")
-    check_extractor(run)
+    check_measuring(run)
     vqvae, priors = load_vqvae(run, device), load_priors(run, device)
     codes = CodeSet.load(run.file("codes.safetensors"), vqvae.grid)
     images = load_images(run.config.data, seed=run.config.seed, progress=not arguments.quiet)

@@ -1,9 +1,10 @@
 """Features of images: what the Frechet distance and KID are computed on.
 
-An extractor is an `nn.Module` with `name`, `num_features` and `device`; it maps uint8 images (B, C, S, S) to float32
-(B, num_features). The paper reports FID, the Frechet distance on Inception-v3 features (Heusel et al. 2017). Those
-weights have to be downloaded, so the default here is `lite0`, an ImageNet network whose weights are a Python package.
-Figures of different extractors must never be compared: every result carries its extractor's name.
+An extractor maps uint8 images (B, C, S, S) to float32 (B, num_features): a class or a function that is registered in
+`ral_gym.registry.EXTRACTORS` or named as ``module:Class``. The package's own come by the same door. The paper reports
+FID, the Frechet distance on Inception-v3 features (Heusel et al. 2017). Those weights have to be downloaded, so the
+default here is `lite0`, an ImageNet network whose weights are a Python package. Numbers of different extractors must
+never be compared: every result carries its extractor's name.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ral_gym.errors import ConfigError
+from ral_gym.registry import EXTRACTORS
 
 Images = Tensor | np.ndarray | Iterable[Tensor]
 """uint8 images: one tensor or array (N, C, S, S), or an iterable of batches of them."""
@@ -164,26 +166,72 @@ class EncoderFeatures(nn.Module):
         return features.flatten(2).mean(2).float() if features.dim() > 2 else features.float()  # (B, F)
 
 
-def make_extractor(name: str, encoder: Extractor | None = None, device: str | torch.device = "cpu") -> Extractor:
-    """Build the extractor called `lite0`, `inception` or `encoder`.
+class NamedFeatures(nn.Module):
+    """An extractor of your own under the name that the configuration gives it.
 
     Args:
-        name: which one.
-        encoder: the extractor to use for `encoder`; the other two ignore it.
-        device: where `lite0` and `inception` run. An encoder stays where it is.
+        name: goes into every result.
+        part: maps uint8 images (B, C, S, S) to floats (B, F): a function, or an object such as an `nn.Module`, which
+            is put into evaluation mode. It gets the images on its `device`, if it has one, else where its weights are.
+    """
+
+    def __init__(self, name: str, part: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.name, self.part = name, part
+        self.num_features = int(getattr(part, "num_features", 0))
+        self.eval()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the images have to be."""
+        weights = next(self.parameters(), None)
+        default = torch.device("cpu") if weights is None else weights.device
+        return torch.device(getattr(self.part, "device", default))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images uint8 (B, C, S, S) -> (B, num_features) float32.
+
+        Raises:
+            ConfigError: the part gives something else.
+        """
+        features = self.part(images)
+        if not isinstance(features, Tensor) or features.dim() != 2 or len(features) != len(images):
+            given = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+            raise ConfigError(f"extractor {self.name} gives {given} for {len(images)} images: give ({len(images)}, F)")
+        self.num_features = self.num_features or features.shape[1]
+        if features.shape[1] != self.num_features:
+            raise ConfigError(
+                f"extractor {self.name} gives {features.shape[1]} features, but {self.num_features} before: give the "
+                "same number for every image"
+            )
+        return features.float()
+
+
+def make_extractor(name: str, encoder: Extractor | None = None, device: str | torch.device = "cpu") -> Extractor:
+    """Build an extractor: `lite0`, `inception`, `encoder`, `pyramid`, a registered one, or your own ``module:Class``.
+
+    Args:
+        name: which one. A class is called without arguments; a function is the extractor itself.
+        encoder: the extractor to use for `encoder`; the others ignore it.
+        device: where its weights go. An encoder stays where it is.
 
     Raises:
-        ConfigError: the name is unknown, `encoder` is missing, or what the extractor needs is not installed.
+        ConfigError: the name is unknown, `encoder` is missing, what the extractor needs is not installed, or it cannot
+            be made without arguments.
     """
-    if name == "lite0":
-        return Lite0Features().to(device)
-    if name == "inception":
-        return InceptionFeatures().to(device)
-    if name != "encoder":
-        raise ConfigError(f"unknown extractor {name!r}: choose lite0, inception or encoder")
-    if encoder is None:
-        raise ConfigError("extractor encoder needs a trained VQ-VAE: train one first, or choose lite0")
-    return encoder
+    part = EXTRACTORS.get(name)
+    if part is EncoderFeatures:
+        if encoder is None:
+            raise ConfigError("extractor encoder needs a trained VQ-VAE: train one first, or choose lite0")
+        return encoder
+    if isinstance(part, type):
+        try:
+            part = part()
+        except TypeError as error:
+            raise ConfigError(f"extractor {name} cannot be made without arguments: {_line(error)}") from error
+    built_in = getattr(part, "name", None) == name and hasattr(part, "num_features") and hasattr(part, "device")
+    extractor = part if built_in and isinstance(part, nn.Module) else NamedFeatures(name, part)
+    return extractor.to(device)  # type: ignore[return-value]
 
 
 @torch.no_grad()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich import box
 from rich.table import Table
@@ -22,25 +23,41 @@ ROWS = (
     "reconstruction",
     "floor",
 )
+
+
+class Column(NamedTuple):
+    """A column of the table.
+
+    Attributes:
+        heading: may be broken by line breaks.
+        decimals: at least so many; None: whole numbers.
+        significant: as many decimals as three significant digits need: for metrics whose scale is the extractor's.
+    """
+
+    heading: str
+    decimals: int | None = 0
+    significant: bool = False
+
+
 COLUMNS = {
-    "fd": ("FD", ".1f"),
-    "kid": ("KID", ""),
-    "precision": ("preci-\nsion", ".3f"),
-    "recall": ("re-\ncall", ".3f"),
-    "density": ("den-\nsity", ".3f"),
-    "coverage": ("cover-\nage", ".3f"),
-    "memorisation": ("mem-\nory", ".2f"),
-    "memorisation_near": ("near\ncopies", ".3f"),
-    "memorisation_new_people": ("memory\nnew", ".2f"),
-    "nll_test": ("NLL\ntest", ".3f"),
-    "nll_new_people": ("NLL\nnew", ".3f"),
-    "entropy": ("en-\ntropy", ".3f"),
-    "diversity": ("diver-\nsity", ".3f"),
-    "samples_per_kept": ("cost", ".1f"),
-    "n": ("n", ",d"),
-    "temperature": ("T", ".2f"),
+    "fd": Column("FD", 1, significant=True),
+    "kid": Column("KID", 0, significant=True),
+    "precision": Column("preci-\nsion", 3),
+    "recall": Column("re-\ncall", 3),
+    "density": Column("den-\nsity", 3),
+    "coverage": Column("cover-\nage", 3),
+    "memorisation": Column("mem-\nory", 2),
+    "memorisation_near": Column("near\ncopies", 3),
+    "memorisation_new_people": Column("memory\nnew", 2),
+    "nll_test": Column("NLL\ntest", 3),
+    "nll_new_people": Column("NLL\nnew", 3),
+    "entropy": Column("en-\ntropy", 3),
+    "diversity": Column("diver-\nsity", 3),
+    "samples_per_kept": Column("cost", 1),
+    "n": Column("n", None),
+    "temperature": Column("T", 2),
 }
-"""Figure -> its heading, which may be broken, and its format."""
+"""Metric -> its column; columns of your own (`evaluation.metrics`) follow these."""
 MEANINGS = {
     "memorisation": (
         "memory: how often a sample is nearer to a training image than a held-out image is, 0.5 where they are alike, "
@@ -53,28 +70,37 @@ MEANINGS = {
     "samples_per_kept": "cost: samples drawn per sample kept",
 }
 """Column -> what the caption says of it."""
+OWN = Column("", 0, significant=True)
+"""Every column of your own; its heading is its name."""
+MOST_DECIMALS = 6
+"""Numbers that need more are written as 1.23e-07."""
 WIDTH = 80
 """Columns of the narrowest terminal that the table fits."""
-FIRST = ("fd", "recall", "memorisation", "nll_test", "entropy", "temperature")
-"""What the terminal always shows; FD with its interval."""
-THEN = ("nll_new_people", "kid", "precision", "diversity", "samples_per_kept", "coverage", "density")
-"""What it shows as well while there is room, the most wanted first."""
+FIRST = "fd"
+"""What the terminal always shows, with its interval; then come columns of your own."""
+THEN = (
+    *("recall", "memorisation", "nll_test", "entropy", "temperature"),
+    *("nll_new_people", "kid", "precision", "diversity", "samples_per_kept", "coverage", "density"),
+)
+"""What it shows while there is room, the most wanted first."""
 
 
 def results_table(results: Mapping[str, Any]) -> Table:
     """The results as a table for the terminal: as many of the columns as 80 characters hold.
 
     Args:
-        results: what `results.json` holds: `rows` (name -> figures), `extractor`, `n_samples`, `seed`, `seconds`.
-            Figures that are missing or None are shown as "-", a column without any is left out.
+        results: what `results.json` holds: `rows` (name -> metrics), `extractor`, `n_samples`, `seed`, `seconds`.
+            Metrics that are missing or None are shown as "-", a column without any is left out.
     """
     names, known = row_names(results), columns_of(results)
+    own = [key for key in known if key not in COLUMNS]
     cells = {key: [_cell(results["rows"][name], key, with_interval=key == "fd") for name in names] for key in known}
-    widths = {key: max(map(len, [*COLUMNS[key][0].split("\n"), *column])) + 1 for key, column in cells.items()}
+    headings = {key: _heading(key) if key in COLUMNS else _heading(key).replace(" ", "\n") for key in known}
+    widths = {key: max(map(len, [*headings[key].split("\n"), *column])) + 1 for key, column in cells.items()}
     room = WIDTH - max(map(len, [*names, "row"]))
     shown = []
-    for key in (*FIRST, *THEN):
-        if key in known and (key in FIRST or widths[key] <= room):
+    for key in (FIRST, *own, *THEN):
+        if key in known and (key == FIRST or widths[key] <= room):
             shown.append(key)
             room -= widths[key]
     style: dict[str, Any] = {"box": box.SIMPLE_HEAD, "padding": 0, "show_edge": False, "pad_edge": False}
@@ -82,14 +108,14 @@ def results_table(results: Mapping[str, Any]) -> Table:
     table.add_column("row", justify="left", no_wrap=True)
     shown = [key for key in known if key in shown]
     for key in shown:
-        table.add_column(COLUMNS[key][0], justify="right", no_wrap=True)
+        table.add_column(headings[key], justify="right", no_wrap=True)
     for number, name in enumerate(names):
         table.add_row(name, *(cells[key][number] for key in shown))
     return table
 
 
 def results_markdown(results: Mapping[str, Any]) -> str:
-    """All columns that have a figure as Markdown, each figure with its interval, and the caption below."""
+    """All columns that have a number as Markdown, each with its interval, and the caption below."""
     keys = columns_of(results)
     lines = [
         "| row | " + " | ".join(map(heading, keys)) + " |",
@@ -103,24 +129,30 @@ def results_markdown(results: Mapping[str, Any]) -> str:
 
 
 def results_caption(results: Mapping[str, Any], keys: Sequence[str] | None = None) -> str:
-    """What the figures were measured with: extractor, sample count, seed, time; what they and the intervals are.
+    """What the metrics were measured with: extractor, sample count, seed, time; what they and the intervals are.
 
     Args:
         results: as for `results_table`.
-        keys: the columns that are shown; None: all that have a figure.
+        keys: the columns that are shown; None: all that have a number.
     """
     keys, rows = columns_of(results) if keys is None else keys, results["rows"]
     others = {name: row["n"] for name, row in rows.items() if row.get("n") not in (None, results.get("n_samples"))}
-    fewer = ", ".join(f"{name} {number_text(n, ',d')}" for name, n in others.items())
-    kinds = " and ".join(COLUMNS[key][0] for key in ("fd", "kid") if key in keys)
+    fewer = ", ".join(f"{name} {number_text(n)}" for name, n in others.items())
+    kinds = " and ".join(COLUMNS[key].heading for key in ("fd", "kid") if key in keys)
+    own = {key: words for key, words in results.get("metrics", {}).items() if key in keys}
     parts = [
-        f"{kinds or 'Figures'} on {results.get('extractor', '-')} features",
-        f"{number_text(results.get('n_samples'), ',d')} samples per generator{f' ({fewer})' if fewer else ''}",
+        f"{kinds or 'Metrics'} on {results.get('extractor', '-')} features",
+        f"{number_text(results.get('n_samples'))} samples per generator{f' ({fewer})' if fewer else ''}",
         *(words for key, words in MEANINGS.items() if key in keys),
+        *(f"{key}: {words}" for key, words in own.items() if words),
     ]
+    counts = {"nll_test": "test", "nll_new_people": "new_people"}
+    n_held_out = [number_text(results.get("held_out", {}).get(of)) for key, of in counts.items() if key in keys]
+    if n_held_out and "held_out" in results:
+        parts.append(f"NLL of {' and '.join(n_held_out)} images")
     if any(interval(row, key) for row in rows.values() for key in keys):
         parts.append("intervals 95 %, over samples or held-out images, not over seeds")
-    parts.append(f"seed {number_text(results.get('seed'), 'd')}")
+    parts.append(f"seed {'-' if results.get('seed') is None else format(results['seed'], 'd')}")
     if results.get("seconds"):
         parts.append(f"{sum(results['seconds'].values()):,.0f} s in all")
     return "; ".join(parts) + "."
@@ -128,13 +160,17 @@ def results_caption(results: Mapping[str, Any], keys: Sequence[str] | None = Non
 
 def heading(key: str) -> str:
     """A column's heading on one line."""
-    return COLUMNS[key][0].replace("-\n", "").replace("\n", " ")
+    return _heading(key).replace("-\n", "").replace("\n", " ")
+
+
+def _heading(key: str) -> str:
+    return COLUMNS[key].heading if key in COLUMNS else key.replace("_", " ")
 
 
 def columns_of(results: Mapping[str, Any]) -> list[str]:
-    """The columns in which some row has a figure."""
+    """The columns in which some row has a number: the table's own, and those of `evaluation.metrics`."""
     rows = results["rows"].values()
-    return [key for key in COLUMNS if any(row.get(key) is not None for row in rows)]
+    return [key for key in (*COLUMNS, *results.get("metrics", {})) if any(row.get(key) is not None for row in rows)]
 
 
 def row_names(results: Mapping[str, Any]) -> list[str]:
@@ -144,31 +180,55 @@ def row_names(results: Mapping[str, Any]) -> list[str]:
 
 
 def interval(row: Mapping[str, Any], key: str) -> tuple[float, float] | None:
-    """The 95 % interval of a figure: in `intervals`, or beside the value as an estimate's `low` and `high`."""
+    """The 95 % interval of a metric: in `intervals`, or beside the value as an estimate's `low` and `high`."""
     value = row.get(key)
     ends = (value["low"], value["high"]) if isinstance(value, Mapping) else row.get("intervals", {}).get(key)
     return None if ends is None else (float(ends[0]), float(ends[1]))
 
 
-def number_text(value: float | None, spec: str) -> str:
-    """A figure as text; "-" where there is none. Without a format: KID, whose scale depends on the extractor."""
+class Text(NamedTuple):
+    """A metric as text: its value ("-" where there is none), the ends and half the width of its interval."""
+
+    value: str
+    low: str = ""
+    high: str = ""
+    half: str = ""
+
+
+def metric_text(row: Mapping[str, Any], key: str) -> Text:
+    """How every table, in the terminal, in Markdown and in the report, writes a metric.
+
+    Value and interval have equally many decimals: where the column asks for significant digits, three of the value and
+    at least one of the interval, so that no scale of features reads 0.0. Half the width is to the farther end.
+    """
+    value, ends = row.get(key), interval(row, key)
+    value = value["value"] if isinstance(value, Mapping) else value
+    if value is None:
+        return Text("-")
+    column, decimals = COLUMNS.get(key, OWN), COLUMNS.get(key, OWN).decimals
+    numbers = [value] if ends is None else [value, *ends, max(value - ends[0], ends[1] - value)]
+    if decimals is not None and column.significant:
+        decimals = max(decimals, _decimals(value, 3), _decimals(numbers[-1], 1))
+    return Text(*(number_text(number, decimals) for number in numbers))
+
+
+def number_text(value: float | None, decimals: int | None = None) -> str:
+    """A number with so many decimals, None: a whole number; "-" where there is none."""
     if value is None:
         return "-"
-    if not spec:
-        spec = ".4f" if abs(value) < 1 else ".2f" if abs(value) < 100 else ",.0f"
-    return format(value, spec)
+    if decimals is None:
+        return f"{value:,d}"
+    if decimals > MOST_DECIMALS:
+        return f"{value:.2e}" if value else "0"
+    return f"{value:.{decimals}f}" if decimals else f"{value:,.0f}"
 
 
-def figure_text(row: Mapping[str, Any], key: str) -> str:
-    """A figure without its interval."""
-    value = row.get(key)
-    return number_text(value["value"] if isinstance(value, Mapping) else value, COLUMNS[key][1])
+def _decimals(value: float, digits: int) -> int:
+    """Decimals that show so many significant digits."""
+    return digits - 1 - math.floor(math.log10(abs(value))) if value and math.isfinite(value) else 0
 
 
 def _cell(row: Mapping[str, Any], key: str, with_interval: bool) -> str:
-    """A figure, and with its interval where it has one: 17.4 ±1.2, from the farther end."""
-    text, ends = figure_text(row, key), interval(row, key)
-    if not with_interval or ends is None:
-        return text
-    value = row[key]["value"] if isinstance(row[key], Mapping) else row[key]
-    return f"{text} ±{number_text(max(value - ends[0], ends[1] - value), COLUMNS[key][1])}"
+    """A metric, and with its interval where it has one: 17.4 ±1.2."""
+    text = metric_text(row, key)
+    return f"{text.value} ±{text.half}" if with_interval and text.half else text.value

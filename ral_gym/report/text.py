@@ -13,10 +13,9 @@ from ral_gym.errors import RunError
 from ral_gym.metrics.table import (
     COLUMNS,
     columns_of,
-    figure_text,
     heading,
     interval,
-    number_text,
+    metric_text,
     results_caption,
     row_names,
 )
@@ -136,10 +135,10 @@ def _cells(row: Mapping[str, Any], keys: list[str]) -> list[str]:
     """A row's figures, each above its interval if it has one."""
     cells = []
     for key in keys:
-        text, ends = escape(figure_text(row, key)), interval(row, key)
-        if ends is not None:
-            text += f"<small>{' to '.join(escape(number_text(end, COLUMNS[key][1])) for end in ends)}</small>"
-        cells.append(text)
+        text = metric_text(row, key)
+        cells.append(
+            escape(text.value) + (f"<small>{escape(text.low)} to {escape(text.high)}</small>" if text.low else "")
+        )
     return cells
 
 

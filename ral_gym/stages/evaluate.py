@@ -19,6 +19,7 @@ from ral_gym.data.images import ImageSet
 from ral_gym.errors import DataError, RunError
 from ral_gym.metrics import make_extractor
 from ral_gym.metrics.distances import MINIMUM_IMAGES
+from ral_gym.metrics.own import own_metrics
 from ral_gym.priors.base import Prior, config_of, load_prior
 from ral_gym.rewards.critic import PatchCritic
 from ral_gym.rewards.score_map import CriticScorer
@@ -33,7 +34,7 @@ from ral_gym.stages.rejection import critic_judge
 from ral_gym.tokenizers.code_set import CodeSet
 from ral_gym.tokenizers.vqvae import VQVAE
 
-__all__ = ["ROW_FILES", "SWEPT", "check_extractor", "check_images", "evaluate", "measure", "results_of"]
+__all__ = ["ROW_FILES", "SWEPT", "check_images", "check_measuring", "evaluate", "measure", "results_of"]
 
 STAGE = "evaluation"
 PARTIAL = "checkpoints/evaluation.json"
@@ -226,16 +227,21 @@ def results_of(run: Run, evaluation: GeneratorMetrics, rows: dict[str, dict[str,
             "held_out": {name: len(codes) for name, codes in evaluation.held_out.items()},
         }
     )
-    return {
-        "rows": named,
-        "sweeps": sweeps,
-        "checkpoints": [{"updates": updates, **after[updates]} for updates in sorted(after)],
-        "extractor": evaluation.extractor.name,
-        "reference": "decoded training codes",
-        "n_samples": evaluation.n_samples,
-        "seed": run.config.seed,
-        "preset": run.config.preset,
-    } | rule
+    own = {metric.key: metric.meaning for metric in evaluation.own_metrics}
+    return (
+        {
+            "rows": named,
+            "sweeps": sweeps,
+            "checkpoints": [{"updates": updates, **after[updates]} for updates in sorted(after)],
+            "extractor": evaluation.extractor.name,
+            "reference": "decoded training codes",
+            "n_samples": evaluation.n_samples,
+            "seed": run.config.seed,
+            "preset": run.config.preset,
+        }
+        | rule
+        | ({"metrics": own} if own else {})
+    )
 
 
 def check_images(images: ImageSet) -> None:
@@ -252,11 +258,12 @@ def check_images(images: ImageSet) -> None:
         )
 
 
-def check_extractor(run: Run) -> None:
-    """Fail before hours of training, not after, where the evaluation's extractor cannot be had.
+def check_measuring(run: Run) -> None:
+    """Fail before hours of training, not after, where the evaluation's extractor or own metrics cannot be had.
 
     Raises:
-        ConfigError: what to install or where to put the weights.
+        ConfigError: what to install, where to put the weights, or which plug-in to name.
     """
+    own_metrics(run.config.evaluation.metrics)
     if run.config.evaluation.extractor != "encoder":
         make_extractor(run.config.evaluation.extractor)

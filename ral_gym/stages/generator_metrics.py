@@ -42,6 +42,7 @@ from ral_gym.metrics import (
 )
 from ral_gym.metrics.distances import kid_subset_size
 from ral_gym.metrics.neighbourhood import FIGURES
+from ral_gym.metrics.own import measure_own, own_metrics
 from ral_gym.priors.base import Prior
 from ral_gym.runs.run import Run
 from ral_gym.stages.pictures import sample_codes
@@ -89,6 +90,7 @@ class GeneratorMetrics:
         held_out: the held-out codes behind the NLLs, by set: `test` and, where there are any, `new_people`.
 
     Raises:
+        ConfigError: the extractor or a metric of one's own cannot be had.
         RunError: an unknown version of the rule.
     """
 
@@ -109,6 +111,7 @@ class GeneratorMetrics:
         self.run, self.vqvae, self.codes, self.images, self.device = run, vqvae, codes, images, device
         self.measurement = measurement
         config = run.config.evaluation
+        self.own_metrics = own_metrics(config.metrics)
         self.n_samples, self.seed = config.n_samples, run.config.seed * 1000 + 6
         self.batch_size = max(1, LOGITS_PER_PASS // (vqvae.grid.n_codes * vqvae.codebook_size))
         encoder = EncoderFeatures(vqvae.encode_features, vqvae.num_features)
@@ -170,12 +173,15 @@ class GeneratorMetrics:
 
     def distances(self, codes: Tensor) -> Row:
         """How far samples (N, T) are from the decoded training codes, the training images, and memorised ones."""
-        features = extract(self.extractor, decode_codes(self.vqvae, codes))  # (N, F)
+        images = decode_codes(self.vqvae, codes)  # (N, C, S, S)
+        features = extract(self.extractor, images)  # (N, F)
         row = self._against(self.distance.features, features)
         real = self._against(self.real_distance, features)
         row |= {f"{name}_real": real[name] for name in ("fd", "kid")}
         row["intervals"] |= {f"{name}_real": ends for name, ends in real["intervals"].items()}
-        for part in (self._neighbours(self.neighbourhood, features), self._memorised(features)):
+        generated = {"images": images, "codes": codes, "features": features}
+        own = measure_own(self.own_metrics, generated, self._reference(), self.seed)
+        for part in (self._neighbours(self.neighbourhood, features), self._memorised(features), own):
             row["intervals"] |= part.pop("intervals")
             row |= part
         return row
@@ -193,8 +199,17 @@ class GeneratorMetrics:
         name = self.extractor.name
         floor = self._against(FeatureDistance(first, extractor=name, seed=self.seed), second)
         near = self._neighbours(Neighbourhood(first, extractor=name), second)
-        floor["intervals"] |= near.pop("intervals")
-        return {"reconstruction": self._against(self.real_distance, rebuilt), "floor": floor | near}
+        halves = [{sees: part[half] for sees, part in self._reference().items()} for half in order.chunk(2)]
+        own = measure_own(self.own_metrics, halves[1], halves[0], self.seed)
+        for part in (near, own):
+            floor["intervals"] |= part.pop("intervals")
+            floor |= part
+        return {"reconstruction": self._against(self.real_distance, rebuilt), "floor": floor}
+
+    def _reference(self) -> dict[str, Tensor]:
+        """The reference as each metric of your own wants to see it."""
+        codes = torch.from_numpy(self.codes.train[self._order[: self.n_samples]]).long()  # (M, T)
+        return {"images": self.reference, "codes": codes, "features": self.distance.features.reference.float()}
 
     def other_codes(self, n: int) -> Tensor:
         """Codes (N, T) int64 of up to n images that the reference does not hold: training ones, else held-out ones."""
