@@ -12,17 +12,24 @@ from typing import Any
 
 import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.logger import KVWriter
+from stable_baselines3.common.logger import KVWriter, TensorBoardOutputFormat
+from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from ral_gym.agents.rewards.composite import CompositeReward
 from ral_gym.agents.rewards.critic_callback import CriticCallback
 from ral_gym.agents.vec_env import unwrap_code_env
 from ral_gym.rewards.distribution import DISTRIBUTION_TERMS
+from ral_gym.runs.event_log import open_event_log
 from ral_gym.runs.run import Run
-from ral_gym.stages.common import Clock, WeightAverage, check_weights
+from ral_gym.stages.common import Clock, WeightAverage, check_weights, restore_optimizer
 
 STAGE = "ral"
+
+
+def numbers_in(logged: dict[str, Any]) -> dict[str, float]:
+    """The numbers among what was logged; pictures and texts are left out."""
+    return {name: float(value) for name, value in logged.items() if isinstance(value, int | float | np.number)}
 
 
 class RunWriter(KVWriter):
@@ -38,11 +45,53 @@ class RunWriter(KVWriter):
 
     def write(self, key_values: dict[str, Any], key_excluded: dict[str, tuple[str, ...]], step: int = 0) -> None:
         """One line of the numbers; pictures and other things are left out."""
-        numbers = {k: float(v) for k, v in key_values.items() if isinstance(v, int | float | np.number)}
-        self.run.log(STAGE, self.step(), numbers)
+        self.run.log(STAGE, self.step(), numbers_in(key_values))
 
     def close(self) -> None:
         """Nothing is kept open."""
+
+
+class RunEventLog(KVWriter):
+    """An SB3 log output that adds to the run's TensorBoard log, opened at the first thing to write.
+
+    Args:
+        run: the run folder.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self._output: _EventOutput | None = None
+
+    def _opened(self, step: int) -> _EventOutput:
+        """The output; what a stopped sitting wrote from `step` on is dropped when it is opened."""
+        if self._output is None:
+            self._output = _EventOutput(open_event_log(self.run.path, STAGE, step - 1))
+        return self._output
+
+    def write(self, key_values: dict[str, Any], key_excluded: dict[str, tuple[str, ...]], step: int = 0) -> None:
+        """Numbers and pictures, as SB3's own TensorBoard output writes them."""
+        self._opened(step).write(key_values, key_excluded, step)
+
+    def add_picture(self, tag: str, picture: np.ndarray, step: int) -> None:
+        """Add a picture (C, H, W) uint8 at once, not with the next numbers: a checkpoint may come before those."""
+        self._opened(step).writer.add_image(tag, picture, step)
+
+    def flush(self) -> None:
+        """Hand everything to the system, so that a checkpoint is not ahead of the log."""
+        if self._output is not None:
+            self._output.writer.flush()
+
+    def close(self) -> None:
+        """Close the file, if there is one."""
+        if self._output is not None:
+            self._output.close()
+
+
+class _EventOutput(TensorBoardOutputFormat):
+    """SB3's output, on a writer that is there."""
+
+    def __init__(self, writer: SummaryWriter) -> None:
+        self.writer, self._is_closed = writer, False
 
 
 class RunCallback(BaseCallback):
@@ -94,6 +143,8 @@ class RunCallback(BaseCallback):
         self.reward.load_state_dict(state["critic"])
         for name, tie in self._ties.items():
             tie.load_state_dict(state["ties"][name])
+        for name, value in state.get("logged", {}).items():
+            self.logger.record(str(name), float(value))
 
     def _init_callback(self) -> None:
         if self.average is None:
@@ -124,9 +175,9 @@ class RunCallback(BaseCallback):
         if self.keep_average is not None and self.updates in self._stations:
             self.keep_average(self.updates)
         if self.updates % self.checkpoint_every == 0 and self.updates < self.total_updates:
-            self.save()
             if self.draw_samples is not None:
                 self.draw_samples(self.updates)
+            self.save()
 
     def _shown(self) -> dict[str, str]:
         """What the progress bar says: the critic's reward and AUC, and how far the images' distribution is off."""
@@ -151,6 +202,9 @@ class RunCallback(BaseCallback):
 
     def save(self) -> None:
         """Write the checkpoint that a continued run starts from."""
+        for output in self.logger.output_formats:
+            if isinstance(output, RunEventLog):
+                output.flush()
         self.run.save_checkpoint(STAGE, self.state_dict())
         self._clock.book()
 
@@ -174,6 +228,8 @@ class RunCallback(BaseCallback):
             "last_episode_starts": model._last_episode_starts,
             "num_timesteps": model.num_timesteps,
             "n_updates": model._n_updates,
+            # What the update logged is written with the next rollout's numbers.
+            "logged": numbers_in(self.logger.name_to_value),
             "time": time.time(),
         }
 
@@ -181,13 +237,15 @@ class RunCallback(BaseCallback):
 def restore_model(model: Any, state: dict[str, Any]) -> None:
     """Put an algorithm, its policy, its buffer and its environment back to where a checkpoint was taken."""
     model.policy.load_state_dict(state["policy"])
-    model.policy.optimizer.load_state_dict(state["optimizer"])
+    restore_optimizer(model.policy.optimizer, state["optimizer"])
     model.rollout_buffer.load_state_dict(state["buffer"])
     env = unwrap_code_env(model.env)
     assert env is not None
     env.core.load_state_dict(state["env"])
-    model._last_obs = np.array(state["last_obs"])
-    model._last_episode_starts = np.array(state["last_episode_starts"])
+    last_obs, starts = np.array(state["last_obs"]), np.array(state["last_episode_starts"])
+    if last_obs.shape != (env.num_envs, *(env.observation_space.shape or ())) or starts.shape != (env.num_envs,):
+        raise ValueError(f"observations of shape {last_obs.shape} for {env.num_envs} environments")
+    model._last_obs, model._last_episode_starts = last_obs, starts
     model.num_timesteps = state["num_timesteps"]
     model._n_updates = state["n_updates"]
     model._current_progress_remaining = state.get("progress_remaining", 1.0)  # versions before did not need it

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList
-from stable_baselines3.common.logger import Image, Logger, TensorBoardOutputFormat
+from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 
 from ral_gym.agents.algorithm import check_stage, find_algorithm
-from ral_gym.agents.callbacks import STAGE, RunCallback, RunWriter, restore_model
+from ral_gym.agents.callbacks import STAGE, RunCallback, RunEventLog, RunWriter, restore_model
 from ral_gym.agents.policy import PixelCNNPolicy, PriorWeights
 from ral_gym.agents.rewards.co_trained_critic import CoTrainedCritic
 from ral_gym.agents.rewards.composite import CompositeReward
@@ -140,7 +140,7 @@ def make_stage(
         run,
         reward_callback,
         config.n_updates,
-        draw_samples=lambda updates: _draw_samples(run, model, vqvae, updates),
+        draw_samples=lambda updates: _draw_samples(run, model, vqvae, updates, board),
         keep_average=lambda updates: _save_average(
             run, model, run_callback, f"checkpoints/policy_ema_{updates:05d}.safetensors"
         ),
@@ -148,9 +148,8 @@ def make_stage(
         checkpoint_every=config.checkpoint_every,
         ties=ties,
     )
-    writer = RunWriter(run, lambda: run_callback.updates)
-    tensorboard = TensorBoardOutputFormat(str(run.file("tensorboard")))
-    model.set_logger(Logger(None, [tensorboard, writer]))
+    board, writer = RunEventLog(run), RunWriter(run, lambda: run_callback.updates)
+    model.set_logger(Logger(None, [board, writer]))
     return Stage(model, critic, reward_callback, run_callback, ties)
 
 
@@ -218,8 +217,9 @@ def _restore(run: Run, stage: Stage) -> bool:
     stage.callbacks.init_callback(stage.model)
     if state is None:
         return False
-    restore_model(stage.model, state)
-    stage.run_callback.restore(state)
+    with run.restoring(STAGE):
+        restore_model(stage.model, state)
+        stage.run_callback.restore(state)
     return True
 
 
@@ -248,7 +248,7 @@ def _save_average(run: Run, model: OnPolicyAlgorithm, run_callback: RunCallback,
     save_prior(run.file(name), policy.prior, weights, updates=run_callback.updates)
 
 
-def _draw_samples(run: Run, model: OnPolicyAlgorithm, vqvae: VQVAE, updates: int) -> None:
+def _draw_samples(run: Run, model: OnPolicyAlgorithm, vqvae: VQVAE, updates: int, board: RunEventLog) -> None:
     """A grid of the live policy's samples, in the run folder and in TensorBoard, without touching any random state."""
     if updates % SAMPLE_EVERY:
         return
@@ -259,4 +259,4 @@ def _draw_samples(run: Run, model: OnPolicyAlgorithm, vqvae: VQVAE, updates: int
     path = run.file(f"samples/ral_{updates:05d}.png")
     save_grid(path, images, columns=8, title=f"RAL, live policy, after {updates} updates")
     strip = np.concatenate(list(images[:8].numpy()), axis=2)  # (C, S, 8 S)
-    model.logger.record("samples/ral", Image(strip, "CHW"), exclude=("stdout", "log", "json", "csv"))
+    board.add_picture("samples/ral", strip, model.num_timesteps)

@@ -18,7 +18,7 @@ from ral_gym.priors.two_level import load_levels
 from ral_gym.rewards.critic import PatchCritic
 from ral_gym.rewards.score_map import CriticScorer, ScoreNormalizer
 from ral_gym.runs.run import read_config
-from ral_gym.runs.storage import load_module, load_tensors
+from ral_gym.runs.storage import load_metadata, load_module
 from ral_gym.tokenizers.code_set import CodeSet, decode_codes
 from ral_gym.tokenizers.vqvae import VQVAE
 from ral_gym.tokenizers.vqvae2 import vqvae_class
@@ -127,13 +127,7 @@ def _load_codes(path: Path, grid: CodeGrid) -> np.ndarray:
 def _load_critic(path: Path, device: str) -> tuple[PatchCritic, ScoreNormalizer]:
     """The critic and the scale it was saved with."""
     critic = load_module(path, PatchCritic, device)
-    _, metadata = load_tensors(path)
-    try:
-        normalizer = ScoreNormalizer(metadata["normalization"])
-        normalizer.shift, normalizer.scale = metadata["shift"], metadata["scale"]
-    except KeyError as error:
-        raise RunError(f"{path} lacks {error}, the scale of its scores; train it again") from error
-    return critic, normalizer
+    return critic, ScoreNormalizer.from_file(path, load_metadata(path))
 
 
 def _load(path: Path, load: Callable[[Path, Any], Any], argument: Any) -> Any:

@@ -125,7 +125,9 @@ def test_images_smaller_than_the_crop(refused, tmp_path) -> None:
 
 def test_a_mistake_does_not_block_the_corrected_command(refused, tmp_path) -> None:
     assert "does not exist" in refused("--data", f"folder:{tmp_path / 'photo'}")
-    assert "No images" in refused("--data", f"folder:{tmp_path / 'smoke'}")  # the same run folder, other settings
+    (tmp_path / "photos").mkdir()
+    assert "No images" in refused("--data", f"folder:{tmp_path / 'photos'}")  # the same run folder, other settings
+    assert not (tmp_path / "smoke").exists()  # a start that failed leaves nothing
 
 
 # The run folder -----------------------------------------------------------------------------------------------------
@@ -204,11 +206,19 @@ def test_a_damaged_critic_is_named_by_the_environment(run) -> None:
     ("name", "content", "words"),
     [
         ("results.json", "{", "results.json cannot be read"),
-        ("results.json", "[]", "results.json is no results file; remove it to evaluate again"),
+        (
+            "results.json",
+            "[]",
+            "results.json is no results file (the file is not names and values); remove it to evaluate again",
+        ),
         ("results.json", '{"rows": {"mle": 3}}', "results.json is no results file"),
         ("config.json", "{", "config.json cannot be read"),
         ("checkpoints/evaluation.json", "{", "evaluation.json cannot be read"),
-        ("checkpoints/evaluation.json", '{"mle": 3}', "evaluation.json holds no rows of a table; remove it"),
+        (
+            "checkpoints/evaluation.json",
+            '{"mle": 3}',
+            "evaluation.json holds no rows of a table (mle is not names and values); remove it",
+        ),
     ],
 )
 def test_damaged_json_is_named(refused, run, name, content, words) -> None:
@@ -247,7 +257,7 @@ def test_a_full_disk_loses_nothing(refused, finishes, tmp_path, monkeypatch) -> 
             message = refused()
         words = "No space left on device; free some space and run the same command again"
         assert message == f"cannot write {file}: {words}"
-        assert not file.exists() and not list(run.rglob(".*"))
+        assert not file.exists() and {path.name for path in run.rglob(".*")} <= {".lock"}
         assert all(path.read_bytes() == content for path, content in kept.items())
         kept = {path: path.read_bytes() for path in run.glob("*.safetensors")}
     assert len(kept) == len(FINISHED) - 1

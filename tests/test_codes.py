@@ -131,7 +131,9 @@ def test_damaged_and_foreign_code_files_are_refused(tmp_path) -> None:
 def test_codes_of_another_vqvae_are_refused(tmp_path: Path, other: CodeGrid) -> None:
     path = tmp_path / "codes.safetensors"
     code_set().save(path)
-    with pytest.raises(RunError, match=r"belongs to another VQ-VAE: its codes are not .*; remove it to encode again"):
+    with pytest.raises(
+        RunError, match=r"belongs to another VQ-VAE: its codes \(tensor .*\) are not .*; remove it to encode again"
+    ):
         CodeSet.load(path, other)
     negative = code_set()
     negative.test[0, 0] = -1

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ral_gym.commands.arguments import STAGES, SampleArguments, TrainArguments, parse
+from ral_gym.commands.arguments import COMMANDS, STAGES, SampleArguments, TrainArguments, parse
 from ral_gym.commands.cli import main
 from ral_gym.commands.generate import open_run
 from ral_gym.commands.train import files_of, finished_files
@@ -79,12 +79,46 @@ def test_every_command_is_parsed() -> None:
 
 @pytest.mark.parametrize(
     "argv",
-    [[], ["paint"], ["sample"], ["complete", "runs/x"], ["train", "--stages", "all"], ["sample", "x", "--n", "y"]],
+    [[], ["sample"], ["complete", "runs/x"], ["train", "--stages", "all"], ["sample", "x", "--n", "y"]],
 )
 def test_a_bad_command_is_an_exit_code(argv, capsys) -> None:
     with pytest.raises(SystemExit) as caught:
         main(argv)
     assert caught.value.code == 2 and "Traceback" not in capsys.readouterr().err
+
+
+def test_an_unknown_command_is_named_with_what_was_meant(capsys) -> None:
+    for more in ([], ["--help"], ["runs/x"]):
+        assert "command 'xyzzy' is unknown: choose one of train, sample" in refused(capsys, "xyzzy", *more)
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "{" + ",".join(COMMANDS) + "}" in capsys.readouterr().out.replace("\n", "").replace(" ", "")
+    assert "command 'evalute' is unknown (did you mean evaluate?)" in refused(capsys, "evalute", "--help")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../escape",
+        "/tmp/x",
+        "a/b",
+        "a\\b",
+        "",
+        ".",
+        "..",
+        ".x",
+        "con",
+        "NUL.txt",
+        "a\0b",
+        "a\x1b[31m",
+        "x" * 121,
+        "a ",
+        "c:d",
+    ],
+)
+def test_a_run_lies_directly_inside_its_folder(capsys, tmp_path, name) -> None:
+    assert "--name is" in refused(capsys, "train", "--name", name, "--runs", str(tmp_path / "runs"))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_settings_are_checked_before_anything_is_done(capsys, tmp_path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union, cast
@@ -196,6 +198,7 @@ def parse(argv: Sequence[str]) -> Arguments:
         ConfigError: an unknown preset, or a setting out of range.
         SystemExit: wrong arguments (2) or --help (0), by tyro.
     """
+    _check_command(argv)
     _load_plugins(argv)
     base = _preset(argv)
     train: Any = tyro.conf.subcommand("train", default=TrainArguments(base), description=_training_help())
@@ -220,6 +223,40 @@ def parse(argv: Sequence[str]) -> Arguments:
         ),
     )
     return _complete(arguments, base) if isinstance(arguments, TrainArguments) else arguments
+
+
+COMMANDS = ("train", "sample", "complete", "evaluate", "verify", "report", "presets", "cache")
+
+
+def _check_command(argv: Sequence[str]) -> None:
+    """Name a command that does not exist, also before ``--help``.
+
+    Raises:
+        ConfigError: the first word is no command; which there are.
+    """
+    if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
+        near = difflib.get_close_matches(argv[0], COMMANDS, n=1)
+        meant = f" (did you mean {near[0]}?)" if near else ""
+        raise ConfigError(f"command {argv[0][:60]!r} is unknown{meant}: choose one of {', '.join(COMMANDS)}")
+
+
+def check_name(name: str) -> None:
+    """Refuse a run's name that would not be a folder directly inside ``--runs``, here or on another system.
+
+    Raises:
+        ConfigError: what a name may be.
+    """
+    system = name.partition(".")[0].upper() in _RESERVED
+    if _NAME.fullmatch(name) is None or name.endswith((".", " ")) or system or not name.isprintable():
+        raise ConfigError(
+            f"--name is {name[:60]!r}: give the name of a folder inside --runs, of letters, digits and characters such "
+            "as . _ - + (at most 120, no / or \\, none that a system reserves); --runs says where it lies"
+        )
+
+
+_NAME = re.compile(r"[^\s./\\:*?\"<>|\x00][^/\\:*?\"<>|\x00]{0,119}")
+_RESERVED = {"CON", "PRN", "AUX", "NUL", *(f"{port}{number}" for port in ("COM", "LPT") for number in range(1, 10))}
+"""Windows' devices, with any ending."""
 
 
 def parse_train(argv: Sequence[str]) -> TrainArguments:
@@ -293,7 +330,9 @@ def _complete(arguments: TrainArguments, base: Config) -> TrainArguments:
     if arguments.name is None:
         algo = config.ral.algo.rpartition(":")[2]
         parts = [config.preset, *([algo] if algo != "reinforce" else [])]
-        arguments.name = "-".join(parts + ([f"seed{config.seed}"] if config.seed else []))
+        named = "-".join(parts + ([f"seed{config.seed}"] if config.seed else []))
+        arguments.name = re.sub(r"[^\w.+-]+", "-", named).lstrip(".-")[:120]
+    check_name(arguments.name)
     return arguments
 
 

@@ -64,9 +64,13 @@ def _dispatch(argv: Sequence[str], console: Console) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """``ral-gym``."""
-    return run_command(_dispatch, sys.argv[1:] if argv is None else argv)
+    return run_command(_dispatch, sys.argv[1:] if argv is None else argv, ends_process=argv is None)
 
 
 def train_main(argv: Sequence[str] | None = None) -> int:
     """The training command alone, for ``examples/train_celeba.py``."""
-    return run_command(lambda args, console: train(parse_train(args), console), sys.argv[1:] if argv is None else argv)
+    return run_command(
+        lambda args, console: train(parse_train(args), console),
+        sys.argv[1:] if argv is None else argv,
+        ends_process=argv is None,
+    )

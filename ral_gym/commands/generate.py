@@ -10,7 +10,7 @@ import numpy as np
 from rich.console import Console
 
 from ral_gym.commands.arguments import CompleteArguments, SampleArguments
-from ral_gym.errors import ConfigError, RunError
+from ral_gym.errors import ConfigError, RunError, printable
 from ral_gym.pictures import save_grid
 from ral_gym.runs.run import Run, read_config
 from ral_gym.runs.storage import write_atomic
@@ -127,4 +127,4 @@ def _save_codes(path: Path, codes: np.ndarray, run: Run) -> None:
 
 def _say(console: Console, *lines: str) -> None:
     for line in lines:
-        console.print(line, highlight=False, soft_wrap=True, markup=False)
+        console.print(printable(line), highlight=False, soft_wrap=True, markup=False)

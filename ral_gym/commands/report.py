@@ -8,6 +8,7 @@ from rich.console import Console
 
 from ral_gym.commands.arguments import ReportArguments
 from ral_gym.commands.generate import open_run
+from ral_gym.errors import printable
 from ral_gym.report.report import write_report
 from ral_gym.stages.common import resolve_device
 
@@ -20,6 +21,8 @@ def report_run(arguments: ReportArguments, console: Console) -> Path:
     """
     device, run = resolve_device(arguments.device), open_run(arguments.run)
     path = write_report(run, Path(arguments.output or run.file("report.html")), device)
-    console.print(f"{run.path.name}: one page, {path.stat().st_size / 1e6:.1f} MB", highlight=False, markup=False)
-    console.print(f"  {path}", highlight=False, soft_wrap=True, markup=False)
+    console.print(
+        printable(f"{run.path.name}: one page, {path.stat().st_size / 1e6:.1f} MB"), highlight=False, markup=False
+    )
+    console.print(printable(f"  {path}"), highlight=False, soft_wrap=True, markup=False)
     return path

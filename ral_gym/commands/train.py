@@ -16,7 +16,7 @@ from rich.console import Console
 
 from ral_gym.commands.arguments import STAGES, EvaluateArguments, TrainArguments, parse_train
 from ral_gym.config import Config
-from ral_gym.errors import RunError
+from ral_gym.errors import RalGymError, RunError, printable
 
 # torch and the stages are imported inside the functions: --help and a mistyped flag answer at once, and Ctrl-C during
 # the seconds that they take to load is caught like any other.
@@ -63,8 +63,9 @@ def train(arguments: TrainArguments, console: Console) -> dict[str, Any]:
             is at work in the folder.
     """
     from ral_gym.agents.algorithm import check_stage
+    from ral_gym.commands.extras import check_extras
+    from ral_gym.runs.results import load_results
     from ral_gym.runs.run import Run
-    from ral_gym.runs.storage import load_json
     from ral_gym.stages.common import resolve_device
     from ral_gym.stages.evaluate import check_measuring
     from ral_gym.stages.processes import process_index
@@ -78,14 +79,22 @@ def train(arguments: TrainArguments, console: Console) -> dict[str, Any]:
         return {}
     device = resolve_device(arguments.device)
     path = Path(arguments.runs) / str(arguments.name)
+    if not (path / "results.json").exists():
+        check_extras(config, stages)
     run = Run(path, config) if arguments.start_from is None else _fork(arguments.start_from, path, config)
-    if "evaluate" in stages and all(map(run.has, finished_files(config))):
-        return report(run, load_json(run.file("results.json")), console)
-    _check_stages(run, stages)
-    if "evaluate" in stages:
-        check_measuring(run)
-    with run.locked() if process_index() == 0 else nullcontext():
-        return _run_stages(Pipeline(run, device, arguments, console), stages, console)
+    main = process_index() == 0
+    try:
+        if "evaluate" in stages and all(map(run.has, finished_files(config))):
+            return report(run, load_results(run.file("results.json")), console)
+        _check_stages(run, stages)
+        if "evaluate" in stages:
+            check_measuring(run)
+        with run.locked() if main else nullcontext():
+            return _run_stages(Pipeline(run, device, arguments, console), stages, console)
+    except (RalGymError, OSError):
+        if main:
+            run.discard_if_empty()
+        raise
 
 
 def _fork(source: str, path: Path, config: Config) -> Run:
@@ -235,7 +244,7 @@ def _list_files(run: Run, stages: Sequence[str], console: Console) -> None:
 
 def _say(console: Console, lines: Sequence[str]) -> None:
     for line in lines:
-        console.print(line, highlight=False, soft_wrap=True, markup=False)
+        console.print(printable(line), highlight=False, soft_wrap=True, markup=False)
 
 
 def report(run: Run, results: dict[str, Any], console: Console) -> dict[str, Any]:

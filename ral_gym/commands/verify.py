@@ -20,9 +20,9 @@ from rich.table import Table
 from ral_gym.commands.arguments import VerifyArguments
 from ral_gym.commands.generate import open_run
 from ral_gym.data.images import load_images
-from ral_gym.errors import ConfigError, RunError
+from ral_gym.errors import ConfigError, RunError, printable
+from ral_gym.runs.results import load_results
 from ral_gym.runs.run import Run
-from ral_gym.runs.storage import load_json
 from ral_gym.stages.common import resolve_device
 from ral_gym.stages.evaluate import check_measuring, load_priors, measure, results_of
 from ral_gym.stages.generator_metrics import MEASUREMENT, GeneratorMetrics
@@ -205,7 +205,7 @@ def _open(path: str) -> tuple[Run, Any]:
     if (folder / "config.json").is_file() and not (folder / "results.json").is_file():
         raise RunError(f"{path} has no results.json to verify: ral-gym evaluate {path} measures a trained run")
     run = open_run(path)
-    return run, load_json(run.file("results.json"))
+    return run, load_results(run.file("results.json"))
 
 
 def _of_sweep(name: str) -> str:
@@ -261,4 +261,4 @@ def _text(value: Any) -> str:
 
 
 def _say(console: Console, line: str) -> None:
-    console.print(line, highlight=False, soft_wrap=True, markup=False)
+    console.print(printable(line), highlight=False, soft_wrap=True, markup=False)

@@ -113,6 +113,8 @@ def open_lmdb(folder: str) -> Any:
     try:
         return lmdb.open(folder, readonly=True, lock=False, readahead=False, create=False)
     except (lmdb.Error, OSError) as error:
+        if "already open" in str(error):
+            raise DataError(f"{folder} is open already in this process: close that environment first") from None
         raise DataError(f"{folder} is not a readable LMDB ({error}): download it again") from None
 
 

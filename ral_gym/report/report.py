@@ -46,8 +46,9 @@ from ral_gym.report.text import (
 )
 from ral_gym.rewards.critic import PatchCritic
 from ral_gym.rewards.score_map import CriticScorer, ScoreNormalizer
+from ral_gym.runs.results import load_results
 from ral_gym.runs.run import Run
-from ral_gym.runs.storage import load_json, load_module, load_tensors, write_text
+from ral_gym.runs.storage import load_metadata, load_module, write_text
 from ral_gym.stages.completion import complete
 from ral_gym.stages.levels import load_generator, load_vqvae
 from ral_gym.stages.pictures import sample_codes
@@ -136,7 +137,7 @@ class Report:
     @functools.cached_property
     def results(self) -> dict[str, Any] | None:
         """The results table, if there is one."""
-        return load_json(self.run.file("results.json")) if self.run.has("results.json") else None
+        return load_results(self.run.file("results.json")) if self.run.has("results.json") else None
 
     @functools.cached_property
     def scorer(self) -> CriticScorer | None:
@@ -144,9 +145,8 @@ class Report:
         file = self.run.file("critic.safetensors")
         if self.vqvae is None or not file.is_file():
             return None
-        metadata = load_tensors(file)[1]
-        normalizer = ScoreNormalizer(metadata.get("normalization", "none"))
-        normalizer.shift, normalizer.scale = metadata.get("shift", 0.0), metadata.get("scale", 1.0)
+        defaults = {"normalization": "none", "shift": 0.0, "scale": 1.0}
+        normalizer = ScoreNormalizer.from_file(file, defaults | load_metadata(file))
         return CriticScorer(self.vqvae, load_module(file, PatchCritic, self.device), normalizer=normalizer)
 
     def _files(self, name: str) -> list[str]:

@@ -7,11 +7,16 @@ Codes given as a prefix were not drawn and get no reward.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from ral_gym.errors import RunError
 
 if TYPE_CHECKING:  # its quantiser's library takes seconds to import
     from ral_gym.tokenizers.vqvae import VQVAE
@@ -62,6 +67,30 @@ class ScoreNormalizer:
         self.method = method
         self.shift = 0.0
         self.scale = 1.0
+
+    @classmethod
+    def from_file(cls, path: Path, metadata: Mapping[str, Any]) -> ScoreNormalizer:
+        """The scale that a critic was saved with.
+
+        Args:
+            path: the critic's file, for the message.
+            metadata: its metadata: `normalization`, `shift` and `scale`.
+
+        Raises:
+            RunError: it has none, or an impossible one.
+        """
+        try:
+            method, shift, scale = (metadata[name] for name in ("normalization", "shift", "scale"))
+        except KeyError as error:
+            raise RunError(f"{path} lacks {error}, the scale of its scores; train it again") from error
+        fits = all(isinstance(value, float | int) and math.isfinite(value) for value in (shift, scale))
+        if method not in get_args(Normalization) or not fits or scale <= 0:
+            raise RunError(
+                f"{path}: its scores have the scale {str(method)[:20]!r}, {shift!r:.20}, {scale!r:.20}; train it again"
+            )
+        normalizer = cls(method)
+        normalizer.shift, normalizer.scale = float(shift), float(scale)
+        return normalizer
 
     def fit(self, real: Tensor, fake: Tensor) -> ScoreNormalizer:
         """Take shift and scale from score maps (B, h, w) of real and fake images (the same method for all of them)."""

@@ -25,11 +25,11 @@ Weights are safetensors with the constructor's arguments as metadata; state that
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,20 +40,25 @@ import torch
 from ral_gym.config import Config
 from ral_gym.config.stages import limits_training_only
 from ral_gym.errors import ConfigError, RunError
+from ral_gym.runs.foreign import is_number
+from ral_gym.runs.lock import LOCK, locked
+from ral_gym.runs.records import append_record, read_records
 from ral_gym.runs.storage import (
-    cannot_write,
     differences,
     load_json,
     load_tensors,
     pack_state,
     save_json,
     save_tensors,
+    tensors_in,
     unpack_state,
     write_text,
 )
 
 RESOURCES = ("workers", "memory_budget_mb", "cache_dir", "cache_mb")
 """Settings of `data` that change how fast and where, but not what comes out: a run may continue with others."""
+WEIGHTS_IN_CHECKPOINTS = ("model", "policy", "average", "optimizer", "critic", "best")
+"""What a checkpoint must hold in finite numbers."""
 
 
 def random_state() -> dict[str, Any]:
@@ -99,8 +104,13 @@ class Run:
         self.path = Path(path)
         self.config = config
         file = self.path / "config.json"
-        contents = [found.name for found in _visible(self.path) if found != file]
-        if not file.is_file():
+        try:
+            contents = [found.name for found in _visible(self.path) if found != file]
+            there = file.is_file()
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise RunError(f"{self.path} cannot be looked into ({reason}); choose another --name or --runs") from error
+        if not there:
             if contents or self.path.is_file():
                 has = f"has no config.json, but {', '.join(sorted(contents)[:3])}" if contents else "is a file"
                 raise RunError(f"{self.path} is not a run folder: it {has}; choose another --name")
@@ -128,29 +138,22 @@ class Run:
         """The configuration, as JSON has it, without resources."""
         return _what(json.loads(self.config.to_json()))
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self) -> AbstractContextManager[None]:
         """Keep every other process that asks for the lock out of this folder; a killed process leaves none behind.
 
         Raises:
             RunError: another process has it.
         """
-        try:
-            import fcntl
-        except ImportError:  # not on Windows
-            yield
-            return
-        folder = os.open(self.path, os.O_RDONLY)
-        try:
-            try:
-                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise RunError(
-                    f"another process is at work in {self.path}: wait for it, stop it, or choose another --name"
-                ) from error
-            yield
-        finally:
-            os.close(folder)
+        return locked(self.path)
+
+    def discard_if_empty(self) -> None:
+        """Remove the folder again where nothing has been made in it but its settings: after a start that failed."""
+        held = list(self.path.iterdir()) if self.path.is_dir() else []
+        if {item.name for item in held} <= {"config.json", LOCK} and not self.path.is_symlink():
+            with contextlib.suppress(OSError):
+                for item in held:
+                    item.unlink()
+                self.path.rmdir()
 
     def file(self, name: str) -> Path:
         """Path of `name` inside the folder."""
@@ -184,36 +187,52 @@ class Run:
                 f"{path} is a checkpoint of another configuration ({'; '.join(found[:3])}); remove it to start the "
                 "stage again"
             )
-        state = unpack_state(tensors, metadata["state"])
-        if restore_random:
-            set_random_state(state["random"])
+        with self.restoring(stage):
+            state = unpack_state(tensors, metadata["state"])
+            if restore_random:
+                set_random_state(state["random"])
+        for name, tensor in tensors_in(state, WEIGHTS_IN_CHECKPOINTS):
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise RunError(
+                    f"{path}: tensor {name} has NaN or infinite numbers; remove the file to start the stage again"
+                )
         return state
+
+    @contextmanager
+    def restoring(self, stage: str) -> Iterator[None]:
+        """Around what puts a checkpoint's state back: a state of another form is the file's fault, and one line.
+
+        Raises:
+            RunError: which file does not fit.
+        """
+        try:
+            yield
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+            path = self.file(f"checkpoints/{stage}.safetensors")
+            reason = (str(error).splitlines() or [""])[-1].strip() or type(error).__name__
+            raise RunError(
+                f"{path} is no checkpoint that stage {stage} can go on from ({reason}); remove it to start the stage "
+                "again"
+            ) from error
 
     def log(self, stage: str, step: int, figures: dict[str, float]) -> None:
         """Append one line to ``metrics.jsonl``."""
-        line = json.dumps({"stage": stage, "step": step, **figures})
-        try:
-            with self.file("metrics.jsonl").open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
-        except OSError as error:
-            raise cannot_write(self.file("metrics.jsonl"), error) from error
+        append_record(self.file("metrics.jsonl"), {"stage": stage, "step": step, **figures})
 
     def metrics(self, stage: str) -> list[dict[str, Any]]:
         """The logged lines of one stage."""
-        return [record for record in self._records() if record["stage"] == stage]
+        return [record for record in read_records(self.file("metrics.jsonl")) if record["stage"] == stage]
 
     def forget_after(self, stage: str, step: int) -> None:
         """Drop lines of `stage` logged after its checkpoint, so that a continued run logs each step once."""
         if not self.has("metrics.jsonl"):
             return
-        kept = [record for record in self._records() if record["stage"] != stage or record["step"] <= step]
+        kept = [
+            record
+            for record in read_records(self.file("metrics.jsonl"))
+            if record["stage"] != stage or record["step"] <= step
+        ]
         write_text(self.file("metrics.jsonl"), "".join(json.dumps(record) + "\n" for record in kept))
-
-    def _records(self) -> list[dict[str, Any]]:
-        """All logged lines, without any that a crash cut short."""
-        path = self.file("metrics.jsonl")
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-        return [record for record in map(_parse_line, lines) if record is not None]
 
     def add_seconds(self, stage: str, seconds: float) -> None:
         """Add to the time a stage has taken, over all the sittings."""
@@ -222,8 +241,16 @@ class Run:
         save_json(self.file("seconds.json"), times)
 
     def seconds(self) -> dict[str, float]:
-        """Seconds per stage."""
-        return dict(load_json(self.file("seconds.json"))) if self.has("seconds.json") else {}
+        """Seconds per stage.
+
+        Raises:
+            RunError: the file is damaged.
+        """
+        path = self.file("seconds.json")
+        times = load_json(path) if path.exists() else {}
+        if not isinstance(times, dict) or not all(is_number(value) and 0 <= value < 1e12 for value in times.values()):
+            raise RunError(f"{path} holds no seconds of stages; remove it")
+        return times
 
 
 def _what(config: Any) -> Any:
@@ -247,15 +274,6 @@ def _visible(path: Path) -> list[Path]:
     """What a folder holds, without hidden files (such as a killed process's temporary ones) and empty folders."""
     found = [item for item in path.iterdir() if not item.name.startswith(".")] if path.is_dir() else []
     return [item for item in found if not item.is_dir() or any(item.iterdir())]
-
-
-def _parse_line(line: str) -> dict[str, Any] | None:
-    """One line of metrics.jsonl; None for a line cut short by a crash."""
-    try:
-        record = json.loads(line)
-        return record if record["stage"] and record["step"] >= 0 else None
-    except (KeyError, TypeError, ValueError):
-        return None
 
 
 def read_config(path: Path | str) -> Config:

@@ -7,7 +7,7 @@ import dataclasses
 import errno
 import json
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ral_gym.errors import RunError
+from ral_gym.runs.foreign import MOST_TENSORS, check_finite_tensors, check_regular, parse_json, read_bytes
+from ral_gym.runs.rebuild import build, check_arguments
 
 _KEY = "ral_gym"
 
@@ -59,17 +61,18 @@ def write_text(path: Path, text: str) -> None:
 
 
 def load_json(path: Path) -> Any:
-    """Read JSON.
+    """Read JSON, of a regular file within `ral_gym.runs.foreign`'s limits.
 
     Raises:
-        RunError: missing or damaged.
+        RunError: missing, damaged, too large or too deep.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(read_bytes(path).decode("utf-8"))
     except FileNotFoundError as error:
-        raise RunError(f"{path} is missing: not a run folder, or the run has not come so far") from error
+        raise RunError(f"{path} is missing: not a run folder, or an earlier stage has not run yet") from error
     except (OSError, ValueError) as error:
-        raise RunError(f"{path} cannot be read ({error}); remove it, or choose another run folder") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise RunError(f"{path} cannot be read ({reason}); remove it, or choose another run folder") from error
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
@@ -87,20 +90,44 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what `save_tensors` wrote.
 
     Raises:
-        RunError: the file is missing, truncated, or was not written by ral_gym.
+        RunError: the file is missing, no regular file, too large, truncated, or was not written by ral_gym.
     """
-    if not path.is_file():
-        raise RunError(f"{path} is missing: train that stage first, or check the run folder's name")
+    with _opened(path) as (file, metadata):
+        return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 (not a dict)
+
+
+def load_metadata(path: Path) -> dict[str, Any]:
+    """The metadata alone.
+
+    Raises:
+        RunError: see `load_tensors`.
+    """
+    with _opened(path) as (_, metadata):
+        return metadata
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """An open safetensors file and its metadata."""
     try:
+        if not path.exists() or path.is_dir():
+            raise RunError(f"{path} is missing: train that stage first, or check the run folder's name")
+        check_regular(path, MOST_TENSORS, "remove it to make it again")
         with safetensors.safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            yield file, _metadata(path, file.metadata() or {})
     except (SafetensorError, OSError) as error:
         raise RunError(f"{path} is damaged or no safetensors file ({error}); remove it to make it again") from error
+
+
+def _metadata(path: Path, header: dict[str, str]) -> dict[str, Any]:
+    """What `save_tensors` wrote beside the tensors."""
     try:
-        return tensors, dict(json.loads(metadata[_KEY]))
-    except (KeyError, ValueError, TypeError) as error:
+        values = parse_json(header[_KEY])
+    except (KeyError, ValueError) as error:
         raise RunError(f"{path} was not written by ral_gym (no metadata of its); remove it to make it again") from error
+    if not isinstance(values, dict):
+        raise RunError(f"{path} was not written by ral_gym (no metadata of its); remove it to make it again")
+    return values
 
 
 def save_module(path: Path, module: nn.Module, weights: dict[str, Tensor] | None = None, **metadata: Any) -> None:
@@ -128,7 +155,8 @@ def load_module(
         config: the constructor's arguments that it must have been made with; None: whatever they are.
 
     Raises:
-        RunError: missing, damaged, of another class or made with other arguments, or weights that do not fit them.
+        RunError: missing, damaged, of another class or made with other arguments, weights that do not fit them (shapes
+            are compared before any memory is taken), or ones that are NaN or infinite.
     """
     return rebuild_module(path, *load_tensors(path), cls, device, config)
 
@@ -158,19 +186,22 @@ def rebuild_module(
     """
     if metadata.get("class") != cls.__name__:
         raise RunError(
-            f"{path} holds {metadata.get('class', 'no weights')}, not {cls.__name__}; remove it to make it again"
+            f"{path} holds {str(metadata.get('class', 'no weights'))[:60]}, not {cls.__name__}; remove it to make it "
+            "again"
         )
     found = metadata.get("config")
     others = [] if config is None else differences(found, config)
     if others:
         raise RunError(f"{path} belongs to another model ({'; '.join(others[:3])}); remove it to make it again")
     try:
+        arguments = {name: value for name, value in check_arguments(found).items() if name not in left_out}
         with torch.random.fork_rng(devices=[]):  # what comes after must not depend on whether a file was read before
-            module = cls(**{name: value for name, value in found.items() if name not in left_out})  # type: ignore[union-attr]
+            module = build(cls, arguments, {name: tensor.shape for name, tensor in tensors.items()})
         module.load_state_dict(tensors)
     except Exception as error:  # a class of somebody else's may raise anything
         reason = (str(error).strip() or "no reason given").splitlines()[-1].strip()
         raise RunError(f"{path} does not fit this version of ral_gym ({reason}); remove it to make it again") from error
+    check_finite_tensors(path, tensors)
     return module.to(device).eval().requires_grad_(False)
 
 
@@ -218,6 +249,21 @@ def unpack_state(tensors: dict[str, Tensor], rest: Any) -> Any:
     ((kind, items),) = rest.items()
     values = [unpack_state(tensors, item) for item in items]
     return tuple(values) if kind == "tuple" else values
+
+
+def tensors_in(state: Any, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    """Name and tensor of everything under the keys `names` of a nested state."""
+    for name in names:
+        if isinstance(state, dict) and name in state:
+            yield from _tensors(state[name], name)
+
+
+def _tensors(value: Any, path: str) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        yield path, value
+    elif isinstance(value, dict | list | tuple):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _tensors(item, f"{path}.{key}")
 
 
 def weights_of(module: nn.Module) -> dict[str, Tensor]:

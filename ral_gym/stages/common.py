@@ -68,6 +68,36 @@ def check_weights(module: nn.Module, stage: str, step: int, remedy: str) -> None
         )
 
 
+def step_of(state: dict[str, Any], steps: int) -> int:
+    """The step at which a checkpoint was taken.
+
+    Raises:
+        ValueError: it is no step of a stage that has `steps` of them.
+    """
+    step = state["step"]
+    if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step <= steps:
+        raise ValueError(f"step {step!r:.20} of {steps}")
+    return step
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load an optimizer's state from a checkpoint, with this run's settings and tensors of the parameters' shapes.
+
+    Raises:
+        ValueError: the state is another optimizer's.
+    """
+    settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        for name, value in own.items():
+            if type(group.get(name)) is not type(value) or (name != "lr" and group[name] != value):
+                raise ValueError(f"{name} of the optimizer is {group.get(name)!r:.40}, and {value!r:.40} here")
+        for parameter in group["params"]:
+            for name, value in optimizer.state.get(parameter, {}).items():
+                if not isinstance(value, Tensor) or value.shape not in (parameter.shape, torch.Size([])):
+                    raise ValueError(f"{name} of the optimizer does not fit its parameter")
+
+
 class Clock:
     """Says when a checkpoint is due, and books the stage's seconds in the run folder.
 
@@ -135,7 +165,13 @@ class WeightAverage:
         return {"weights": self.weights, "n_updates": self.n_updates}
 
     def load_state_dict(self, state: dict[str, Any], module: nn.Module) -> None:
-        """From a checkpoint; `module` says on which device the average lives."""
-        device = next(module.parameters()).device
-        self.weights = {name: tensor.to(device) for name, tensor in state["weights"].items()}
-        self.n_updates = state["n_updates"]
+        """From a checkpoint; `module` says on which device the average lives, and what it is an average of.
+
+        Raises:
+            ValueError: the weights are another module's.
+        """
+        device, wanted = next(module.parameters()).device, module.state_dict()
+        weights = {name: tensor.to(device) for name, tensor in state["weights"].items()}
+        if [(name, one.shape) for name, one in weights.items()] != [(name, one.shape) for name, one in wanted.items()]:
+            raise ValueError("the average is that of another module")
+        self.weights, self.n_updates = weights, int(state["n_updates"])

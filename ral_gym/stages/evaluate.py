@@ -23,6 +23,7 @@ from ral_gym.metrics.own import own_metrics
 from ral_gym.priors.base import Prior, config_of, load_prior
 from ral_gym.rewards.critic import PatchCritic
 from ral_gym.rewards.score_map import CriticScorer
+from ral_gym.runs.results import check_rows
 from ral_gym.runs.run import Run
 from ral_gym.runs.storage import differences, load_json, load_module, save_json
 from ral_gym.stages.common import Clock
@@ -92,8 +93,8 @@ def _begun(run: Run) -> tuple[int, dict[str, Row]]:
     begun = load_json(path)
     # Version 0.1 wrote the rows alone.
     found = begun if isinstance(begun, dict) and "measurement" in begun else {"measurement": 1, "rows": begun}
-    rows, measurement = found.get("rows"), found["measurement"]
-    if not isinstance(rows, dict) or not all(isinstance(row, dict) and "fd" in row for row in rows.values()):
+    rows, measurement = check_rows(found.get("rows"), path), found["measurement"]
+    if isinstance(measurement, bool) or not isinstance(measurement, int):
         raise RunError(f"{path} holds no rows of a table; remove it to evaluate again")
     # Rows of versions that measured less are measured again.
     return measurement, {name: row for name, row in rows.items() if "intervals" in row}

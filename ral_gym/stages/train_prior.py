@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import nn
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from ral_gym.config import PriorConfig
@@ -24,9 +23,10 @@ from ral_gym.grid import CodeGrid
 from ral_gym.metrics import unigram_nll
 from ral_gym.priors.base import Prior, build_prior, config_of, load_prior, save_prior
 from ral_gym.priors.two_level import SUFFIXES, join_priors, split_prior
+from ral_gym.runs.event_log import open_event_log
 from ral_gym.runs.run import Run, seed_everything
 from ral_gym.stages.boards import due
-from ral_gym.stages.common import Clock, WeightAverage, check_finite, check_weights
+from ral_gym.stages.common import Clock, WeightAverage, check_finite, check_weights, restore_optimizer, step_of
 from ral_gym.stages.levels import SECTIONS, LevelCodes, prior_of
 from ral_gym.stages.prior_measurements import Board, HeldOut
 from ral_gym.stages.processes import Compute, JointBatches, make_accelerator, partners
@@ -146,7 +146,7 @@ def _fit(
     clock, writer = Clock(run, task.stage), None
     if main and held_out is not None:
         run.forget_after(task.stage, start)
-        writer = SummaryWriter(str(run.file("tensorboard")), purge_step=start)
+        writer = open_event_log(run.path, task.stage, start)
     steps = tqdm(
         range(start + 1, task.steps + 1),
         desc=task.label,
@@ -183,6 +183,8 @@ def _fit(
             if writer is not None and task.board is not None and due(step, task.steps):
                 task.board.show(writer, f"{task.stage}/samples", prior, step)
         if main and clock.due():
+            if writer is not None:
+                writer.flush()  # a checkpoint must not be ahead of the log
             _save(run, task, step, prior, optimizer, average, batches, held_out)
             clock.book()
     if writer is not None:
@@ -244,13 +246,14 @@ def _resume(
     state = run.load_checkpoint(task.stage)
     if state is None:
         return 0
-    prior.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    average.load_state_dict(state["average"], prior)
-    batches.load_state_dict(state)
-    if held_out is not None:
-        held_out.load_state_dict(state)
-    return state["step"]
+    with run.restoring(task.stage):
+        prior.load_state_dict(state["model"])
+        restore_optimizer(optimizer, state["optimizer"])
+        average.load_state_dict(state["average"], prior)
+        batches.load_state_dict(state)
+        if held_out is not None:
+            held_out.load_state_dict(state)
+        return step_of(state, task.steps)
 
 
 def continue_prior(run: Run, prior: Prior, codes: CodeSet, device: torch.device, progress: bool = True) -> Prior:

@@ -5,17 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from ral_gym.config import Config
 from ral_gym.data.images import ImageSet, augment, to_float
 from ral_gym.grid import CodeGrid
 from ral_gym.metrics import perplexity
+from ral_gym.runs.event_log import open_event_log
 from ral_gym.runs.run import Run, seed_everything
 from ral_gym.runs.storage import config_arguments, load_module, save_module
 from ral_gym.stages.boards import add_reconstructions, due
-from ral_gym.stages.common import Clock, check_finite, check_weights
+from ral_gym.stages.common import Clock, check_finite, check_weights, restore_optimizer, step_of
 from ral_gym.stages.processes import Compute, JointBatches, make_accelerator, partners
 from ral_gym.tokenizers.vqvae import VQVAE
 from ral_gym.tokenizers.vqvae2 import vqvae_class
@@ -84,7 +84,7 @@ def train_vqvae(
     writer = None
     if main:
         run.forget_after(STAGE, start)
-        writer = SummaryWriter(str(run.file("tensorboard")), purge_step=start)
+        writer = open_event_log(run.path, STAGE, start)
     steps = tqdm(
         range(start + 1, config.training_steps + 1),
         desc="1 VQ-VAE",
@@ -121,6 +121,8 @@ def train_vqvae(
         if writer is not None and due(step, config.training_steps):
             add_reconstructions(writer, "vqvae/real_and_reconstruction", vqvae, shown, step)
         if main and clock.due():
+            if writer is not None:
+                writer.flush()  # a checkpoint must not be ahead of the log
             _save(run, step, vqvae, optimizer, batches)
             clock.book()
     if writer is not None:
@@ -156,7 +158,8 @@ def _resume(run: Run, vqvae: torch.nn.Module, optimizer: torch.optim.Optimizer, 
     state = run.load_checkpoint(STAGE)
     if state is None:
         return 0
-    vqvae.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    batches.load_state_dict(state)
-    return state["step"]
+    with run.restoring(STAGE):
+        vqvae.load_state_dict(state["model"])
+        restore_optimizer(optimizer, state["optimizer"])
+        batches.load_state_dict(state)
+        return step_of(state, run.config.vqvae.training_steps)

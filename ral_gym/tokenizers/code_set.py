@@ -58,15 +58,25 @@ class CodeSet:
             RunError: the file is missing, truncated, not a code file, or does not fit the grid.
         """
         tensors, metadata = load_tensors(path)
-        if "train" not in tensors or "test" not in tensors or "clean" not in metadata:
+        clean = metadata.get("clean")
+        if "train" not in tensors or "test" not in tensors or isinstance(clean, bool) or not isinstance(clean, int):
             raise RunError(f"{path} is not a code file (no train and test codes in it); remove it to encode again")
-        if grid is not None and not all(_fits(codes, grid) for codes in tensors.values()):
+        for name, codes in tensors.items():
+            if codes.dtype != torch.int16 or codes.ndim != 2:
+                raise RunError(
+                    f"{path}: tensor {name} is {str(codes.dtype).removeprefix('torch.')} with {codes.ndim} dimensions, "
+                    "codes are int16 (images, codes); remove the file to encode again"
+                )
+        if not 1 <= clean <= len(tensors["train"]):
+            raise RunError(f"{path}: {clean} of {len(tensors['train'])} training rows; remove it to encode again")
+        if grid is not None and (misfits := [name for name, codes in tensors.items() if not _fits(codes, grid)]):
             raise RunError(
-                f"{path} belongs to another VQ-VAE: its codes are not {' + '.join(map(str, grid.level_sizes))} per "
-                f"image in 0..{grid.codebook_size - 1}; remove it to encode again"
+                f"{path} belongs to another VQ-VAE: its codes (tensor {misfits[0]}) are not "
+                f"{' + '.join(map(str, grid.level_sizes))} per image in 0..{grid.codebook_size - 1}; remove it to "
+                "encode again"
             )
         arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
-        return cls(arrays["train"], arrays["test"], arrays.get("new_people"), metadata["clean"])
+        return cls(arrays["train"], arrays["test"], arrays.get("new_people"), clean)
 
 
 def _fits(codes: Tensor, grid: CodeGrid) -> bool:

