@@ -132,7 +132,8 @@ class Registry(Mapping[str, Any]):
         near = difflib.get_close_matches(name, list(self), n=1)
         meant = f" (did you mean {near[0]}?)" if near else ""
         raise ConfigError(
-            f"{self.kind} {name!r} is unknown{meant}: choose one of {known}, or bring your own as module:Class"
+            f"{self.kind} {name!r} is unknown{meant}: {f'choose one of {known}, or ' if known else ''}bring your own "
+            "as module:Class"
         )
 
     def get(self, name: str) -> Any:  # type: ignore[override]

@@ -16,9 +16,15 @@ REWARD_TERMS = ("critic", "loo_fd", "loo_fd_first_order", "loo_fd_diagonal", "ki
 """The co-trained critic, and the terms of `ral_gym.rewards.distribution`."""
 
 
-def _words(weights: dict[str, float]) -> list[str]:
+def weight_words(weights: dict[str, float]) -> list[str]:
     """What a command line would say."""
-    return [word for term, weight in weights.items() for word in (term, f"{weight:g}")]
+    return [word for term, weight in weights.items() for word in (term, _number(weight))]
+
+
+def _number(value: float) -> str:
+    """The shortest words that are read as this number again."""
+    short = f"{value:g}"
+    return short if float(short) == value else repr(value)
 
 
 def _parse(words: list[str]) -> dict[str, float]:
@@ -36,14 +42,24 @@ RewardWeights = Annotated[
         metavar="TERM WEIGHT ..",
         instance_from_str=_parse,
         is_instance=lambda instance: isinstance(instance, dict),
-        str_from_instance=_words,
+        str_from_instance=weight_words,
     ),
 ]
 """Term -> weight; on a command line ``critic 1 loo_fd 0.5``."""
 
 
-def _option_words(options: dict[str, Any]) -> list[str]:
-    return [word for name, value in options.items() for word in (name, str(value))]
+def option_words(options: dict[str, Any]) -> list[str]:
+    """What a command line would say; text that would be read as something else, or as a flag, is quoted."""
+    words: list[str] = []
+    for name, value in options.items():
+        plain = isinstance(value, str) and _literal(value) == value and not value.startswith("-")
+        words += [name, value if plain else _literal_of(value)]
+    return words
+
+
+def _literal_of(value: Any) -> str:
+    """What `ast.literal_eval` reads as this value; infinity is not one of Python's literals."""
+    return repr(value).replace("inf", "1e999") if isinstance(value, float) else repr(value)
 
 
 def _parse_options(words: list[str]) -> dict[str, Any]:
@@ -68,7 +84,7 @@ Options = Annotated[
         metavar="NAME VALUE ..",
         instance_from_str=_parse_options,
         is_instance=lambda instance: isinstance(instance, dict),
-        str_from_instance=_option_words,
+        str_from_instance=option_words,
     ),
 ]
 """Argument -> value (a number, a truth value, None or text); on a command line ``heads 4 width 32``."""

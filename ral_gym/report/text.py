@@ -9,6 +9,7 @@ from html import escape
 from typing import Any
 
 from ral_gym.config import Config, settings
+from ral_gym.config.flags import flags, parts_named
 from ral_gym.errors import RunError
 from ral_gym.metrics.table import (
     COLUMNS,
@@ -78,18 +79,9 @@ DAMAGED = (AttributeError, KeyError, TypeError, ValueError)
 
 def train_command(run: Run) -> list[str]:
     """The words of the command that trains such a run: preset, what differs from it, name and folder."""
-    config = run.config
-    base = PRESETS.get(config.preset, PRESETS["demo"])
-    words = ["ral-gym", "train", "--preset", base.preset]
-    for name, value in settings(config).items():
-        if name == "preset" or value == settings(base).get(name):
-            continue
-        if isinstance(value, bool):
-            section, _, field = name.rpartition(".")
-            words.append(f"--{name if value else f'{section}.no-{field}'}".replace("_", "-"))
-        else:
-            values = value if isinstance(value, tuple) else (value,)
-            words += [f"--{name}".replace("_", "-"), *map(str, values)]
+    name = run.config.preset
+    base = PRESETS.get(name)
+    words = ["ral-gym", "train", "--preset", name, *flags(run.config, base)]
     path = run.path if run.path.name not in ("", "..") else run.path.resolve()
     return [*words, "--name", path.name, "--runs", str(path.parent)]
 
@@ -247,14 +239,15 @@ def _words(value: Any) -> str:
 
 def repeat(run: Run) -> str:
     """The commands that make this run, its table, its pictures and this page."""
-    folder = shlex.quote(str(run.path))
+    folder, parts = shlex.quote(str(run.path)), parts_named(run.config)
+    plugins = f" --plugin {shlex.join(parts)}" if parts else ""
     return (
         paragraph("The whole run; the same command again goes on where it stopped. Another --name starts afresh.")
         + command(stage_command(run))
         + paragraph("More pictures, and this page:")
         + command(
-            f"ral-gym sample {folder} --n 64 --generator policy_ema",
-            f"ral-gym complete {folder} IMAGE",
-            f"ral-gym report {folder}",
+            f"ral-gym sample {folder} --n 64 --generator policy_ema{plugins}",
+            f"ral-gym complete {folder} IMAGE{plugins}",
+            f"ral-gym report {folder}{plugins}",
         )
     )
