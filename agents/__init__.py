@@ -7,8 +7,8 @@ from ral_gym.agents.algorithms.reinforce import Reinforce
 from ral_gym.agents.defaults import ALGORITHMS, algorithm_defaults, policy_for
 from ral_gym.agents.episodes import EpisodeRolloutBuffer, Episodes
 from ral_gym.agents.features import CodeFeatures
-from ral_gym.agents.maskable import MaskableEpisodeRolloutBuffer, MaskablePixelCNNPolicy
-from ral_gym.agents.policy import PixelCNNPolicy, PriorWeights
+from ral_gym.agents.maskable import MaskableEpisodeRolloutBuffer, MaskablePixelCNNPolicy, MaskablePriorPolicy
+from ral_gym.agents.policy import PixelCNNPolicy, PriorPolicy, PriorWeights
 from ral_gym.agents.regularizers import AdaptiveEntropy, EntropyReward, EntropyTarget, MLEShare, PriorKLReward
 from ral_gym.agents.rewards.co_trained_critic import CoTrainedCritic
 from ral_gym.agents.rewards.composite import CompositeReward
@@ -36,8 +36,10 @@ __all__ = [
     "MLEShare",
     "MaskableEpisodeRolloutBuffer",
     "MaskablePixelCNNPolicy",
+    "MaskablePriorPolicy",
     "PixelCNNPolicy",
     "PriorKLReward",
+    "PriorPolicy",
     "PriorWeights",
     "Reinforce",
     "Stage",

@@ -1,4 +1,4 @@
-"""Forbidden codes: the pair that lets an unmodified MaskablePPO (sb3-contrib) train a PixelCNN on whole images.
+"""Forbidden codes: the pair that lets an unmodified MaskablePPO (sb3-contrib) train a prior on whole images.
 
 The environment says which codes are legal (`action_masks`; all of them by default). The policy gives the others
 probability zero and renormalises, when drawing and when learning.
@@ -18,14 +18,14 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import Tensor
 
 from ral_gym.agents.episodes import EpisodeRolloutBuffer, Episodes
-from ral_gym.agents.policy import PixelCNNPolicy, episode_logits
+from ral_gym.agents.policy import PriorPolicy, episode_logits
 from ral_gym.priors.sampler import draw
 
 Masks = np.ndarray | Tensor | None
 
 
-class MaskablePixelCNNPolicy(PixelCNNPolicy):
-    """A `PixelCNNPolicy` whose methods take `action_masks`, (N, K) or (K,) bool, True: legal; None: all are.
+class MaskablePriorPolicy(PriorPolicy):
+    """A `PriorPolicy` whose methods take `action_masks`, (N, K) or (K,) bool, True: legal; None: all are.
 
     `MaskablePPO` asks for a `MaskableActorCriticPolicy`; this class is registered as one, for that is what it does,
     but it inherits nothing of its networks.
@@ -44,7 +44,7 @@ class MaskablePixelCNNPolicy(PixelCNNPolicy):
     def forward(
         self, obs: Tensor, deterministic: bool = False, action_masks: Masks = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Act in a rollout; as `PixelCNNPolicy.forward`, legal codes only."""
+        """Act in a rollout; as `PriorPolicy.forward`, legal codes only."""
         features, logits, position, stop = self._look(obs, "rollout")
         distribution = self._masked(logits, action_masks)
         actions = self._choose(distribution, deterministic)
@@ -100,8 +100,10 @@ class MaskablePixelCNNPolicy(PixelCNNPolicy):
 
 
 # MaskableActorCriticPolicy and ActorCriticPolicy are siblings whose constructors cannot follow one another.
-MaskableActorCriticPolicy.register(MaskablePixelCNNPolicy)
-assert issubclass(MaskablePixelCNNPolicy, (MaskableActorCriticPolicy, ActorCriticPolicy))
+MaskableActorCriticPolicy.register(MaskablePriorPolicy)
+assert issubclass(MaskablePriorPolicy, (MaskableActorCriticPolicy, ActorCriticPolicy))
+MaskablePixelCNNPolicy = MaskablePriorPolicy
+"""Its name while a PixelCNN was the only prior; saved models hold it."""
 
 
 class MaskableEpisodeRolloutBuffer(EpisodeRolloutBuffer, MaskableRolloutBuffer):

@@ -1,4 +1,4 @@
-"""The PixelCNN as a Stable-Baselines3 policy: its conditional distribution is the action distribution (Section 4.1).
+"""A prior as a Stable-Baselines3 policy: its conditional distribution is the action distribution (Section 4.1).
 
 In a rollout the policy sees ordinary observations, one step at a time, and the sampling cache makes a step cost one
 position. In an update it sees `Episodes`, and one teacher-forced pass gives all log-probabilities. Dropout is off in
@@ -19,12 +19,14 @@ from stable_baselines3.common.distributions import CategoricalDistribution
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import Schedule
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ral_gym.agents.episodes import Episodes
 from ral_gym.agents.step_cache import StepCache, first_not_drawn
 from ral_gym.errors import ConfigError
 from ral_gym.grid import CodeGrid
-from ral_gym.priors.base import Prior, build_prior, check_members, config_of, load_config
+from ral_gym.priors.base import Prior, build_prior, config_of, load_config
+from ral_gym.priors.check import check_prior
 from ral_gym.priors.sampler import CachedSampler, draw
 from ral_gym.priors.two_level import load_levels
 from ral_gym.runs.storage import weights_of
@@ -44,13 +46,14 @@ def episode_features(prior: Prior, episodes: Episodes) -> Tensor:
 
 
 class PriorWeights:
-    """A PixelCNN, or those of two levels, to start from, as a policy argument that pickles small.
+    """A prior to start from, of one level or two, as a policy argument that pickles small.
 
     Pickling keeps the constructor's arguments and drops the weights: a saved SB3 model carries the policy's own
     weights, so loading it must not need the run folder it started from.
 
     Args:
-        config: the constructor's arguments of `PixelCNN` or `TwoLevelPrior`.
+        config: what `ral_gym.priors.base.build_prior` makes the network from: its `config_of`, with the kind of a prior
+            of one's own.
         weights: its weights; None: leave the initialisation.
     """
 
@@ -62,6 +65,7 @@ class PriorWeights:
         """From a network, a file such as ``runs/demo/prior.safetensors``, or a run folder.
 
         Raises:
+            ConfigError: a network that breaks the protocol of priors, or a file that names code nobody has allowed.
             RunError: the file is missing or damaged.
         """
         if isinstance(prior, PriorWeights):
@@ -72,13 +76,15 @@ class PriorWeights:
                 return cls.of(load_levels(path, "prior", 1 + (path / "prior_bottom.safetensors").exists()))
             weights, config = load_config(path)
             return cls(config, weights)
-        check_members(prior, type(prior).__name__)
+        check_prior(prior)
         return cls(config_of(prior), weights_of(prior))  # type: ignore[arg-type]
 
     @property
     def grid(self) -> CodeGrid:
         """The codes that it draws."""
-        with torch.device("meta"):
+        parts = (self.config, self.config.get("top", {}), self.config.get("bottom", {}))
+        own = any("kind" in part for part in parts)  # such a constructor may need real tensors
+        with torch.random.fork_rng(devices=[], enabled=own), torch.device("cpu" if own else "meta"):
             return build_prior(self.config).grid
 
     def build(self) -> Prior:
@@ -92,8 +98,22 @@ class PriorWeights:
         return {"config": self.config, "weights": None}
 
 
+def check_for_trpo(prior: Prior) -> None:
+    """Refuse a prior of which TRPO would not train everything: it passes over all names with "value" in them.
+
+    Raises:
+        ConfigError: the name of such a weight.
+    """
+    skipped = [name for name, _ in prior.named_parameters() if "value" in name]
+    if skipped:
+        raise ConfigError(
+            f"TRPO takes weights with 'value' in their name for a value function's and would not train {skipped[0]} of "
+            f"{type(prior).__name__}: rename it (content, say), or choose another algorithm"
+        )
+
+
 class ValueHead(nn.Module):
-    """V(s) from the PixelCNN's features and where the episode stands.
+    """V(s) from the prior's features and where the episode stands.
 
     The features know the codes so far, but not where a partial episode stops; position and stop are given as well.
 
@@ -114,14 +134,15 @@ class ValueHead(nn.Module):
         return self.net(torch.cat([features.detach() if self.detach else features, where], 1))
 
 
-class PixelCNNPolicy(ActorCriticPolicy):
-    """A PixelCNN that acts: for `Reinforce`, and unmodified `PPO`, `A2C` and `TRPO` with `EpisodeRolloutBuffer`.
+class PriorPolicy(ActorCriticPolicy):
+    """A prior that acts: for `Reinforce`, and unmodified `PPO`, `A2C` and `TRPO` with `EpisodeRolloutBuffer`.
 
     Args:
         observation_space: ``Box(0, K + 1, (T,), int16)``.
         action_space: ``Discrete(K)``.
         lr_schedule: learning rate as a function of the remaining progress.
-        prior: the network to start from: `PriorWeights`, a `PixelCNN` or `TwoLevelPrior`, a run folder or a file.
+        prior: the network to start from: `PriorWeights`, any `ral_gym.priors.base.Prior` such as a `PixelCNN`, a run
+            folder or a file.
         levels: how many codes each level of the environment's images has; None: what the prior says.
         train_levels: with two levels, `both`, or the one whose network learns: `top` or `bottom`.
         value_units: width of the value head.
@@ -215,7 +236,7 @@ class PixelCNNPolicy(ActorCriticPolicy):
         }
 
     def set_training_mode(self, mode: bool) -> None:
-        """SB3's switch; the PixelCNN itself always stays in evaluation mode (dropout off)."""
+        """SB3's switch; the prior itself always stays in evaluation mode (dropout off)."""
         super().set_training_mode(mode)
         self.prior.eval()
         if mode:
@@ -320,10 +341,22 @@ class PixelCNNPolicy(ActorCriticPolicy):
         return values, distribution.log_prob(actions.long().flatten()), distribution.entropy()
 
     def get_distribution(self, obs: Tensor | Episodes) -> CategoricalDistribution:  # type: ignore[override]
-        """The action distribution of observations (B, T) or of episodes' transitions."""
+        """The action distribution of observations (B, T) or of episodes' transitions.
+
+        Raises:
+            ConfigError: with gradients, which TRPO alone asks for: it would leave out weights of the prior.
+        """
         if isinstance(obs, Episodes):
-            return self._distribution(episode_logits(self.prior, obs))
+            return self._distribution(self._twice_differentiable_logits(obs))
         return self._distribution(self._look(obs, "predict")[1])
+
+    def _twice_differentiable_logits(self, episodes: Episodes) -> Tensor:
+        """Logits (N, K) for TRPO, which differentiates them twice: torch's fused attention can do it only once."""
+        if not torch.is_grad_enabled():
+            return episode_logits(self.prior, episodes)
+        check_for_trpo(self.prior)
+        with sdpa_kernel(SDPBackend.MATH):
+            return episode_logits(self.prior, episodes)
 
     def predict_values(self, obs: Tensor | Episodes) -> Tensor:  # type: ignore[override]
         """Values (N, 1) of observations (B, T) or of episodes' transitions."""
@@ -343,3 +376,7 @@ class PixelCNNPolicy(ActorCriticPolicy):
         if self.use_cache and not torch.is_grad_enabled():
             self._caches["predict"].draw(actions)
         return actions
+
+
+PixelCNNPolicy = PriorPolicy
+"""Its name while a PixelCNN was the only prior; saved models hold it."""

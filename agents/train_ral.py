@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from ral_gym.metrics import PyramidFeatures
 from ral_gym.pictures import save_grid
 from ral_gym.priors.base import Prior, config_of, load_prior, save_prior
 from ral_gym.priors.sampler import make_sampler
+from ral_gym.registry import load_plugins
 from ral_gym.rewards.critic import PatchCritic
 from ral_gym.runs.run import Run, random_state, read_config, seed_everything, set_random_state
 from ral_gym.runs.storage import save_module
@@ -178,7 +180,7 @@ def train_ral(
     return load_prior(live, device), load_prior(averaged, device)
 
 
-def load_run(path: Path | str, device: str = "auto", restore_random: bool = True) -> Stage:
+def load_run(path: Path | str, device: str = "auto", restore_random: bool = True, plugins: Sequence[str] = ()) -> Stage:
     """Stage 3 of a run folder as it was left: policy, critic, both optimizers, average, environment, step, randomness.
 
     Reads safetensors and JSON only, and never unpickles. ``stage.model.learn(..., callback=stage.callbacks,
@@ -188,11 +190,14 @@ def load_run(path: Path | str, device: str = "auto", restore_random: bool = True
         path: a run folder with stages 1 and 2, and a checkpoint of stage 3.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         restore_random: also set the global random states of Python, NumPy and torch.
+        plugins: modules that register parts, or ``module:Class`` names that the run's files may ask for.
 
     Raises:
+        ConfigError: a plug-in that cannot be imported, or a file that names code nobody has allowed.
         RunError: no run folder, or a stage is missing or damaged.
         DeviceError: a device that does not exist here.
     """
+    load_plugins(plugins)
     run, where = Run(path, read_config(path)), resolve_device(device)
     if not run.has(f"checkpoints/{STAGE}.safetensors"):
         raise RunError(f"{run.path} has no checkpoint of stage 3 (checkpoints/{STAGE}.safetensors): train it first")

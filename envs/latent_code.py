@@ -87,6 +87,8 @@ class LatentCodeEnv(GenerationEnv):
     * `forbidden_codes`: codes that ``env.unwrapped.action_masks()`` leaves out.
     * `top_k`: the masks hold only the k codes that the run's prior finds likeliest after the codes so far. Masks are
       advice for `MaskablePPO`: `step` takes every code.
+    * `plugins`: modules that register parts, or ``module:Class`` names that the run's files may ask for; a file that
+      names code is refused otherwise.
 
     ## Version History
 
@@ -103,8 +105,9 @@ class LatentCodeEnv(GenerationEnv):
         device: str = "cpu",
         forbidden_codes: Sequence[int] = (),
         top_k: int | None = None,
+        plugins: Sequence[str] = (),
     ) -> None:
-        world = run_world(run, reward, device, forbidden_codes, top_k)
+        world = run_world(run, reward, device, forbidden_codes, top_k, plugins)
         super().__init__(world, reset_mode=reset_mode, render_mode=render_mode)
 
     make_world = staticmethod(run_world)

@@ -15,6 +15,7 @@ from ral_gym.errors import RunError
 from ral_gym.grid import CodeGrid
 from ral_gym.priors.base import Prior, load_prior
 from ral_gym.priors.two_level import load_levels
+from ral_gym.registry import load_plugins
 from ral_gym.rewards.critic import PatchCritic
 from ral_gym.rewards.score_map import CriticScorer, ScoreNormalizer
 from ral_gym.runs.run import read_config
@@ -30,6 +31,7 @@ def run_world(
     device: str = "cpu",
     forbidden_codes: Sequence[int] = (),
     top_k: int | None = None,
+    plugins: Sequence[str] = (),
 ) -> World:
     """The world of a run folder: its VQ-VAE, its training images' codes and its critic, frozen.
 
@@ -39,13 +41,16 @@ def run_world(
         device: `cpu`, `cuda` or `cuda:N`.
         forbidden_codes: see `Masks`.
         top_k: see `Masks`; the prior is the run's.
+        plugins: modules that register parts, or ``module:Class`` names that the run's files may ask for.
 
     Raises:
         ValueError: unknown reward, or masks that leave nothing to draw.
+        ConfigError: a plug-in that cannot be imported, or a file that names code nobody has allowed.
         DeviceError: a device that does not exist here.
         RunError: the folder lacks a stage, a file is damaged, or its files do not belong together.
     """
     check_reward(reward)
+    load_plugins(plugins)
     where = check_device(device)
     folder = Path(run)
     config = read_config(folder)
@@ -63,7 +68,7 @@ def run_world(
         row_multiple=max(1, vqvae.height // map_size),
         device=where,
         masks=make_masks(grid.codebook_size, forbidden_codes, top_k, prior),
-        recipe=(run_world, (run, reward, device, tuple(forbidden_codes), top_k)),
+        recipe=(run_world, (run, reward, device, tuple(forbidden_codes), top_k, tuple(plugins))),
     )
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
+import inspect
 import math
+from collections.abc import Collection, Sequence
 from typing import Annotated, Any
 
 import tyro
@@ -104,3 +107,62 @@ def check_reward_weights(weights: Any) -> None:
             raise ConfigError(f"ral.reward_weights names {term!r}: choose among {allowed}")
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
             raise ConfigError(f"ral.reward_weights: {term} weighs {weight!r}: give a number above 0, or leave it out")
+
+
+def constructor_parameters(cls: type) -> tuple[frozenset[str], bool]:
+    """The names that a class's constructor takes, and whether it takes any others.
+
+    A constructor with ``**kwargs`` is taken to hand them on to its base's.
+    """
+    names: set[str] = set()
+    for base in cls.__mro__:
+        own = vars(base).get("__init__")
+        if base is object or base.__module__.startswith("torch.nn.modules."):
+            return frozenset(names - {"self"}), True
+        if own is not None:
+            parameters = inspect.signature(own).parameters.values()
+            names |= {p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+            if all(p.kind is not p.VAR_KEYWORD for p in parameters):
+                break
+    return frozenset(names - {"self"}), False
+
+
+def part_arguments(
+    cls: type,
+    settings: Any,
+    section: str,
+    *,
+    training: Collection[str],
+    given: Collection[str],
+    untouched: Sequence[Any],
+) -> dict[str, Any]:
+    """A part's constructor arguments from its section of the settings: those of them that it takes, and its options.
+
+    Args:
+        cls: the part's class.
+        settings: a dataclass with `kind`, `options` and further fields.
+        section: its name, such as ``prior``.
+        training: fields that the stage's loop reads, and no part.
+        given: arguments that the caller fills in.
+        untouched: settings such as the defaults and the preset's: what equals one of them was not asked for.
+
+    Raises:
+        ConfigError: a setting that was changed and that the part does not take, or an option that is not its.
+    """
+    taken, any_other = constructor_parameters(cls)
+    values = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
+    kind, options = values.pop("kind"), values.pop("options")
+    sizes = {name: value for name, value in values.items() if name not in training}
+    for name, value in sizes.items():
+        if name not in taken and all(value != getattr(other, name) for other in untouched):
+            raise ConfigError(f"{section}.{name} is {value!r}, but {kind} takes no {name}: leave {section}.{name} out")
+    free = sorted(taken - sizes.keys() - set(given) - set(training))
+    for name in options:
+        if name in given:
+            raise ConfigError(f"{section}.options names {name}, which the run fills in: leave it out")
+        if name in values:
+            raise ConfigError(f"{section}.options names {name}, which is a setting: give {section}.{name}")
+        if name not in taken and not any_other:
+            choice = f"choose among {', '.join(free)}" if free else "it has no options"
+            raise ConfigError(f"{section}.options names {name}, but {kind} takes no {name}: {choice}")
+    return {name: value for name, value in sizes.items() if name in taken} | options

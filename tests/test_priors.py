@@ -97,7 +97,7 @@ def test_what_cannot_be_built_is_refused_in_one_line(config: dict[str, Any], sai
 
 def test_a_class_that_is_no_prior_is_refused() -> None:
     kind = kind_of(nn.Linear(1, 1))
-    with pytest.raises(ConfigError, match=r"has no codebook_size, height.*Prior says what a prior has"):
+    with pytest.raises(ConfigError, match=r"has no codebook_size, height.*Prior says what it needs"):
         build_prior({"kind": kind, "in_features": 1, "out_features": 1})
 
 

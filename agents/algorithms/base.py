@@ -19,7 +19,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
 from ral_gym.agents.episodes import EpisodeRolloutBuffer
-from ral_gym.agents.policy import PixelCNNPolicy, PriorWeights, episode_logits
+from ral_gym.agents.policy import PriorPolicy, PriorWeights, episode_logits
 from ral_gym.agents.vec_env import CodeVecEnv, real_codes
 from ral_gym.errors import ConfigError
 from ral_gym.priors.base import Prior, maximum_likelihood_loss
@@ -36,15 +36,15 @@ class EpisodeAlgorithm(OnPolicyAlgorithm):
         ConfigError: a maximum-likelihood share without real codes.
     """
 
-    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {"PixelCNNPolicy": PixelCNNPolicy}
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {"PriorPolicy": PriorPolicy, "PixelCNNPolicy": PriorPolicy}
     rollout_buffer: EpisodeRolloutBuffer
-    policy: PixelCNNPolicy
+    policy: PriorPolicy
     n_epochs = 1
     needs_values = False
 
     def __init__(
         self,
-        policy: str | type[PixelCNNPolicy],
+        policy: str | type[PriorPolicy],
         env: GymEnv | str,
         learning_rate: float | Schedule = 1e-4,
         n_steps: int | None = None,

@@ -68,6 +68,7 @@ def train(arguments: TrainArguments, console: Console) -> dict[str, Any]:
     from ral_gym.runs.run import Run
     from ral_gym.stages.common import resolve_device
     from ral_gym.stages.evaluate import check_measuring
+    from ral_gym.stages.levels import check_prior_settings
     from ral_gym.stages.processes import process_index
 
     config, stages = arguments.config, arguments.stages
@@ -87,6 +88,7 @@ def train(arguments: TrainArguments, console: Console) -> dict[str, Any]:
         if "evaluate" in stages and all(map(run.has, finished_files(config))):
             return report(run, load_results(run.file("results.json")), console)
         _check_stages(run, stages)
+        check_prior_settings(config)
         if "evaluate" in stages:
             check_measuring(run)
         with run.locked() if main else nullcontext():

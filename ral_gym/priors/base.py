@@ -17,6 +17,7 @@ a two-level model's.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -185,10 +186,29 @@ def config_of(prior: Any) -> dict[str, Any]:
     """What `build_prior` makes the same network from: the constructor's arguments, and the kind where it is needed.
 
     A PixelCNN's is its `config` as it is, so that its files read as they always did.
+
+    Raises:
+        ConfigError: the config cannot be written as JSON.
     """
-    config, kind = {**prior.config}, kind_of(prior)
+    kind = kind_of(prior)
+    try:
+        config = json.loads(json.dumps(dict(prior.config)))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"the config of prior {kind!r} cannot be written as JSON ({error})") from error
     config.pop(KIND, None)
     return config if kind == _kind_in(config) else {KIND: kind, **config}
+
+
+def prior_class(kind: str) -> Any:
+    """The class called `kind`.
+
+    Raises:
+        ConfigError: there is none, it may not be imported, or it is no class of networks.
+    """
+    cls = PRIORS.get(kind)
+    if not isinstance(cls, type) or not issubclass(cls, nn.Module):
+        raise ConfigError(f"prior {kind!r} is no class of networks: give a subclass of torch.nn.Module")
+    return cls
 
 
 def build_prior(config: Mapping[str, Any]) -> Any:
@@ -198,7 +218,7 @@ def build_prior(config: Mapping[str, Any]) -> Any:
         ConfigError: the kind is unknown or may not be imported, or its class refuses the arguments.
     """
     kind = _kind_in(config)
-    cls = PRIORS.get(kind)
+    cls = prior_class(kind)
     try:
         prior = cls(**{name: value for name, value in config.items() if name != KIND})
     except RalGymError:
@@ -219,9 +239,8 @@ def check_members(prior: Any, kind: str) -> None:
         ConfigError: what is missing.
     """
     missing = [name for name in MEMBERS if not hasattr(prior, name)]
-    if not isinstance(prior, nn.Module) or missing:
-        lacks = f"has no {', '.join(missing)}" if missing else "is no torch.nn.Module"
-        raise ConfigError(f"prior {kind!r} {lacks}: ral_gym.priors.base.Prior says what a prior has")
+    if missing:
+        raise ConfigError(f"prior {kind!r} has no {', '.join(missing)}: ral_gym.priors.base.Prior says what it needs")
 
 
 # Files ------------------------------------------------------------------------------------------------------------
@@ -246,7 +265,7 @@ def load_prior(path: Path, device: torch.device | str = "cpu", config: dict[str,
     """
     tensors, metadata = load_tensors(path)
     found = _stored_config(metadata)
-    cls = PRIORS.get(_kind_in(found))
+    cls = prior_class(_kind_in(found))
     prior = rebuild_module(path, tensors, {**metadata, "config": found}, cls, device, config, left_out=(KIND,))
     check_members(prior, _kind_in(found))
     return prior

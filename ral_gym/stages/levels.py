@@ -14,20 +14,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ral_gym.config import Config
-from ral_gym.errors import RunError
+from ral_gym.config import Config, PriorConfig
+from ral_gym.errors import ConfigError, RunError
 from ral_gym.grid import CodeGrid
 from ral_gym.metrics import nll
-from ral_gym.priors.pixelcnn import PixelCNN
+from ral_gym.presets import PRESETS
+from ral_gym.priors.base import KIND, build_prior, prior_class
+from ral_gym.priors.check import check_prior
 from ral_gym.priors.two_level import load_levels
 from ral_gym.runs.run import Run
-from ral_gym.runs.storage import config_arguments, load_module
+from ral_gym.runs.storage import load_module
+from ral_gym.settings import constructor_parameters, part_arguments
 from ral_gym.tokenizers.vqvae import VQVAE
 from ral_gym.tokenizers.vqvae2 import vqvae_class
 
 SECTIONS = ("prior", "bottom")
 """The settings of each level's prior."""
 NLL_BATCH = 256
+TRAINING = (
+    *("batch_size", "training_steps", "learning_rate", "ema_decay", "augmented_passes", "evaluate_every", "held_out"),
+    *("scheduled_sampling", "scheduled_sampling_schedule", "scheduled_sampling_share"),
+)
+"""Settings of a prior that stage 2's loop reads; the others are the network's."""
+GIVEN = ("codebook_size", "height", "width", "condition")
+"""Arguments of a prior that the code grid says."""
 GENERATORS = {
     "prior": "maximum likelihood, the weights of the best held-out NLL",
     "prior_ema": "their exponential average",
@@ -39,23 +49,50 @@ GENERATORS = {
 
 
 def prior_of(config: Config, grid: CodeGrid, level: int = 0) -> Any:
-    """The untrained prior of a configuration: the only one or the top one (0), or the bottom one (1)."""
-    names = [
-        "hidden_units",
-        "residual_units",
-        "layers",
-        "conv_filter_size",
-        "dropout",
-        "output_stack_layers",
-        "position_embedding",
-        "attention_layers",
-        "attention_heads",
-        *(["conditioning_stack_layers"] if level else []),
-    ]
-    arguments = config_arguments(getattr(config, SECTIONS[level]), tuple(names))
+    """The untrained prior of a configuration: the only one or the top one (0), or the bottom one (1).
+
+    Raises:
+        ConfigError: an unknown kind, code that nobody has allowed, settings or options that it does not take, or a
+            network that breaks the protocol (`ral_gym.priors.check`).
+    """
+    arguments = _arguments(config, level)
+    arguments |= dict(zip(GIVEN, (grid.codebook_size, *grid.shapes[level]), strict=False))
     if level:
         arguments["condition"] = (*grid.shapes[0], grid.codebook_size)
-    return PixelCNN(grid.codebook_size, *grid.shapes[level], **arguments)
+    prior = build_prior(arguments)
+    check_prior(prior, level=level)
+    return prior
+
+
+def check_prior_settings(config: Config) -> list[Any]:
+    """Refuse before stage 1 what stage 2 could not build; the priors of one's own, untrained.
+
+    Raises:
+        ConfigError: see `prior_of`.
+    """
+    grid = CodeGrid(config.grid_size, config.grid_size, config.vqvae.codebook_size, config.vqvae.levels)
+    with torch.random.fork_rng(devices=[]):
+        kinds = [_arguments(config, level)[KIND] for level in range(grid.levels)]
+        return [prior_of(config, grid, level) for level, kind in enumerate(kinds) if kind != "pixelcnn"]
+
+
+def _arguments(config: Config, level: int) -> dict[str, Any]:
+    """What `build_prior` takes for a level, except for what the code grid says."""
+    section = SECTIONS[level]
+    settings = getattr(config, section)
+    cls, untouched = prior_class(settings.kind), _untouched(config, section)
+    arguments = part_arguments(cls, settings, section, training=TRAINING, given=GIVEN, untouched=untouched)
+    if level and "condition" not in constructor_parameters(cls)[0]:
+        raise ConfigError(
+            f"bottom.kind is {settings.kind}, which takes no condition, the top codes that bottom codes are drawn for: "
+            "give its constructor and its features an argument condition, or choose pixelcnn"
+        )
+    return {KIND: settings.kind, **arguments}
+
+
+def _untouched(config: Config, section: str) -> list[Any]:
+    """Settings that nobody chose: the defaults, and the preset's."""
+    return [PriorConfig(), *([getattr(PRESETS[config.preset], section)] if config.preset in PRESETS else [])]
 
 
 @dataclass(frozen=True)
