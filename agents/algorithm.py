@@ -10,10 +10,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sb3_contrib import TRPO
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
@@ -21,7 +22,7 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.vec_env import VecEnv
 
 from ral_gym.agents.episodes import EpisodeRolloutBuffer
-from ral_gym.agents.policy import PixelCNNPolicy, PriorWeights
+from ral_gym.agents.policy import PixelCNNPolicy, PriorWeights, check_for_trpo
 from ral_gym.agents.regularizers import EntropyTarget, MLEShare, PriorKLReward
 from ral_gym.config import SECTIONS, RALConfig, changed_settings
 from ral_gym.errors import ConfigError
@@ -228,14 +229,21 @@ def check_algorithm(name: str, pixelcnn: bool = True) -> None:
     )
 
 
-def check_stage(config: RALConfig) -> None:
+def check_stage(config: RALConfig, priors: Sequence[Any] = ()) -> None:
     """Refuse stage 3's algorithm, or settings that would not reach it, before anything is trained.
+
+    Args:
+        config: stage 3's settings.
+        priors: networks that the algorithm is to train.
 
     Raises:
         ConfigError: which one, why, and what to do.
     """
     check_algorithm(config.algo)
-    find_algorithm(config.algo).check(config)
+    algorithm = find_algorithm(config.algo)
+    algorithm.check(config)
+    for prior in priors if issubclass(algorithm.cls, TRPO) else ():
+        check_for_trpo(prior)
 
 
 def trainable_algorithms() -> list[str]:

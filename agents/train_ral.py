@@ -45,7 +45,7 @@ def make_agent(run: Run, env: CodeVecEnv, prior: Prior, device: torch.device) ->
         ConfigError: an unknown algorithm, or settings that would not reach it.
     """
     config = run.config.ral
-    check_stage(config)
+    check_stage(config, [prior])
     algorithm = find_algorithm(config.algo)
     arguments = algorithm.stage_keywords(env, config) | {
         "rollout_buffer_kwargs": {"levels": env.levels, "per_level_discount": config.per_level_discount},

@@ -204,8 +204,8 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def _import(module: str, what: str) -> Any:
-    if "" not in sys.path and "." not in sys.path:
-        sys.path.append(".")  # last, so that a user's own file is found and shadows nothing
+    if "" not in sys.path:  # the working directory, whichever it is now; "." would be that of the first import
+        sys.path.append("")  # last, so that a user's own file is found and shadows nothing
     try:
         return importlib.import_module(module)
     except Exception as error:

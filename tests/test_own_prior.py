@@ -28,6 +28,7 @@ from ral_gym.agents import (
     make_sb3_env,
     policy_for,
 )
+from ral_gym.agents.algorithm import check_stage
 from ral_gym.commands.cli import main
 from ral_gym.config import Config
 from ral_gym.errors import ConfigError
@@ -104,6 +105,9 @@ def test_trpo_refuses_weights_that_it_would_leave_out() -> None:
 
     with pytest.raises(ConfigError, match=r"would not train value\.weight of Named: rename it"):
         make_model("trpo", Named(*TOY)).learn(E * 16)
+    with pytest.raises(ConfigError, match=r"would not train value\.weight of Named: rename it"):
+        check_stage(dataclasses.replace(SMOKE.ral, algo="trpo"), [toy_gpt(), Named(*TOY)])
+    check_stage(SMOKE.ral, [Named(*TOY)])
 
 
 # ------------------------------------------------------------------------------------ classes in calls

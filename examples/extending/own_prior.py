@@ -1,7 +1,7 @@
-"""A prior of one's own, a small causal transformer: all of RAL with it.
+"""A prior of one's own, a small causal transformer: all of RAL with it. To be run in this folder.
 
-ral-gym train --preset smoke --name gpt --prior.kind own_prior:GPT --prior.options heads 2 --prior.hidden-units 32
-ral-gym sample runs/gpt --plugin own_prior:GPT
+    ral-gym train --preset smoke --name gpt --prior.kind own_prior:GPT --prior.options heads 2 --prior.hidden-units 32
+Afterwards the name is asked for again: ``ral-gym sample runs/gpt --plugin own_prior:GPT``.
 """
 
 import torch

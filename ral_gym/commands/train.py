@@ -88,7 +88,7 @@ def train(arguments: TrainArguments, console: Console) -> dict[str, Any]:
         if "evaluate" in stages and all(map(run.has, finished_files(config))):
             return report(run, load_results(run.file("results.json")), console)
         _check_stages(run, stages)
-        check_prior_settings(config)
+        check_stage(config.ral, check_prior_settings(config))
         if "evaluate" in stages:
             check_measuring(run)
         with run.locked() if main else nullcontext():

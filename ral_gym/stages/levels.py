@@ -71,8 +71,10 @@ def check_prior_settings(config: Config) -> list[Any]:
         ConfigError: see `prior_of`.
     """
     grid = CodeGrid(config.grid_size, config.grid_size, config.vqvae.codebook_size, config.vqvae.levels)
+    kinds = [_arguments(config, level)[KIND] for level in range(grid.levels)]
+    if config.vqvae.kind != "vqvae":
+        return []  # only the tokenizer itself knows the shape of its codes
     with torch.random.fork_rng(devices=[]):
-        kinds = [_arguments(config, level)[KIND] for level in range(grid.levels)]
         return [prior_of(config, grid, level) for level, kind in enumerate(kinds) if kind != "pixelcnn"]
 
 
