@@ -1,6 +1,6 @@
 """The Stable-Baselines3 side: policy, episode buffer, algorithms, callbacks."""
 
-from ral_gym.agents.algorithm import Algorithm
+from ral_gym.agents.algorithm import Algorithm, find_algorithm
 from ral_gym.agents.algorithms.base import EpisodeAlgorithm
 from ral_gym.agents.algorithms.grpo import GRPO
 from ral_gym.agents.algorithms.reinforce import Reinforce
@@ -45,6 +45,7 @@ __all__ = [
     "Stage",
     "StepCriticCallback",
     "algorithm_defaults",
+    "find_algorithm",
     "load_run",
     "make_sb3_env",
     "policy_for",

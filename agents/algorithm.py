@@ -27,27 +27,18 @@ from ral_gym.agents.regularizers import EntropyTarget, MLEShare, PriorKLReward
 from ral_gym.config import SECTIONS, RALConfig, changed_settings
 from ral_gym.errors import ConfigError
 from ral_gym.registry import ALGORITHMS as REGISTRY
+from ral_gym.registry import is_path
 
 SHARED = ("learning_rate", "gamma", "max_grad_norm", "normalize_advantage", "mle_coef", "kl_coef")
 """Settings of `RALConfig` that are an algorithm's arguments of the same name, where it has them."""
 CALLBACKS = ("mle_coef", "kl_coef")
 """Those that a callback brings to an algorithm without them."""
-RESERVED = [
-    "policy",
-    "env",
-    "n_steps",
-    "seed",
-    "device",
-    "verbose",
-    "tensorboard_log",
-    "policy_kwargs",
-    "rollout_buffer_class",
-    "rollout_buffer_kwargs",
-    "_init_setup_model",
-    "use_sde",
-    "sde_sample_freq",
-    "stats_window_size",
-]
+STEERED = ("entropy_target", "entropy_schedule")
+"""Settings that `EntropyTarget` has in stage 3, for every algorithm: only the run knows how many updates there are."""
+RESERVED = (
+    *("policy", "env", "n_steps", "seed", "device", "verbose", "tensorboard_log", "policy_kwargs", "use_sde"),
+    *("rollout_buffer_class", "rollout_buffer_kwargs", "_init_setup_model", "sde_sample_freq", "stats_window_size"),
+)
 """Arguments that stage 3 gives, or that mean nothing there."""
 CONTINUOUS_ONLY = ("sac", "td3", "ddpg", "tqc", "crossq")
 
@@ -127,25 +118,37 @@ class Algorithm:
     def stage_keywords(self, env: VecEnv, config: RALConfig) -> dict[str, Any]:
         """As `keywords`, with the shared settings and the free options of stage 3."""
         shared = {name: getattr(config, name) for name in SHARED if name in self.parameters}
-        return self.keywords(env, config) | shared | self.renamed(config) | config.options
+        arguments = self.keywords(env, config) | shared | self.renamed(config) | config.options
+        return {name: value for name, value in arguments.items() if name not in STEERED}
 
-    def callbacks(self, config: RALConfig, prior: PriorWeights) -> list[BaseCallback]:
+    def callbacks(self, config: RALConfig, prior: PriorWeights, progress: Callable[[], float]) -> list[BaseCallback]:
         """The ties that its loss does not have, in the order in which they belong behind the rewards' callback.
 
         Args:
             config: stage 3's settings.
             prior: the MLE prior.
+            progress: tells the share of the updates that are done.
         """
         own = self.own_settings(config)
         found: list[BaseCallback] = []
         if config.kl_coef and "kl_coef" not in self.parameters:
             found.append(PriorKLReward(config.kl_coef, prior))
-        target = own.get("entropy_target")
-        if target is not None and "entropy_target" not in self.parameters:
-            found.append(EntropyTarget(own["ent_coef"], target, schedule=own["entropy_schedule"]))
+        if (target := own.get("entropy_target")) is not None:
+            schedule = own["entropy_schedule"]
+            found.append(EntropyTarget(own["ent_coef"], target, schedule=schedule, progress=progress))
         if config.mle_coef and "mle_coef" not in self.parameters:
             found.append(MLEShare(config.mle_coef))
         return found
+
+    def notes(self, config: RALConfig) -> list[str]:
+        """What of the shared settings works in another way here, or not at all: a few words each."""
+        own = {name for name in CALLBACKS if getattr(config, name) and name not in self.parameters}
+        ways = {"mle_coef": "own steps between the updates", "kl_coef": "taken off the rewards"}
+        notes = [f"ral.{name} {getattr(config, name):g}: {ways[name]}" for name in CALLBACKS if name in own]
+        return notes + [f"no ral.{name}" for name in SHARED if not self._takes(name)]
+
+    def _takes(self, name: str) -> bool:
+        return name in CALLBACKS or name in self.parameters or name in self.renames
 
     def check(self, config: RALConfig) -> None:
         """Refuse settings of stage 3 that would reach nothing.
@@ -164,9 +167,7 @@ class Algorithm:
                 )
         for name in SHARED:
             default = getattr(RALConfig(), name)
-            if name in CALLBACKS or name in self.parameters or name in self.renames:
-                continue
-            if getattr(config, name) != default and name != "learning_rate":
+            if not self._takes(name) and getattr(config, name) != default and name != "learning_rate":
                 raise ConfigError(
                     f"ral.{name} is {getattr(config, name)}, but {config.algo} has no such argument: give {default}"
                 )
@@ -248,4 +249,4 @@ def check_stage(config: RALConfig, priors: Sequence[Any] = ()) -> None:
 
 def trainable_algorithms() -> list[str]:
     """The built-in and registered names that stage 3 takes."""
-    return [name for name in REGISTRY if find_algorithm(name).trains_prior]
+    return [name for name in REGISTRY if not is_path(name) and find_algorithm(name).trains_prior]

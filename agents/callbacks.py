@@ -190,9 +190,6 @@ class RunCallback(BaseCallback):
 
     def _on_rollout_end(self) -> None:
         self._latest = dict(self.logger.name_to_value)
-        # SB3 counts progress in steps, and a round of partial generation has any number of them: count in updates.
-        model: Any = self.model
-        model._total_timesteps = model.num_timesteps * self.total_updates / (self.updates + 1)
 
     def _on_training_end(self) -> None:
         if self.updates < self.total_updates:
@@ -221,7 +218,6 @@ class RunCallback(BaseCallback):
             "critic": self.reward.state_dict(),
             "ties": {name: tie.state_dict() for name, tie in self._ties.items()},
             "algorithm": model.extra_state() if hasattr(model, "extra_state") else {},
-            "progress_remaining": model._current_progress_remaining,
             "buffer": model.rollout_buffer.state_dict(),
             "env": env.core.state_dict(),
             "last_obs": model._last_obs,
@@ -248,6 +244,5 @@ def restore_model(model: Any, state: dict[str, Any]) -> None:
     model._last_obs, model._last_episode_starts = last_obs, starts
     model.num_timesteps = state["num_timesteps"]
     model._n_updates = state["n_updates"]
-    model._current_progress_remaining = state.get("progress_remaining", 1.0)  # versions before did not need it
     if state.get("algorithm"):
         model.load_extra_state(state["algorithm"])

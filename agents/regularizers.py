@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -194,14 +195,24 @@ class EntropyTarget(BaseCallback):
     Args:
         coef: see `AdaptiveEntropy`.
         target: see `AdaptiveEntropy`.
+        progress: tells the share of the training that is done, 0..1; None: SB3's, which is right where `learn` is told
+            the true number of steps.
         **kwargs: the others of `AdaptiveEntropy`.
 
     Raises:
         ConfigError: at the start of training, with an algorithm that has no entropy bonus, such as TRPO.
     """
 
-    def __init__(self, coef: float = 2.2e-3, target: float | Literal["start"] = "start", **kwargs: Any) -> None:
+    def __init__(
+        self,
+        coef: float = 2.2e-3,
+        target: float | Literal["start"] = "start",
+        *,
+        progress: Callable[[], float] | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__()
+        self.progress = progress
         AdaptiveEntropy(2, coef, target, **kwargs)  # a wrong argument is told here
         self._arguments = {"coef": coef, "target": target, **kwargs}
         self.rule: AdaptiveEntropy | None = None
@@ -231,7 +242,8 @@ class EntropyTarget(BaseCallback):
     def _on_rollout_end(self) -> None:
         assert self.rule is not None
         entropy = -float(self.model.rollout_buffer.log_probs.mean())  # type: ignore[attr-defined]
-        coef = self.rule(entropy, 1 - self.model._current_progress_remaining)
+        progress = 1 - self.model._current_progress_remaining if self.progress is None else self.progress()
+        coef = self.rule(entropy, progress)
         self.model.ent_coef = coef  # type: ignore[attr-defined]
         self.logger.record("train/ent_coef", coef)
         self.logger.record("rollout/entropy", entropy)

@@ -137,7 +137,9 @@ def make_stage(
     critic = make_critic(run, vqvae, codes, device) if config.uses_critic else None
     model = make_agent(run, env, prior, device)
     reward_callback = make_reward(run, critic)
-    ties = find_algorithm(config.algo).callbacks(config, PriorWeights.of(prior))
+    ties = find_algorithm(config.algo).callbacks(
+        config, PriorWeights.of(prior), lambda: (run_callback.updates + 1) / config.n_updates
+    )
     run_callback = RunCallback(
         run,
         reward_callback,
@@ -173,7 +175,7 @@ def train_ral(
     stage = make_stage(run, vqvae, prior, codes, device, progress)
     _resume(run, stage)
     # The callback stops after the run's number of updates; rounds of partial generation differ in length.
-    stage.model.learn(total_timesteps=2**62, callback=stage.callbacks, reset_num_timesteps=False)
+    stage.model.learn(2**62, callback=stage.callbacks, log_interval=1, reset_num_timesteps=False)  # A2C logs one in 100
     stage.model.logger.close()
     stage.run_callback.save()
     _save(run, stage)
@@ -218,8 +220,8 @@ def _resume(run: Run, stage: Stage) -> None:
 
 def _restore(run: Run, stage: Stage) -> bool:
     """Put everything back to where the stage's checkpoint was taken; False if there is none."""
+    stage.callbacks.init_callback(stage.model)  # first: it may draw random numbers, and the checkpoint has their state
     state = run.load_checkpoint(STAGE)
-    stage.callbacks.init_callback(stage.model)
     if state is None:
         return False
     with run.restoring(STAGE):

@@ -1,10 +1,16 @@
-"""Named settings: the paper's tables as data, and small ones for a CPU."""
+"""Named settings: the paper's tables as data, small ones for a CPU, and your own: registered, in a module or a file."""
 
 from __future__ import annotations
 
+import difflib
+import json
+import re
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 from ral_gym.config import (
+    SECTIONS,
     Config,
     CriticConfig,
     DataConfig,
@@ -15,6 +21,11 @@ from ral_gym.config import (
     VQVAEConfig,
 )
 from ral_gym.errors import ConfigError
+from ral_gym.registry import PRESETS, is_path
+from ral_gym.schema import config_from, shown
+
+MOST_BYTES = 2**20
+"""Size of a JSON file with settings."""
 
 # The paper --------------------------------------------------------------------------------------------------------
 
@@ -291,33 +302,80 @@ SMOKE = Config(
     evaluation=EvaluationConfig(n_samples=64, extractor="encoder", temperatures=(0.8, 0.9)),
 )
 
-PRESETS = {
-    config.preset: config
-    for config in (
-        DEMO,
-        DEMO_2LEVEL,
-        DEMO_ATTENTION,
-        CELEBA64,
-        CELEBA64_ORACLE,
-        LSUN64_8X8,
-        LSUN64_16X16,
-        CELEBA128_16X16,
-        LSUN128_16X16,
-        CELEBA128,
-        LSUN128,
-        CELEBA256,
-        CELEBAHQ512,
-        SMOKE,
-    )
-}
-
 
 def get_preset(name: str) -> Config:
-    """The settings called `name`.
+    """The settings called `name`; their `preset` is the last part of it.
+
+    Args:
+        name: a registered preset, ``module:NAME`` of a `Config` in a module, or a ``.json`` file (see `read_preset`).
 
     Raises:
-        ConfigError: there is no such preset.
+        ConfigError: there is no such preset, or it may not or cannot be read.
     """
-    if name not in PRESETS:
-        raise ConfigError(f"preset '{name}' is unknown: choose one of {', '.join(PRESETS)}")
-    return PRESETS[name]
+    if name.lower().endswith(".json"):
+        return read_preset(Path(name))
+    if name not in PRESETS and not is_path(name):
+        near = difflib.get_close_matches(name, list(PRESETS), n=1)
+        meant = f" (did you mean {near[0]}?)" if near else ""
+        known = ", ".join(PRESETS)
+        raise ConfigError(
+            f"preset {name!r} is unknown{meant}: choose one of {known}, or give module:NAME or a .json file"
+        )
+    config = PRESETS.get(name)
+    if not isinstance(config, Config):
+        raise ConfigError(f"preset {name!r} is a {type(config).__name__}: give a ral_gym.config.Config")
+    return replace(config, preset=name.rpartition(":")[2])
+
+
+def read_preset(path: Path) -> Config:
+    """Settings from a JSON file: all of them, as in a run's config.json, or some on top of a preset.
+
+    ::
+
+        {"base": "demo", "seed": 3, "ral": {"algo": "grpo", "grpo": {"group_size": 4}}}
+
+    The file is data: code that it names (``module:Class``) is imported only if the user names it too.
+
+    Args:
+        path: the file. `base` in it is a preset's name; without one the file must be complete. `preset`, the name in
+            logs and of the run folder, is the file's own name where it is not given.
+
+    Raises:
+        ConfigError: no such file, no JSON, an unknown setting, or one of another type.
+    """
+    values = _json(path)
+    base = values.pop("base", None)
+    values = {"preset": path.stem} | values
+    name = values["preset"]
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", name):
+        raise ConfigError(f"{path}: preset is {shown(name)}: give a name of letters, digits, dots, - and _")
+    if base is None:
+        try:
+            return Config.from_dict(values)
+        except ConfigError as error:
+            raise ConfigError(f'{path}: {error}; or name the preset that it changes: "base": "demo"') from error
+    if not isinstance(base, str) or base.lower().endswith(".json"):
+        raise ConfigError(f"{path}: base is {shown(base)}: give a preset's name")
+    if isinstance(values.get("ral"), dict) and "baseline" in values["ral"]:
+        raise ConfigError(f"{path}: ral.baseline is ral.reinforce.baseline in this version")
+    start = get_preset(base)
+    config = config_from(Config, values, str(path), defaults=start)
+    own = start.ral.algo
+    if config.ral.algo != own and own in SECTIONS and own not in values["ral"]:  # it goes with its algorithm
+        config = replace(config, ral=replace(config.ral, **{own: SECTIONS[own]()}))
+    return config
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """The names and values of a JSON file."""
+    if not path.is_file():
+        raise ConfigError(f"preset {path} is no file: give a .json file, or the name of a preset")
+    if path.stat().st_size > MOST_BYTES:
+        raise ConfigError(f"{path} has {path.stat().st_size:,} bytes: a preset has at most {MOST_BYTES:,}")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, RecursionError, ValueError) as error:
+        raise ConfigError(f"{path} is no JSON file ({shown(str(error), bare=True)})") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f'{path} is no preset: give names and values, such as {{"base": "demo", "seed": 3}}')
+    return values

@@ -276,4 +276,12 @@ ALGORITHMS = Registry(
         "qrdqn": _ENTRIES + "QUANTILE_DEEP_Q",
     },
 )
-PRESETS = Registry("preset", "ral_gym.presets")
+_PRESET_NAMES = [
+    *("demo", "demo-2level", "demo-attention", "celeba64", "celeba64-oracle", "lsun64-8x8", "lsun64-16x16"),
+    *("celeba128-16x16", "lsun128-16x16", "celeba128", "lsun128", "celeba256", "celebahq512", "smoke"),
+]
+PRESETS = Registry(
+    "preset",
+    "ral_gym.presets",
+    {name: f"ral_gym.presets:{name.upper().replace('-', '_')}" for name in _PRESET_NAMES},
+)

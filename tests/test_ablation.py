@@ -70,7 +70,7 @@ def run(ablation: ModuleType, *arguments: str) -> str:
     console = Console(file=io.StringIO(), width=100)
     with pytest.MonkeyPatch.context() as patch:
         for name, config in PRESETS.items():
-            patch.setitem(presets.PRESETS, name, config)
+            patch.setitem(presets.PRESETS._parts, name, config)
         ablation.main(list(arguments), console)
     file = console.file
     assert isinstance(file, io.StringIO)

@@ -158,5 +158,6 @@ def test_every_number_has_a_range() -> None:
 
 
 def test_an_unknown_preset_is_named_with_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match=r"preset 'celebahq' is unknown: choose one of demo, .*, celebahq512, smoke$"):
+    message = r"preset 'celebahq' is unknown \(.*celebahq512\?\): choose one of demo, .*, smoke, or give module:NAME"
+    with pytest.raises(ConfigError, match=message):
         get_preset("celebahq")

@@ -246,16 +246,6 @@ class GRPO(EpisodeAlgorithm):
     def _stop_early(self, figures: Figures) -> bool:
         return self.target_kl is not None and figures["approx_kl"] > 1.5 * self.target_kl
 
-    def extra_state(self) -> dict[str, Any]:
-        """The entropy bonus and its target."""
-        return {"ent_coef": self.ent_coef, "target": None if self.entropy_rule is None else self.entropy_rule.target}
-
-    def load_extra_state(self, state: dict[str, Any]) -> None:
-        """Put back what `extra_state` gave."""
-        self.ent_coef = state["ent_coef"]
-        if self.entropy_rule is not None:
-            self.entropy_rule.target = state["target"]
-
     def train(self) -> None:
         """An update from the finished episodes of the round: one optimizer step per epoch."""
         self._clip_range = self.clip_range(self._current_progress_remaining)  # type: ignore[operator]

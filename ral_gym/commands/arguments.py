@@ -130,7 +130,9 @@ class PresetsArguments:
     """List the presets, or all settings of one."""
 
     name: Annotated[str | None, tyro.conf.Positional] = None
-    """A preset; None: all of them, in a table."""
+    """A preset, `module:NAME` or a .json file; None: all that are registered, in a table."""
+    plugins: Plugins = ()
+    """Your own parts: modules that register some."""
 
 
 @dataclass
@@ -310,7 +312,7 @@ def _training_help() -> str:
 
 def _complete(arguments: TrainArguments, base: Config) -> TrainArguments:
     """Apply the short flags, check the settings and name the run; `base` is what the arguments started from."""
-    config = arguments.config
+    config = dataclasses.replace(arguments.config, preset=base.preset)  # the flag may be a file or module:NAME
     if arguments.data is not None:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, source=arguments.data))
     if arguments.algo is not None:
@@ -337,7 +339,7 @@ def _complete(arguments: TrainArguments, base: Config) -> TrainArguments:
 
 
 def _own_section(ral: RALConfig, base: RALConfig) -> RALConfig:
-    """Stage 3's settings without what the preset sets for another algorithm than the one chosen.
+    """Stage 3's settings; with another algorithm than the preset's, without what the preset sets for its own.
 
     Raises:
         ConfigError: the command line sets something for another algorithm.
@@ -348,14 +350,12 @@ def _own_section(ral: RALConfig, base: RALConfig) -> RALConfig:
 
         own = find_algorithm(ral.algo).section
     for name, cls in SECTIONS.items():
-        section = getattr(ral, name)
-        if name == own:
-            continue
-        before = getattr(base, name)
+        section, before = getattr(ral, name), getattr(base, name)
         changed = [f.name for f in dataclasses.fields(cls) if getattr(section, f.name) != getattr(before, f.name)]
-        if changed:
+        if name != own and changed:
             flag = f"--ral.{name}.{changed[0]}".replace("_", "-")
             instead = f", or give what ral.{own} has" if own in SECTIONS else ""
             raise ConfigError(f"{flag} is for another algorithm than {ral.algo}: leave it out{instead}")
-        ral = dataclasses.replace(ral, **{name: cls()})
+        if name != own and ral.algo != base.algo and base.algo == name:
+            ral = dataclasses.replace(ral, **{name: cls()})
     return ral

@@ -72,7 +72,8 @@ def train(arguments: TrainArguments, console: Console) -> dict[str, Any]:
     from ral_gym.stages.processes import process_index
 
     config, stages = arguments.config, arguments.stages
-    check_stage(config.ral)
+    if "ral" in stages:
+        check_stage(config.ral)
     if arguments.dry_run:
         from ral_gym.commands.overview import show_dry_run
 
@@ -212,10 +213,14 @@ class Pipeline:
 
     def train_ral(self) -> None:
         """Stage 3 and its control."""
+        from ral_gym.agents.algorithm import find_algorithm
         from ral_gym.agents.train_ral import train_ral
         from ral_gym.stages.levels import load_generator
         from ral_gym.stages.train_prior import continue_prior
 
+        config = self.run.config.ral
+        if notes := find_algorithm(config.algo).notes(config):
+            _say(self.console, [f"{config.algo}: {'; '.join(notes)}"])
         prior: Any = load_generator(self.run, "prior", self.device)
         train_ral(self.run, self.vqvae, prior, self.codes, self.device, self.progress)
         continue_prior(self.run, prior, self.codes, self.device, self.progress)

@@ -21,7 +21,7 @@ from ral_gym.metrics.table import (
     row_names,
 )
 from ral_gym.pictures import colour
-from ral_gym.presets import PRESETS
+from ral_gym.presets import PRESETS, get_preset
 from ral_gym.report.figures import curves_svg, frontier_svg
 from ral_gym.report.page import collapsed, command, figure, grid, missing, paragraph, table
 from ral_gym.runs.run import Run
@@ -79,9 +79,8 @@ DAMAGED = (AttributeError, KeyError, TypeError, ValueError)
 
 def train_command(run: Run) -> list[str]:
     """The words of the command that trains such a run: preset, what differs from it, name and folder."""
-    name = run.config.preset
-    base = PRESETS.get(name)
-    words = ["ral-gym", "train", "--preset", name, *flags(run.config, base)]
+    name = run.config.preset if run.config.preset in PRESETS else "demo"  # a file's or a module's: every difference
+    words = ["ral-gym", "train", "--preset", name, *flags(run.config, get_preset(name))]
     path = run.path if run.path.name not in ("", "..") else run.path.resolve()
     return [*words, "--name", path.name, "--runs", str(path.parent)]
 

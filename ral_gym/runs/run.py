@@ -254,12 +254,12 @@ class Run:
 
 
 def _what(config: Any) -> Any:
-    """A configuration without the settings that do not change the outcome."""
+    """A configuration without the settings that do not change the outcome, and the name of where it started from."""
     if not isinstance(config, dict):
         return config
     data = config.get("data")
     kept = {name: value for name, value in data.items() if name not in RESOURCES} if isinstance(data, dict) else data
-    return {**config, "data": kept}
+    return {name: value for name, value in config.items() if name != "preset"} | {"data": kept}
 
 
 def _filled(config: Any) -> Any:
