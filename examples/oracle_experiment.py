@@ -170,8 +170,8 @@ class SeedExperiment:
             rewards = [OracleReward(self.oracle)] if variant == "oracle_reward" else []
             bookkeeping, points = stage.run_callback, self.settings.stations
             curve = OracleCurve(run, bookkeeping, self.oracle, self.curve_codes, points, self.seed * 1000 + 12)
-            callbacks = CallbackList([stage.reward_callback, *rewards, bookkeeping, curve])
-            stage.model.learn(total_timesteps=2**62, callback=callbacks, reset_num_timesteps=False)
+            callbacks = CallbackList([stage.reward_callback, *rewards, *stage.ties, bookkeeping, curve])
+            stage.model.learn(total_timesteps=2**62, callback=callbacks, log_interval=1, reset_num_timesteps=False)
             stage.model.logger.close()
             stage.run_callback.save()
             train_ral(run, self.vqvae, self.mle, self.codes, CPU, False)  # from that checkpoint: only writes the files
