@@ -238,9 +238,12 @@ def restore_model(model: Any, state: dict[str, Any]) -> None:
     env = unwrap_code_env(model.env)
     assert env is not None
     env.core.load_state_dict(state["env"])
-    last_obs, starts = np.array(state["last_obs"]), np.array(state["last_episode_starts"])
-    if last_obs.shape != (env.num_envs, *(env.observation_space.shape or ())) or starts.shape != (env.num_envs,):
-        raise ValueError(f"observations of shape {last_obs.shape} for {env.num_envs} environments")
+    starts = np.array(state["last_episode_starts"])
+    # None after a stop inside a round: the next `learn` resets the environments.
+    last_obs = None if state["last_obs"] is None else np.array(state["last_obs"])
+    shape = (env.num_envs, *(env.observation_space.shape or ()))
+    if (last_obs is not None and last_obs.shape != shape) or starts.shape != (env.num_envs,):
+        raise ValueError(f"observations that are not of shape {shape}, or not so many episode starts")
     model._last_obs, model._last_episode_starts = last_obs, starts
     model.num_timesteps = state["num_timesteps"]
     model._n_updates = state["n_updates"]

@@ -144,9 +144,8 @@ class MaskableEpisodeRolloutBuffer(EpisodeRolloutBuffer, MaskableRolloutBuffer):
         if action_masks is not None:
             masks = np.asarray(action_masks, bool).reshape(-1, int(self.action_space.n))  # type: ignore[attr-defined]
             numbers = self._number(np.packbits(masks, axis=1))
-        at = (self._fill.copy(), np.arange(self.n_envs))
         EpisodeRolloutBuffer.add(self, *args, **kwargs)
-        self._mask_ids[at] = numbers
+        self._mask_ids[self._fill - 1, np.arange(self.n_envs)] = numbers
 
     def _number(self, masks: np.ndarray) -> int | np.ndarray:
         """The numbers of packed masks (E, K / 8) uint8: known ones are found again, new ones kept."""
@@ -167,14 +166,14 @@ class MaskableEpisodeRolloutBuffer(EpisodeRolloutBuffer, MaskableRolloutBuffer):
         """As `EpisodeRolloutBuffer.get`; `action_masks` is (N, K) bool, or None where everything is legal."""
         yield from EpisodeRolloutBuffer.get(self, batch_size)  # type: ignore[misc]
 
-    def _samples(self, rows: np.ndarray, flat: np.ndarray) -> MaskableRolloutBufferSamples:  # type: ignore[override]
+    def _samples(self, episodes: Episodes, flat: np.ndarray) -> MaskableRolloutBufferSamples:  # type: ignore[override]
         slots, envs = self._slots()
         numbers = self._mask_ids[slots[flat], envs[flat]]  # (N,)
         masks: Tensor | None = None
         if numbers.any():
             packed, n_actions = np.stack(self._mask_rows)[numbers], int(self.action_space.n)  # type: ignore[attr-defined]
             masks = self.to_torch(np.unpackbits(packed, axis=1, count=n_actions).astype(bool))
-        samples = EpisodeRolloutBuffer._samples(self, rows, flat)
+        samples = EpisodeRolloutBuffer._samples(self, episodes, flat)
         return MaskableRolloutBufferSamples(*samples[:6], action_masks=masks)  # type: ignore[arg-type]
 
     def state_dict(self) -> dict[str, Any]:

@@ -103,13 +103,28 @@ class EpisodeAlgorithm(OnPolicyAlgorithm):
         return [*modules, *(["_reference"] if self._reference is not None else [])], tensors
 
     def collect_rollouts(self, env: VecEnv, callback: BaseCallback, rollout_buffer: Any, n_rollout_steps: int) -> bool:
-        """One round: until every environment has finished the episode it is in."""
+        """One round: until every environment has finished the episode it is in.
+
+        Where the callback stops it, the next `learn` begins with a reset of the environments.
+
+        Raises:
+            ConfigError: observations without anything to draw, such as those of a wrapper that delays them.
+        """
         assert self._last_obs is not None, "No previous observation was provided"
-        left = (self._last_obs == rollout_buffer.not_drawn).sum(1)
-        alike = bool((self._last_obs == rollout_buffer.not_drawn).std(0).max() == 0)
-        if self.fast_path and alike and isinstance(env, CodeVecEnv):
-            return self._collect_round(env, callback, rollout_buffer)
-        return super().collect_rollouts(env, callback, rollout_buffer, int(left.max()))
+        to_draw = self._last_obs == rollout_buffer.not_drawn  # (E, T)
+        left = to_draw.sum(1)
+        if not left.all():
+            raise ConfigError(
+                f"environment {left.argmin()} shows nothing to draw (no token {rollout_buffer.not_drawn}): take away "
+                "wrappers that change observations"
+            )
+        if self.fast_path and isinstance(env, CodeVecEnv) and bool((to_draw == to_draw[0]).all()):
+            went_on = self._collect_round(env, callback, rollout_buffer)
+        else:
+            went_on = super().collect_rollouts(env, callback, rollout_buffer, int(left.max()))
+        if not went_on:
+            self._last_obs = None
+        return went_on
 
     def _collect_round(self, env: CodeVecEnv, callback: BaseCallback, rollout_buffer: EpisodeRolloutBuffer) -> bool:
         """The whole-image fast path: the sampler draws all codes, then the environment does its bookkeeping.
