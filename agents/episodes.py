@@ -50,8 +50,8 @@ class EpisodeRolloutBuffer(EpisodeStorage):
 
     A callback may stop `learn` inside a rollout. SB3 then forgets the step that it stopped at, and the next `learn`
     draws once more from the observation before it. Both steps are left out here, and what follows them belongs to an
-    episode that begins with the codes drawn until then. A rollout in which no episode ends teaches nothing: its samples
-    are transitions of the unfinished ones, with advantages of 0.
+    episode that begins with the codes drawn until then. A rollout in which no episode ends teaches the policy nothing:
+    its samples are transitions of the unfinished ones, with advantages of 0.
 
     With two levels (top codes, then bottom codes) the discount counts per level by default: each level is discounted
     as an episode of its own, and a terminal reward, the whole image's, ends both. Over the 1,280 codes of 16 x 16 and

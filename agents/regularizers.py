@@ -138,6 +138,8 @@ class PriorKLReward(BaseCallback):
     def _on_rollout_end(self) -> None:
         buffer: EpisodeRolloutBuffer = self.model.rollout_buffer  # type: ignore[attr-defined]
         assert self.reference is not None
+        if not len(buffer.codes):  # a rollout after a stop, in which no episode ended
+            return
         episodes = buffer.episodes()
         log_probs = episode_logits(self.reference, episodes).log_softmax(1)  # (N, K)
         actions = episodes.codes[episodes.row, episodes.pos]
@@ -149,6 +151,8 @@ class PriorKLReward(BaseCallback):
 
 def _penalise(buffer: EpisodeRolloutBuffer, penalties: np.ndarray) -> None:
     """Take something (N,) off the reward of every transition."""
+    if not len(buffer.mask):  # a rollout after a stop, in which no episode ended
+        return
     rewards = np.zeros(buffer.mask.shape, np.float32)  # (n, T)
     rewards[buffer.mask] = -penalties
     buffer.add_rewards(rewards)

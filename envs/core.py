@@ -17,7 +17,7 @@ Shapes: E environments, T codes, H rows, W columns, K codes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,11 +27,8 @@ from gymnasium.error import ResetNeeded
 from torch import Tensor
 
 from ral_gym.envs.follower import Followers
-from ral_gym.envs.resets import StartDistribution, StartRequest, parse_options
+from ral_gym.envs.resets import Options, StartDistribution, StartRequest, parse_requests
 from ral_gym.envs.worlds import World
-
-Options = Mapping[str, Any] | Sequence[Mapping[str, Any] | None]
-"""The options of ``reset``: one mapping for all rows, or one per row."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +77,7 @@ class GenerationCore:
         image_rows: (E,) int64, rows that the row's image will have.
         to_draw: (E, T) bool, the positions that the row's episode draws, from its start on.
         rewards: (E,) float32, what the last `step` or `draw_round` has paid each row.
+        asked: per row what `reset(options=...)` asked its episode to begin with, as a comparable key; None: nothing.
 
     Raises:
         ValueError: no environment, or see `StartDistribution`.
@@ -112,6 +110,7 @@ class GenerationCore:
         self._paid = np.zeros(self.codes.shape, np.float32)  # with an oracle: what each code has earned
         self._followers = Followers(world, num_envs)
         self._pending = np.zeros(num_envs, np.int64)
+        self.asked: list[Hashable] = [None] * num_envs
         self._rows = np.arange(num_envs)
         self._masks = {rows: world.grid.mask(0, rows) for rows in range(world.grid.height + 1)}  # (T,) each
 
@@ -130,12 +129,7 @@ class GenerationCore:
         Raises:
             ValueError: wrong options; says what is allowed.
         """
-        n = self.num_envs if n is None else n
-        if options is None or isinstance(options, Mapping):
-            return [parse_options(options or {}, self.distribution)] * n
-        if len(options) != n:
-            raise ValueError(f"options for {len(options)} environments: give one mapping, or a list of {n}")
-        return [parse_options(one or {}, self.distribution) for one in options]
+        return parse_requests(options, self.num_envs if n is None else n, self.distribution)
 
     def reset(
         self, rows: np.ndarray, options: Options | None = None, seeds: Sequence[int | None] | None = None
@@ -165,6 +159,7 @@ class GenerationCore:
         for number, row in enumerate(rows):
             alike = first if self.lockstep and requests[number] is requests[0] else None
             drawn = self._start_episode(row, requests[number], alike, self._pending[rows[0]])
+            self.asked[row] = requests[number].key if options else None
             first = drawn if number == 0 else first
         self.to_draw[rows] = to_draw = self.codes[rows] == self.grid.not_drawn  # (n, T)
         self.position[rows] = self.start[rows] = to_draw.argmax(1)
@@ -201,6 +196,23 @@ class GenerationCore:
             given = self._masks[prefix]
             self.codes[row, given] = self.world.real_codes[image, given]
         return prefix, stop
+
+    @property
+    def starts_differ(self) -> bool:
+        """Whether the rows' episodes may have begun from different grids, one drawn or asked for by each."""
+        return self.distribution.mode in ("continue", "mixed") or any(key is not None for key in self.asked)
+
+    def share_starts(self, leaders: np.ndarray) -> None:
+        """Let every row begin as another one does; nothing may have been drawn yet.
+
+        Args:
+            leaders: (E,) int64, the row that each row follows; itself: it keeps its start.
+        """
+        names = ("codes", "start", "position", "stop", "image_rows", "to_draw", "_pending", "_paid")
+        for name in names:
+            setattr(self, name, getattr(self, name)[leaders])
+        self.asked = [self.asked[leader] for leader in leaders]
+        self._followers.restart(self._rows)
 
     def step(self, actions: np.ndarray | Tensor, rows: np.ndarray | None = None) -> Finished | None:
         """Write one code into every running episode.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import gymnasium as gym
@@ -71,6 +72,8 @@ class GenerationEnv(gym.Env[np.ndarray, np.int64]):
         Raises:
             ValueError: an option that is unknown or out of range; nothing has changed then.
         """
+        if options is not None and not isinstance(options, Mapping):
+            raise ValueError(f"options are {options!r}: give one mapping, such as {{'prefix_rows': 2}}")
         self.core.check_options(options)
         super().reset(seed=seed)
         self.core.rngs[0] = self.np_random

@@ -11,7 +11,7 @@ A short image must give the critic whole score-map rows, so the rows of a scratc
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -21,6 +21,8 @@ from ral_gym.grid import CodeGrid
 
 ResetMode = Literal["full", "continue", "scratch", "mixed"]
 RESET_MODES: tuple[str, ...] = get_args(ResetMode)
+Options = Mapping[str, Any] | Sequence[Mapping[str, Any] | None]
+"""The options of ``reset``: one mapping for all rows, or one per row."""
 OPTION_NAMES = ("mode", "prefix_rows", "stop_rows", "codes", "image_index")
 
 
@@ -41,6 +43,12 @@ class StartRequest:
     stop_rows: int | None = None
     image_index: int | None = None
     codes: np.ndarray | None = None
+
+    @property
+    def key(self) -> Hashable:
+        """Equal for equal requests."""
+        codes = None if self.codes is None else self.codes.tobytes()
+        return self.mode, self.prefix_rows, self.stop_rows, self.image_index, codes
 
 
 class StartDistribution:
@@ -128,6 +136,24 @@ class StartDistribution:
     def draw_image(self, rng: np.random.Generator) -> int:
         """A row of the real codes, uniformly."""
         return int(rng.integers(self.n_images))
+
+
+def parse_requests(options: Options | None, n: int, distribution: StartDistribution) -> list[StartRequest]:
+    """`parse_options` for n rows; one mapping gives all of them the same request object.
+
+    Raises:
+        ValueError: neither a mapping nor one for each row, or see `parse_options`.
+    """
+    if options is None or isinstance(options, Mapping):
+        return [parse_options(options or {}, distribution)] * n
+    if isinstance(options, str | bytes) or not isinstance(options, Sequence):
+        raise ValueError(f"options are {options!r}: give a mapping such as {{'prefix_rows': 2}}")
+    if len(options) != n:
+        raise ValueError(f"options for {len(options)} environments: give one mapping, or a list of {n}")
+    wrong = [one for one in options if not (one is None or isinstance(one, Mapping))]
+    if wrong:
+        raise ValueError(f"options of one environment are {wrong[0]!r}: give a mapping or None for each")
+    return [parse_options(one or {}, distribution) for one in options]
 
 
 def parse_options(options: Mapping[str, Any], distribution: StartDistribution) -> StartRequest:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -30,6 +30,9 @@ class GenerationVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     * ``"NextStep"``: a finished row keeps its last observation for one step, whose action is ignored; its info is in
       ``infos`` itself, each key with its mask.
     * ``"Disabled"``: as ``"NextStep"``, but the row has to be reset with ``options={"reset_mask": ...}``.
+
+    Gymnasium's vector wrappers that change observations refuse ``"SameStep"`` (`NormalizeObservation` takes
+    ``"NextStep"`` only): ``gymnasium.make_vec(id, num_envs=E, autoreset_mode="NextStep")``.
 
     ## Options of ``reset``
 
@@ -94,11 +97,14 @@ class GenerationVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             ValueError: an option or a list of seeds that does not fit; nothing has changed then.
             TypeError: a `reset_mask` that is no boolean array; nothing has changed then.
         """
+        if options is not None and not isinstance(options, Mapping):
+            raise ValueError(
+                f"options are {options!r}: give one mapping, which holds for all rows; for options of their own reset "
+                "the rows one after another with a reset_mask"
+            )
         single = dict(options or {})
         rows = self._masked_rows(single.pop("reset_mask", None))
-        seeds = [seed + i for i in range(self.num_envs)] if isinstance(seed, int | np.integer) else seed
-        if seeds is not None and len(seeds) != self.num_envs:
-            raise ValueError(f"seed has {len(seeds)} entries: give one for each of the {self.num_envs} environments")
+        seeds = _row_seeds(seed, self.num_envs)
         self.core.reset(rows, single, None if seeds is None else [seeds[row] for row in rows])
         self._ended[rows] = False
         return self.core.observations(), {}
@@ -219,6 +225,26 @@ class RegisteredVectorEnv(GenerationVectorEnv):
             lockstep=lockstep,
             paired=paired,
         )
+
+
+def _row_seeds(seed: Any, num_envs: int) -> list[int | None] | None:
+    """One seed per row, None where there is none.
+
+    Raises:
+        ValueError: another number of seeds, or one that is no integer from 0 on.
+    """
+    if seed is None:
+        return None
+    whole = isinstance(seed, int | np.integer)
+    if not whole and not isinstance(seed, Sequence | np.ndarray):
+        raise ValueError(f"seed={seed!r}: give an integer from 0 on, or one for each environment")
+    seeds = [int(seed) + i for i in range(num_envs)] if whole else list(seed)
+    if len(seeds) != num_envs:
+        raise ValueError(f"seed has {len(seeds)} entries: give one for each of the {num_envs} environments")
+    for one in seeds:
+        if one is not None and (not isinstance(one, int | np.integer) or one < 0):
+            raise ValueError(f"seed={one!r} is no integer from 0 on")
+    return seeds
 
 
 def _autoreset_mode(mode: AutoresetMode | str) -> AutoresetMode:

@@ -8,16 +8,26 @@ import torch
 
 from ral_gym.agents import GRPO, AdaptiveEntropy, PixelCNNPolicy, Reinforce, make_sb3_env
 from ral_gym.agents.algorithms.grpo import clipped_surrogate, start_groups
+from ral_gym.envs.worlds import toy_score_map
 from ral_gym.errors import ConfigError
 from ral_gym.priors.pixelcnn import PixelCNN
 
 T, K = 16, 8
 
 
-def make(cls: type = GRPO, reset_mode: str = "full", n_envs: int = 8, lockstep: bool = True, **kwargs: object):
+def make(
+    cls: type = GRPO,
+    reset_mode: str = "full",
+    n_envs: int = 8,
+    lockstep: bool = True,
+    reward: str = "single",
+    **kwargs: object,
+):
     torch.manual_seed(1)
     prior = PixelCNN(K, 4, 4, hidden_units=16, residual_units=16, layers=2, conv_filter_size=3, output_stack_layers=1)
-    env = make_sb3_env("ral_gym/Toy-v0", n_envs, reset_mode=reset_mode, lockstep=lockstep, paired=False, seed=0)
+    env = make_sb3_env(
+        "ral_gym/Toy-v0", n_envs, reset_mode=reset_mode, lockstep=lockstep, paired=False, seed=0, reward=reward
+    )
     return cls(PixelCNNPolicy, env, seed=0, device="cpu", policy_kwargs={"prior": prior}, **kwargs)
 
 
@@ -183,3 +193,65 @@ def test_save_and_load_keep_reference_and_entropy_rule(tmp_path) -> None:
         torch.testing.assert_close(old, new)
     assert loaded.entropy_rule.target == model.entropy_rule.target > 0.9
     loaded.learn(T * 8)
+
+
+def run_with_options(model, options: list[dict], fast_path: bool) -> tuple[np.ndarray, np.ndarray]:
+    """A round that starts as asked: per environment what its first episode earned, and should have earned."""
+    model.fast_path = fast_path
+    model.env.set_options(options)
+    callback = model._setup_learn(1, None)[1]
+    model.collect_rollouts(model.env, callback, model.rollout_buffer, model.n_steps)
+    buffer = model.rollout_buffer
+    first = np.unique(buffer.episode_envs, return_index=True)[1]
+    returns = np.zeros(buffer.mask.shape)
+    returns[buffer.mask] = buffer.rewards
+    image = torch.as_tensor(buffer.codes.clip(max=K - 1).astype(np.int64))
+    true = (toy_score_map(image).flatten(1).numpy() * buffer.mask).sum(1)
+    return returns.sum(1)[first], true[first]
+
+
+A, B = {"prefix_rows": 1, "image_index": 0}, {"prefix_rows": 3, "image_index": 1}
+
+
+@pytest.mark.parametrize("fast_path", [True, False])
+@pytest.mark.parametrize("reset_mode", ["continue", "full"])
+@pytest.mark.parametrize("options", [[A, A, B, B], [A, B, A, B], [{"prefix_rows": 2}] * 4, [A, A, None, None]])
+def test_rows_with_options_of_their_own_are_paid_for_what_they_draw(
+    fast_path: bool, reset_mode: str, options: list[dict | None]
+) -> None:
+    model = make(reset_mode=reset_mode, n_envs=4, group_size=2, reward="intermediate", scale_advantage="none")
+    earned, true = run_with_options(model, options, fast_path)
+    np.testing.assert_array_equal(earned, true)
+    buffer = model.rollout_buffer
+    first = np.unique(buffer.episode_envs, return_index=True)[1]
+    for row, asked in enumerate(options):
+        if asked is not None:
+            assert buffer.start[first][row] == 4 * asked["prefix_rows"]
+    group = start_groups(buffer)
+    returns, advantages = np.zeros(buffer.mask.shape), np.zeros(buffer.mask.shape)
+    returns[buffer.mask], advantages[buffer.mask] = buffer.returns, model.advantages()
+    partners = [np.flatnonzero(group == label) for label in group[first]]
+    assert all(len(rows) > 1 for rows in partners)
+    for row, rows in zip(first, partners, strict=True):
+        assert len({tuple(np.where(buffer.mask[other], -1, buffer.codes[other])) for other in rows}) == 1
+        expected = (returns[row] - returns[rows].mean(0)) * buffer.mask[row]
+        np.testing.assert_allclose(advantages[row], expected, atol=1e-6)
+    for seed in (1, 2):  # and the rounds after it, whose rows do not stand alike at first
+        rollout(model, seed)
+        model.train()
+
+
+def test_rows_that_nothing_can_be_compared_with_are_refused() -> None:
+    for reset_mode in ("continue", "full"):
+        model = make(reset_mode=reset_mode, n_envs=4, group_size=2)
+        with pytest.raises(ConfigError, match="environment 0 starts from a grid that no other one has"):
+            run_with_options(model, [A, B, B, B], True)
+
+
+def test_the_sequence_ratio_in_double_precision() -> None:
+    model = make(n_envs=4, group_size=2, kl_coef=0.1, reset_mode="continue", mle_coef=0.1, ent_coef=0.01)
+    model.policy.double()
+    model._reference.double()
+    rollout(model)
+    model.train()
+    assert next(model.policy.parameters()).dtype == torch.float64

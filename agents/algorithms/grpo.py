@@ -30,6 +30,7 @@ from ral_gym.agents.episodes import EpisodeRolloutBuffer
 from ral_gym.agents.policy import PixelCNNPolicy
 from ral_gym.agents.regularizers import AdaptiveEntropy
 from ral_gym.agents.vec_env import CodeVecEnv, unwrap_code_env
+from ral_gym.envs.core import GenerationCore
 from ral_gym.errors import ConfigError
 
 SelfGRPO = TypeVar("SelfGRPO", bound="GRPO")
@@ -61,7 +62,9 @@ def clipped_surrogate(
     if row is not None:
         n = int(row.max()) + 1
         counts = torch.bincount(row, minlength=n)
-        mean = torch.zeros(n, device=row.device).index_add_(0, row, log_ratio.detach()) / counts.clamp_min(1)
+        mean = torch.zeros(n, dtype=log_ratio.dtype, device=row.device).index_add_(
+            0, row, log_ratio.detach()
+        ) / counts.clamp_min(1)
         log_ratio = mean[row] + log_prob - log_prob.detach()
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
@@ -78,7 +81,8 @@ class GRPO(EpisodeAlgorithm):
         n_steps: capacity of the buffer per environment; None: T. A round is one finished episode per environment.
         gamma: discount.
         group_size: environments that continue the same real image from the same row, and divides their number. From
-            an empty grid all episodes have the same start, so the group is the batch.
+            an empty grid all episodes have the same start, so the group is the batch. Where rows of a group were reset
+            with options of their own, rows of the whole batch that start alike are compared.
         scale_advantage: `batch`: divide by the standard deviation over the batch; `none`: do not.
         n_epochs: optimizer steps per round.
         ratio: `sequence` or `token`, see `clipped_surrogate`.
@@ -188,28 +192,49 @@ class GRPO(EpisodeAlgorithm):
             ConfigError: they cannot be.
         """
         found = unwrap_code_env(env)
-        if found is None or found.core.distribution.mode not in ("continue", "mixed"):
+        if found is None or not found.core.starts_differ:
             return None
         if self.group_size < 2 or env.num_envs % self.group_size:
             raise ConfigError(
                 f"group_size={self.group_size} does not divide {env.num_envs} environments into groups of at least 2 "
                 "that continue the same image: choose a divisor"
             )
-        if not found.core.lockstep:
+        if found.core.distribution.mode in ("continue", "mixed") and not found.core.lockstep:
             raise ConfigError("GRPO groups environments that start alike: make them with lockstep=True")
         return found
 
+    def _share_starts(self, core: GenerationCore) -> None:
+        """Rows that were asked for the same, or for nothing, take over the start of their group's first row.
+
+        Where the options of a group's rows differ, all rows keep what they asked for.
+
+        Raises:
+            ConfigError: then a row has no other that starts from the same grid.
+        """
+        leaders = np.arange(core.num_envs) // self.group_size * self.group_size
+        if all(core.asked[leader] == key for leader, key in zip(leaders, core.asked, strict=True)):
+            core.share_starts(leaders)
+            return
+        _, label, count = np.unique(core.codes, axis=0, return_inverse=True, return_counts=True)
+        alone = np.flatnonzero(count[label.reshape(-1)] == 1)
+        if len(alone):
+            raise ConfigError(
+                f"environment {alone[0]} starts from a grid that no other one has, so GRPO cannot compare it: give all "
+                f"rows of a group ({self.group_size} in a row) the same options"
+            )
+
     def collect_rollouts(self, env: VecEnv, callback: BaseCallback, rollout_buffer: Any, n_rollout_steps: int) -> bool:
-        """One round: until every environment has finished the episode it is in; each group starts from one grid."""
+        """One round: until every environment has finished the episode it is in; each group starts from one grid.
+
+        Raises:
+            ConfigError: environments that cannot be grouped.
+        """
         found = self._check_groups(env)
         if found is not None:
-            # The rows of a group take over the start of its first row, whatever that was drawn or asked to be.
-            leaders = np.arange(env.num_envs) // self.group_size * self.group_size
-            state = found.core.state_dict()
-            found.core.load_state_dict(
-                state | {name: state[name][leaders] for name in ("codes", "start", "position", "stop", "pending")}
-            )
-            self._last_obs = found.core.observations()
+            if (found.core.position > found.core.start).any():  # rows of different lengths end at different times
+                env.reset()
+            self._share_starts(found.core)
+            self._last_obs, self._last_episode_starts = found.core.observations(), np.ones(env.num_envs, bool)
         return super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
 
     def advantages(self) -> np.ndarray:
