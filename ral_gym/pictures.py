@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import matplotlib.text
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -347,6 +348,13 @@ def _axes(xlabel: str, ylabel: str, title: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
+def show_as_written(figure: Figure) -> None:
+    """Take no dollar signs in names and titles for formulas, which may be wrong ones and fail."""
+    for text in figure.findobj(matplotlib.text.Text):
+        text.set_parse_math(False)
+
+
 def _write(figure: Figure, path: str | Path) -> None:
     """Write a figure as PNG, atomically; no date or version in it, so that equal figures are equal files."""
+    show_as_written(figure)
     write_atomic(Path(path), lambda temporary: figure.savefig(temporary, format="png", metadata={"Software": None}))

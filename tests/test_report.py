@@ -6,7 +6,6 @@ import io
 import json
 import os
 import re
-import shlex
 import shutil
 import subprocess
 from dataclasses import dataclass, field
@@ -19,14 +18,11 @@ import pytest
 import torch
 from PIL import Image
 
-from ral_gym.commands.arguments import TrainArguments, parse
 from ral_gym.commands.cli import main
 from ral_gym.commands.generate import open_run
-from ral_gym.config import Config
-from ral_gym.presets import SMOKE, get_preset
+from ral_gym.presets import SMOKE
 from ral_gym.report.figures import HEAT_SHARE, heat, heat_map
 from ral_gym.report.report import Report
-from ral_gym.report.text import stage_command
 from ral_gym.runs.run import Run
 from ral_gym.runs.storage import load_json, save_json
 from tests.tiny import make_tiny_run
@@ -238,6 +234,48 @@ def test_a_run_of_stages_1_and_2_says_what_is_missing(tmp_path, levels) -> None:
     assert f"bottom ({len(dataclasses.fields(SMOKE.bottom))} settings" in page.text or levels == 1
 
 
+HOSTILE = '"><img src=x onerror=alert(1)><script>alert(2)</script>$\\frac{'
+
+
+def test_text_from_a_run_folder_is_no_html(finished, tmp_path) -> None:
+    """Names of files, runs, rows and settings, and whatever else a stranger may have written into the folder."""
+    path = Path(shutil.copytree(finished, tmp_path / HOSTILE.replace("/", "_")))
+    picture = path / "samples" / "exposure_curves.png"
+    picture.rename(picture.with_name(f"exposure{HOSTILE.replace('/', '_')}.png"))
+    config = json.loads((path / "config.json").read_text())
+    config["data"]["cache_dir"] = config["evaluation"]["extractor"] = config["preset"] = HOSTILE
+    config["vqvae"]["options"] = {HOSTILE: HOSTILE}
+    (path / "config.json").write_text(json.dumps(config))
+    results = load_json(path / "results.json")
+    results |= {"extractor": HOSTILE, "metrics": {HOSTILE: HOSTILE}}
+    results["rows"] = {HOSTILE: {**results["rows"]["mle"], HOSTILE: 1.0}}
+    results["sweeps"] = {HOSTILE: results["sweeps"]["mle"]}
+    save_json(path / "results.json", results)
+    page = check_page(report(path))
+    assert {"img", "svg"} <= page.tags and not {"script", "object", "iframe", "form", "embed"} & page.tags
+    for element in re.findall(r"<[^>]*>", report(path)):
+        assert not re.search(r"\son\w+\s*=", re.sub(r'"[^"]*"', "", element)), element
+    assert page.text.count("onerror=alert(1)") > 6  # it is there, as text
+
+
+def test_the_page_may_load_and_run_nothing(html) -> None:
+    (policy,) = re.findall(r'<meta http-equiv="Content-Security-Policy" content="([^"]*)">', html)
+    rules = dict(rule.strip().split(" ", 1) for rule in unescape(policy).split(";"))
+    assert rules["default-src"] == rules["base-uri"] == rules["form-action"] == "'none'"
+    assert "script-src" not in rules and rules["img-src"] == "data:"
+    assert html.index("Content-Security-Policy") < html.index("<style>") < html.index("<title>") + 200
+
+
+@pytest.mark.parametrize("content", [b"%!PS-Adobe", b"", b"\x89PNG\r\n\x1a\n" + bytes(40)])
+def test_a_damaged_picture_is_one_line(content, tmp_path, capsys) -> None:
+    path = make_tiny_run(tmp_path / "tiny")
+    (path / "samples").mkdir()
+    (path / "samples" / "exposure_x.png").write_bytes(content)
+    assert main(["report", str(path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "exposure_x.png cannot be shown in the report" in line
+
+
 def test_an_empty_run_and_missing_images_are_said(tmp_path) -> None:
     config = dataclasses.replace(SMOKE, data=dataclasses.replace(SMOKE.data, source=f"folder:{tmp_path}/gone"))
     page = check_page(report(Run(tmp_path / "empty", config).path))
@@ -264,8 +302,8 @@ def test_intervals_are_shown_where_they_are_on_record(finished, tmp_path, monkey
         del row["intervals"]
     save_json(path / "results.json", results)
     assert "without intervals" in Page(report(path)).text
-    results["rows"]["mle"]["intervals"] = {"fd": [12.25, 14.75]}
-    results["rows"]["ral"]["entropy"] = {"value": 2.5, "low": 2.25, "high": 2.75}
+    results["rows"]["mle"] |= {"fd": 13.5, "intervals": {"fd": [12.25, 14.75]}}
+    results["rows"]["ral"] |= {"entropy": 2.5, "intervals": {"entropy": [2.25, 2.75]}}
     save_json(path / "results.json", results)
     page = Page(report(path))
     assert "12.2 to 14.8" in page.text and "2.250 to 2.750" in page.text and "without intervals" not in page.text
@@ -284,28 +322,6 @@ def test_a_damaged_table_is_one_line(tmp_path, capsys, damage) -> None:
 def test_what_is_no_run_is_refused(tmp_path, capsys) -> None:
     assert main(["report", str(tmp_path)]) == 2
     assert "is not a run folder" in capsys.readouterr().err
-
-
-CONFIGS = {
-    "preset": SMOKE,
-    "two levels": get_preset("demo-2level"),
-    "changed": dataclasses.replace(
-        SMOKE,
-        data=dataclasses.replace(SMOKE.data, grey=True, crop=100, source="folder:/a b/c"),
-        vqvae=dataclasses.replace(SMOKE.vqvae, augment=not SMOKE.vqvae.augment, learning_rate=1.5e-05),
-        evaluation=dataclasses.replace(SMOKE.evaluation, temperatures=(0.5, 0.75)),
-        seed=3,
-    ),
-}
-
-
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_the_command_makes_the_same_run(config: Config, tmp_path) -> None:
-    run = Run(tmp_path / "my runs" / "one", config)
-    words = shlex.split(stage_command(run, "prior", "ral"))
-    arguments = parse(words[1:])
-    assert isinstance(arguments, TrainArguments) and arguments.config == config
-    assert Path(arguments.runs) / str(arguments.name) == run.path and arguments.stages == ("prior", "ral")
 
 
 # A browser ----------------------------------------------------------------------------------------------------------

@@ -180,9 +180,8 @@ def row_names(results: Mapping[str, Any]) -> list[str]:
 
 
 def interval(row: Mapping[str, Any], key: str) -> tuple[float, float] | None:
-    """The 95 % interval of a metric: in `intervals`, or beside the value as an estimate's `low` and `high`."""
-    value = row.get(key)
-    ends = (value["low"], value["high"]) if isinstance(value, Mapping) else row.get("intervals", {}).get(key)
+    """The 95 % interval of a metric."""
+    ends = row.get("intervals", {}).get(key)
     return None if ends is None else (float(ends[0]), float(ends[1]))
 
 
@@ -202,7 +201,6 @@ def metric_text(row: Mapping[str, Any], key: str) -> Text:
     at least one of the interval, so that no scale of features reads 0.0. Half the width is to the farther end.
     """
     value, ends = row.get(key), interval(row, key)
-    value = value["value"] if isinstance(value, Mapping) else value
     if value is None:
         return Text("-")
     column, decimals = COLUMNS.get(key, OWN), COLUMNS.get(key, OWN).decimals

@@ -11,12 +11,13 @@ from collections.abc import Mapping, Sequence
 
 import matplotlib
 import numpy as np
+from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from ral_gym.pictures import MARKERS, _array, _scale, _tile, colour
+from ral_gym.pictures import MARKERS, _array, _scale, _tile, colour, show_as_written
 from ral_gym.report.page import image, inline_svg
 
 HEAT_SHARE = 0.55
@@ -25,7 +26,7 @@ Curves = Mapping[str, tuple[Sequence[float], Sequence[float]]]
 Points = Mapping[str, Sequence[tuple[float, float]]]
 
 
-def strip(images: Tensor | np.ndarray, alt: str, columns: int) -> str:
+def strip(images: Tensor | np.ndarray, alt: str, columns: int) -> Markup:
     """Images (N, C, S, S) uint8 in raster order, as an ``<img>``; the gaps between them are transparent."""
     array = _array(images)
     columns = min(columns, len(array))
@@ -70,7 +71,7 @@ def heat_colours(n: int = 11) -> list[str]:
     return [matplotlib.colors.to_hex(heat_map()(value)) for value in np.linspace(0, 1, n)]
 
 
-def curves_svg(name: str, curves: Curves, *, xlabel: str, ylabel: str, tint: str, alt: str) -> str:
+def curves_svg(name: str, curves: Curves, *, xlabel: str, ylabel: str, tint: str, alt: str) -> Markup:
     """Lines over a common axis; points whose y is NaN are left out.
 
     Args:
@@ -102,7 +103,7 @@ def curves_svg(name: str, curves: Curves, *, xlabel: str, ylabel: str, tint: str
 
 def frontier_svg(
     name: str, sweeps: Mapping[str, Sequence[tuple[float, float, float]]], points: Points, alt: str
-) -> str:
+) -> Markup:
     """FD against entropy: temperature sweeps as curves, other generators and checkpoints as points.
 
     Args:
@@ -154,8 +155,9 @@ def _axes(xlabel: str, ylabel: str, size: tuple[float, float] = (4.8, 3.2)) -> t
     return figure, axes
 
 
-def _svg(figure: Figure, name: str, alt: str) -> str:
+def _svg(figure: Figure, name: str, alt: str) -> Markup:
     """The figure as an element of the page; equal figures are equal text."""
+    show_as_written(figure)
     file = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
         figure.savefig(file, format="svg", metadata={"Date": None})

@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import functools
 import io
-from html import escape
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from markupsafe import Markup
 from torch import Tensor
 
 import ral_gym
 from ral_gym.data.images import ImageSet, load_images, to_float
 from ral_gym.data.opening import open_image, read_file
 from ral_gym.data.subsets import subset
-from ral_gym.errors import ConfigError, DataError
+from ral_gym.errors import ConfigError, DataError, RunError
 from ral_gym.priors.base import Prior
 from ral_gym.priors.two_level import SUFFIXES
 from ral_gym.report.figures import heat, heat_colours, strip
@@ -34,6 +35,7 @@ from ral_gym.report.page import (
     missing,
     page,
     paragraph,
+    strips,
 )
 from ral_gym.report.text import (
     STAGE_NAMES,
@@ -66,8 +68,11 @@ VISIBLE = 0.5
 DRAWN = {"MLE": "prior", "RAL": "policy_ema"}
 """What the page calls a generator -> its file."""
 EXPOSURE_CAPTIONS = {
-    "exposure_given_rows": "<b>Prefix curve.</b> KID of images whose first rows are real and whose others are drawn: "
-    "left nothing is given, right nothing is drawn. It falls anyway, since less is drawn: compare the generators."
+    "exposure_given_rows": (
+        "Prefix curve.",
+        "KID of images whose first rows are real and whose others are drawn: left nothing is given, right nothing is "
+        "drawn. It falls anyway, since less is drawn: compare the generators.",
+    )
 }
 STAGE_OF = {"prior": "prior", "policy_ema": "ral"}
 
@@ -154,31 +159,29 @@ class Report:
         levels = self.run.config.vqvae.levels if name.startswith("prior") else 1
         return [f"{name}{suffix}.safetensors" for suffix in SUFFIXES[:levels]]
 
-    def lacking(self, what: str, *stages: str) -> str:
-        """HTML that says what is missing, and the command for its stages."""
+    def lacking(self, what: str, *stages: str) -> Markup:
+        """What is missing, and the command for its stages."""
         names = " and ".join(STAGE_NAMES[stage] for stage in stages)
         return missing(f"{what}: {names} has not run yet.", stage_command(self.run, *stages))
 
     # Sections ---------------------------------------------------------------------------------------------------------
 
-    def samples(self) -> str:
+    def samples(self) -> Markup:
         """Real | reconstruction | MLE | RAL."""
         figures, notes = [], []
         seeded = f"seed {self.seed}, temperature 1"
         if self.held_out is not None:
             n = len(self.held_out)
             alt = f"{n} held-out photos of the data set"
-            figures.append(figure("real", strip(self.held_out, alt, 4), f"<b>Real.</b> {n} held-out images."))
+            figures.append(figure("real", strip(self.held_out, alt, 4), "Real.", f"{n} held-out images."))
         else:
             notes.append(missing(f"No real images: {self.no_images}"))
         if self.reconstruction is not None:
             n = len(self.reconstruction)
             which = "the same images" if self.held_out is not None else "held-out images"
             picture = strip(self.reconstruction, f"{n} images decoded from their codes", 4)
-            caption = (
-                f"<b>Reconstruction.</b> {which.capitalize()} from their codes: what is lost before anything is drawn."
-            )
-            figures.append(figure("reconstruction", picture, caption))
+            caption = f"{which.capitalize()} from their codes: what is lost before anything is drawn."
+            figures.append(figure("reconstruction", picture, "Reconstruction.", caption))
         else:
             notes.append(self.lacking("No reconstructions", "vqvae"))
         words = {"MLE": "the prior of stage 2", "RAL": "the average of stage 3's policy"}
@@ -186,14 +189,14 @@ class Report:
             if label in self.drawn and self.vqvae is not None:
                 alt = f"{N_SHOWN} images drawn by {label}, not selected"
                 picture = strip(decode_codes(self.vqvae, self.drawn[label]), alt, 4)
-                caption = f"<b>{label}.</b> Drawn by {words[label]}; not selected, {seeded}."
-                figures.append(figure(label.lower(), picture, caption))
+                caption = f"Drawn by {words[label]}; not selected, {seeded}."
+                figures.append(figure(label.lower(), picture, f"{label}.", caption))
             else:
                 notes.append(self.lacking(f"No samples of {label}", STAGE_OF[name]))
         intro = "MLE and RAL draw from the same random numbers, so images at the same place can be compared."
-        return (paragraph(intro) if len(self.drawn) > 1 else "") + grid(figures, "tiles") + "".join(notes)
+        return (paragraph(intro) if len(self.drawn) > 1 else Markup()) + grid(figures, "tiles") + Markup().join(notes)
 
-    def completions(self) -> str:
+    def completions(self) -> Markup:
         """Held-out images whose lower half is drawn anew."""
         untrained = [STAGE_OF[name] for label, name in DRAWN.items() if label not in self.generators]
         if self.vqvae is None or untrained:
@@ -212,17 +215,14 @@ class Report:
             for label, images in done.completed.items():
                 alt = f"{COMPLETIONS} completions of held-out image {number} by {label}"
                 parts[label] = strip(images, alt, COMPLETIONS)
-            strips = "".join(
-                f'<div><span class="label">{escape(label)}</span>{picture}</div>' for label, picture in parts.items()
-            )
             share = f"{done.rows} of {self.vqvae.height} rows of codes are given"
             last = self.seed + COMPLETIONS - 1
-            caption = f"<b>Image {number}.</b> {share}; not selected; seeds {self.seed} to {last}, temperature 1."
-            figures.append(figure(f"completion-{number}", f'<div class="strips">{strips}</div>', caption))
+            caption = f"{share}; not selected; seeds {self.seed} to {last}, temperature 1."
+            figures.append(figure(f"completion-{number}", strips(parts.items()), f"Image {number}.", caption))
         intro = "The lower rows of held-out images are hidden before the image is encoded, then drawn (Section 5.5)."
-        return paragraph(intro) + '<div class="grid">' + "\n".join(figures) + "</div>"
+        return paragraph(intro) + grid(figures)
 
-    def score_maps(self) -> str:
+    def score_maps(self) -> Markup:
         """What the critic says of each patch of real and drawn images."""
         if self.scorer is None or self.vqvae is None:
             return self.lacking("No score maps", "ral")
@@ -241,8 +241,8 @@ class Report:
             alt = f"the critic's scores over {len(shown)} images, {label}; their mean is {mean:.3g}"
             overlay = strip(heat(shown, maps[label], low, high), alt, 4)
             which = whose.get(label, f"the first {len(shown)} samples of {label} above")
-            caption = f"<b>{label}.</b> {which[0].upper()}{which[1:]}. Mean score {mean:.3f}."
-            figures.append(figure(f"scores-{label.lower()}", overlay, caption))
+            caption = f"{which[0].upper()}{which[1:]}. Mean score {mean:.3f}."
+            figures.append(figure(f"scores-{label.lower()}", overlay, f"{label}.", caption))
         scale = colour_scale(
             heat_colours(),
             (f"{low:.2f}", f"{(low + high) / 2:.2f}", f"{high:.2f}"),
@@ -262,22 +262,17 @@ class Report:
             raw = self.scorer.critic(to_float(images).to(self.device))
         return self.scorer.normalizer(raw).cpu()
 
-    def exposure_bias(self) -> str:
+    def exposure_bias(self) -> Markup:
         """The run's prefix curve, and the curves of an exposure-bias experiment where one has left its pictures."""
         pictures = sorted(self.run.file("samples").glob("exposure*.png"))
         if not pictures:
             return self.lacking("No curves", "evaluate")
         figures = []
-        for path in pictures:
-            with open_image(read_file(path)) as opened:
-                small = opened.convert("RGB")
-            small.thumbnail((1200, 1200))
-            file = io.BytesIO()
-            small.quantize(128).save(file, format="png", optimize=True)
+        for number, path in enumerate(pictures):
             words = path.stem.replace("_", " ")
-            picture = image(file.getvalue(), f"plot: {words}", small.width, small.height)
-            caption = EXPOSURE_CAPTIONS.get(path.stem, f"<b>{escape(words.capitalize())}.</b> {escape(path.name)}")
-            figures.append(figure(path.stem, picture, caption))
+            title, caption = EXPOSURE_CAPTIONS.get(path.stem, (f"{words.capitalize()}.", path.name))
+            name = path.stem if re.fullmatch(r"[\w-]+", path.stem, re.ASCII) else f"exposure-{number}"
+            figures.append(figure(name, _picture(path, f"plot: {words}"), title, caption))
         intro = (
             "Does a generator suffer from its own mistakes? Against an oracle, whose likelihoods are known, "
             "examples/exposure_bias.py answers; its pictures are shown here when they lie among the run's samples, as "
@@ -285,7 +280,7 @@ class Report:
         )
         return paragraph(intro) + grid(figures, "plots")
 
-    def header(self) -> str:
+    def header(self) -> Markup:
         """What this run is, and how far it has come."""
         config, seconds = self.run.config, self.run.seconds()
         side = config.grid_size
@@ -329,6 +324,23 @@ class Report:
         ]
         title = f"{self.run.path.resolve().name}: a run of ral_gym"
         return page(title, self.header(), sections, f"Written by ral_gym {ral_gym.__version__} (ral-gym report).")
+
+
+def _picture(path: Path, alt: str) -> Markup:
+    """A picture of the run folder, made small.
+
+    Raises:
+        RunError: it is no picture, or a larger one than data from outside may be.
+    """
+    try:
+        with open_image(read_file(path)) as opened:
+            small = opened.convert("RGB")
+    except Exception as error:  # damaged files make Pillow's readers raise nearly anything
+        raise RunError(f"{path} cannot be shown in the report ({error}): remove it, or make it again") from error
+    small.thumbnail((1200, 1200))
+    file = io.BytesIO()
+    small.quantize(128).save(file, format="png", optimize=True)
+    return image(file.getvalue(), alt, small.width, small.height)
 
 
 def _sum(seconds: dict[str, float], *names: str) -> float:

@@ -1,12 +1,13 @@
-"""The report's sections that are made of figures on record: table, frontier, curves, settings, commands."""
+"""The report's sections that are made of numbers on record: table, frontier, curves, settings, commands."""
 
 from __future__ import annotations
 
 import math
 import shlex
 from collections.abc import Mapping
-from html import escape
 from typing import Any
+
+from markupsafe import Markup
 
 from ral_gym.config import Config, settings
 from ral_gym.config.flags import flags, parts_named
@@ -23,7 +24,7 @@ from ral_gym.metrics.table import (
 from ral_gym.pictures import colour
 from ral_gym.presets import PRESETS, get_preset
 from ral_gym.report.figures import curves_svg, frontier_svg
-from ral_gym.report.page import collapsed, command, figure, grid, missing, paragraph, table
+from ral_gym.report.page import collapsed, command, definitions, figure, grid, missing, paragraph, setting_list, table
 from ral_gym.runs.run import Run
 from ral_gym.stages.pictures import NLLS
 
@@ -90,7 +91,7 @@ def stage_command(run: Run, *stages: str) -> str:
     return shlex.join([*train_command(run), *(["--stages", *stages] if stages else [])])
 
 
-def results_section(run: Run, results: Mapping[str, Any] | None) -> str:
+def results_section(run: Run, results: Mapping[str, Any] | None) -> Markup:
     """The table, what its rows are, and how it was measured.
 
     Raises:
@@ -100,40 +101,22 @@ def results_section(run: Run, results: Mapping[str, Any] | None) -> str:
         return missing(f"No table: {STAGE_NAMES['evaluate']} has not run yet.", stage_command(run))
     try:
         rows, keys = row_names(results), columns_of(results)
-        cells = [[_row_name(name), *_cells(results["rows"][name], keys)] for name in rows]
-        headings = ["row", *map(heading, keys)]
-        measured = table("Results of every generator", headings, cells)
-        content = figure("results", measured, f"<b>Results.</b> {escape(results_caption(results))}")
+        cells = [(name, [metric_text(results["rows"][name], key) for key in keys]) for name in rows]
+        measured = table("Results of every generator", ["row", *map(heading, keys)], cells)
+        content = figure("results", measured, "Results.", results_caption(results))
     except DAMAGED as error:
         raise _no_results(run) from error
     known = [(name, ROW_NAMES[name]) for name in rows if name in ROW_NAMES]
-    terms = "".join(f"<dt><code>{name}</code></dt><dd>{escape(words)}</dd>" for name, words in known)
     if not any(interval(row, key) for row in results["rows"].values() for key in COLUMNS):
-        content += paragraph("One measurement per figure, without intervals: small differences say nothing.")
-    return content + collapsed("What the rows are", f"<dl>{terms}</dl>")
+        content += paragraph("One measurement per number, without intervals: small differences say nothing.")
+    return content + collapsed("What the rows are", definitions(known, code=True))
 
 
 def _no_results(run: Run) -> RunError:
     return RunError(f"{run.file('results.json')} is no results file; remove it to evaluate again")
 
 
-def _row_name(name: str) -> str:
-    """A row's name, which may be broken after its underscores."""
-    return f"<code>{escape(name).replace('_', '_<wbr>')}</code>"
-
-
-def _cells(row: Mapping[str, Any], keys: list[str]) -> list[str]:
-    """A row's figures, each above its interval if it has one."""
-    cells = []
-    for key in keys:
-        text = metric_text(row, key)
-        cells.append(
-            escape(text.value) + (f"<small>{escape(text.low)} to {escape(text.high)}</small>" if text.low else "")
-        )
-    return cells
-
-
-def frontier(run: Run, results: Mapping[str, Any] | None) -> str:
+def frontier(run: Run, results: Mapping[str, Any] | None) -> Markup:
     """FD against entropy.
 
     Raises:
@@ -162,17 +145,17 @@ def frontier(run: Run, results: Mapping[str, Any] | None) -> str:
     if stations:
         points["RAL on the way"] = stations
     alt = f"FD against entropy, one curve per generator by temperature; lowest FD: {described}"
-    caption = f"<b>FD against entropy.</b> {escape(extractor)} features, n = {n:,}; lowest FD: {escape(described)}." + (
-        " Numbers: RAL's checkpoints in order." if stations else ""
-    )
+    numbered = " Numbers: RAL's checkpoints in order." if stations else ""
+    caption = f"{extractor} features, n = {n:,}; lowest FD: {described}.{numbered}"
     intro = (
         "Lower is better at the same entropy. A lower temperature moves a generator along its own curve; one that only "
         "sharpens lies on MLE's."
     )
-    return paragraph(intro) + grid([figure("frontier", frontier_svg("frontier", sweeps, points, alt), caption)], "wide")
+    plot = frontier_svg("frontier", sweeps, points, alt)
+    return paragraph(intro) + grid([figure("frontier", plot, "FD against entropy.", caption)], "wide")
 
 
-def learning_curves(run: Run) -> str:
+def learning_curves(run: Run) -> Markup:
     """What each stage logged, as curves."""
     figures, stages = [], set()
     logged = {stage: run.metrics(stage) for stage in dict.fromkeys(stage for stage, *_ in PLOTS)}
@@ -194,8 +177,8 @@ def learning_curves(run: Run) -> str:
         name = f"curve-{number}-{stage}".replace("_", "-")
         alt, tint = f"{title}, {ylabel} by {xlabel}: {ends}", colour("ral" if stage == "ral" else "mle")
         svg = curves_svg(name, curves, xlabel=xlabel, ylabel=ylabel, tint=tint, alt=alt)
-        figures.append(figure(name, svg, f"<b>{escape(title)}.</b> First to last: {escape(ends)}."))
-    content = grid(figures, "plots") if figures else ""
+        figures.append(figure(name, svg, f"{title}.", f"First to last: {ends}."))
+    content = grid(figures, "plots") if figures else Markup()
     lacking = [stage for stage in ("vqvae", "prior", "ral") if stage not in stages]
     for stage in lacking:
         if run.has({"vqvae": "vqvae", "prior": "prior", "ral": "policy_ema"}[stage] + ".safetensors"):
@@ -212,23 +195,22 @@ def _span(values: list[float]) -> str:
     return f"{known[0]:.3g} to {known[-1]:.3g}" if known else "never finite"
 
 
-def configuration(config: Config) -> str:
+def configuration(config: Config) -> Markup:
     """Every setting, by section; those that differ from the preset's are marked."""
     base = settings(PRESETS[config.preset]) if config.preset in PRESETS else {}
-    sections: dict[str, list[str]] = {}
+    sections: dict[str, list[tuple[str, str, str | None]]] = {}
     changed: dict[str, int] = {}
     for name, value in settings(config).items():
         section, _, field = name.rpartition(".")
         differs = name in base and base[name] != value
         changed[section] = changed.get(section, 0) + differs
-        words = escape(_words(value))
-        words = f"<b>{words}</b> (preset: {escape(_words(base[name]))})" if differs else words
-        sections.setdefault(section, []).append(f"<dt><code>{field}</code></dt><dd>{words}</dd>")
-    content = ""
+        preset = _words(base[name]) if differs else None
+        sections.setdefault(section, []).append((field, _words(value), preset))
+    content = Markup()
     for section, lines in sections.items():
         marked = f", {changed[section]} not the preset's" if changed[section] else ""
         summary = f"{section or 'run'} ({len(lines)} settings{marked})"
-        content += collapsed(summary, f"<dl>{''.join(lines)}</dl>")
+        content += collapsed(summary, setting_list(lines))
     return content
 
 
@@ -236,7 +218,7 @@ def _words(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def repeat(run: Run) -> str:
+def repeat(run: Run) -> Markup:
     """The commands that make this run, its table, its pictures and this page."""
     folder, parts = shlex.quote(str(run.path)), parts_named(run.config)
     plugins = f" --plugin {shlex.join(parts)}" if parts else ""

@@ -74,6 +74,14 @@ def _check_results(results: Any) -> None:
     for name, seconds in _dict(results.get("seconds", {}), "seconds").items():
         if not is_number(seconds):
             raise _Wrong(f"seconds.{name} is no number")
+    if not isinstance(results.get("measurement", 1), int):
+        raise _Wrong("measurement is no integer")
+    for name, n in _dict(results.get("held_out", {}), "held_out").items():
+        if not isinstance(n, int):
+            raise _Wrong(f"held_out.{name} is no integer")
+    for name, meaning in _dict(results.get("metrics", {}), "metrics").items():
+        if not isinstance(meaning, str):
+            raise _Wrong(f"metrics.{name} is no text")
     if results.get("given_rows"):
         _check_given_rows(_dict(results["given_rows"], "given_rows"))
 
