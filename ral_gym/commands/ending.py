@@ -36,6 +36,14 @@ class _Lines(logging.Handler):
         tqdm.write(f"{record.levelname.lower()}: {printable(record.getMessage())}", file=sys.stderr)
 
 
+class _Output(Console):
+    """Where commands print; a reader that has gone away is an error like any other, and not the end of Python."""
+
+    def on_broken_pipe(self) -> None:
+        """Called by rich, inside the handling of the error."""
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+
 def _quiet_about_files(arguments: threading.ExceptHookArgs) -> None:
     """No traceback from TensorBoard's writing thread: the main thread raises the same error at its next write."""
     if not issubclass(arguments.exc_type, OSError):
@@ -66,7 +74,7 @@ def run_command(
             if not sys.warnoptions:
                 warnings.simplefilter("ignore")  # libraries' remarks to programmers
             try:
-                command(argv, Console(quiet=rank > 0))
+                command(argv, _Output(quiet=rank > 0))
             finally:
                 sys.stdout.flush()  # where nobody reads any more, that is found out here and not when Python ends
         return 0

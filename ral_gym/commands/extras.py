@@ -35,7 +35,7 @@ def check_extras(config: Config, stages: Sequence[str]) -> None:
             extras[need[0]] = None
     if missing:
         lacking = "; ".join(f"{user} needs {' and '.join(names)}" for user, names in missing.items())
-        raise ConfigError(f'{lacking}, which are not installed: pip install "ral-gym[{",".join(extras)}]"')
+        raise ConfigError(f'{lacking}, not installed: pip install "ral-gym[{",".join(extras)}]"')
 
 
 def _is_installed(module: str) -> bool:

@@ -8,6 +8,7 @@ the stage's), and what a stopped stage wrote after its checkpoint is taken out o
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,9 +36,14 @@ def open_event_log(run_folder: Path, stage: str, start: int) -> SummaryWriter:
         RunError: an event file is damaged beyond reading or cannot be written.
     """
     folder = run_folder / FOLDER
-    for file in sorted(folder.glob(f"*tfevents*.{stage}")):
+    files = sorted(folder.glob(f"*tfevents*.{stage}"))
+    for file in files:
         _drop_after(file, start)
-    # protobuf's writer thread is TensorBoard's own; "flush" before a checkpoint keeps the two in step.
+    # Readers take the files in the order of their names, which begin with the second they were made in.
+    for _ in range(30):
+        if not any(f".tfevents.{int(time.time())}." in file.name for file in files):
+            break
+        time.sleep(0.05)
     return SummaryWriter(str(folder), filename_suffix=f".{stage}")
 
 
