@@ -16,8 +16,7 @@ from stable_baselines3.common.logger import KVWriter, TensorBoardOutputFormat
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from ral_gym.agents.rewards.composite import CompositeReward
-from ral_gym.agents.rewards.critic_callback import CriticCallback
+from ral_gym.agents.rewards.rollout_reward import RolloutReward
 from ral_gym.agents.vec_env import unwrap_code_env
 from ral_gym.rewards.distribution import DISTRIBUTION_TERMS
 from ral_gym.runs.event_log import open_event_log
@@ -111,7 +110,7 @@ class RunCallback(BaseCallback):
     def __init__(
         self,
         run: Run,
-        reward: CriticCallback | CompositeReward,
+        reward: RolloutReward,
         n_updates: int,
         *,
         draw_samples: Callable[[int], None] | None = None,

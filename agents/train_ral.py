@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,15 +19,17 @@ from ral_gym.agents.rewards.co_trained_critic import CoTrainedCritic
 from ral_gym.agents.rewards.composite import CompositeReward
 from ral_gym.agents.rewards.critic_callback import CriticCallback
 from ral_gym.agents.vec_env import CodeVecEnv, make_sb3_env
+from ral_gym.config import CriticConfig
 from ral_gym.errors import RunError
-from ral_gym.metrics import PyramidFeatures
+from ral_gym.metrics import Extractor, PyramidFeatures
 from ral_gym.pictures import save_grid
+from ral_gym.presets import PRESETS
 from ral_gym.priors.base import Prior, config_of, load_prior, save_prior
 from ral_gym.priors.sampler import make_sampler
 from ral_gym.registry import load_plugins
-from ral_gym.rewards.critic import PatchCritic
+from ral_gym.rewards.making import build_critic, save_critic
+from ral_gym.rewards.scorer import encoder_features
 from ral_gym.runs.run import Run, random_state, read_config, seed_everything, set_random_state
-from ral_gym.runs.storage import save_module
 from ral_gym.stages.common import resolve_device
 from ral_gym.stages.levels import load_generator, load_vqvae
 from ral_gym.tokenizers.code_set import CodeSet, decode_codes
@@ -61,10 +62,30 @@ def make_agent(run: Run, env: CodeVecEnv, prior: Prior, device: torch.device) ->
     return algorithm.cls(algorithm.policy, env, **arguments)  # type: ignore[return-value]
 
 
-def make_critic(run: Run, vqvae: VQVAE, codes: CodeSet, device: torch.device) -> CoTrainedCritic:
-    """The run's critic, untrained."""
+def reward_features(run: Run, vqvae: VQVAE) -> Extractor | None:
+    """What critics and terms see that see features, `ral.reward_features`; None where the tokenizer has none."""
+    if run.config.ral.reward_features == "pyramid":
+        return PyramidFeatures()
+    return encoder_features(vqvae) if hasattr(vqvae, "encode_features") else None
+
+
+def make_critic(
+    run: Run,
+    vqvae: VQVAE,
+    codes: CodeSet,
+    device: torch.device,
+    prior: Prior | None = None,
+    extractor: Extractor | None = None,
+) -> CoTrainedCritic:
+    """The run's critic, untrained.
+
+    Raises:
+        ConfigError: an unknown kind, or settings and options that it does not take.
+    """
     config = run.config.critic
-    critic = PatchCritic(vqvae.image_size, vqvae.channels, hidden_units=config.hidden_units, layers=config.layers)
+    make_prior = None if prior is None else lambda: prior
+    preset = PRESETS[run.config.preset].critic if run.config.preset in PRESETS else CriticConfig()
+    critic = build_critic(config, vqvae, extractor=extractor, make_prior=make_prior, untouched=(preset,))
     return CoTrainedCritic(
         vqvae,
         critic,
@@ -75,18 +96,25 @@ def make_critic(run: Run, vqvae: VQVAE, codes: CodeSet, device: torch.device) ->
         normalization=run.config.ral.reward_normalization,
         seed=run.config.seed * 1000 + 5,
         device=device,
+        extractor=extractor,
     )
 
 
-def make_reward(run: Run, critic: CoTrainedCritic | None) -> CriticCallback | CompositeReward:
-    """What delivers the run's rewards: the paper's, or `ral.reward_weights`' terms, each on its own scale."""
+def make_reward(
+    run: Run, critic: CoTrainedCritic | None, extractor: Extractor | None = None
+) -> CriticCallback | CompositeReward:
+    """What delivers the run's rewards: the paper's, or `ral.reward_weights`' terms, each on its own scale.
+
+    Raises:
+        ConfigError: a term that is unknown, or that a file names and the user does not.
+    """
     config = run.config.ral
     if critic is not None and config.critic_alone:
         return CriticCallback(critic)
     return CompositeReward(
         config.reward_weights,
         critic=critic,
-        extractor=PyramidFeatures() if config.reward_features == "pyramid" else None,
+        extractor=extractor,
         evaluation_extractor=run.config.evaluation.extractor,
         ema=config.reward_ema,
         seed=run.config.seed * 1000 + 8,
@@ -134,9 +162,10 @@ def make_stage(
         seed=run.config.seed * 1000 + 4,
         device=str(device),
     )
-    critic = make_critic(run, vqvae, codes, device) if config.uses_critic else None
+    extractor = reward_features(run, vqvae)
+    critic = make_critic(run, vqvae, codes, device, prior, extractor) if config.uses_critic else None
     model = make_agent(run, env, prior, device)
-    reward_callback = make_reward(run, critic)
+    reward_callback = make_reward(run, critic, extractor)
     ties = find_algorithm(config.algo).callbacks(
         config, PriorWeights.of(prior), lambda: (run_callback.updates + 1) / config.n_updates
     )
@@ -234,12 +263,7 @@ def _save(run: Run, stage: Stage) -> None:
     """Write the critic if any, the average, and the policy last: its file says that the stage is done."""
     critic, model = stage.critic, stage.model
     if critic is not None:
-        facts: dict[str, Any] = {
-            "normalization": critic.normalization,
-            "shift": critic.normalizer.shift,
-            "scale": critic.normalizer.scale,
-        }
-        save_module(run.file("critic.safetensors"), critic.critic, **facts)
+        save_critic(run.file("critic.safetensors"), critic.scorer, run.config.critic.kind)
     _save_average(run, model, stage.run_callback, "policy_ema.safetensors")
     policy: PixelCNNPolicy = model.policy  # type: ignore[assignment]
     save_prior(run.file("policy.safetensors"), policy.prior, updates=stage.run_callback.updates)

@@ -24,7 +24,7 @@ from rich.console import Console
 from torch import Tensor
 
 from ral_gym.report.tables import plain_table
-from ral_gym.rewards.distribution import DISTRIBUTION_TERMS, make_distribution_reward
+from ral_gym.rewards.distribution import DISTRIBUTION_TERMS
 
 AIM = (1024, 512, 2.0)
 """N, D, and the seconds that `loo_fd` may take there."""
@@ -83,14 +83,14 @@ def measure(n: int, width: int, arguments: Arguments) -> tuple[dict[str, float],
     mixing = torch.randn(width, width, dtype=torch.float64) / width**0.5
     reference = make_features(2 * n + 2 * width, width, mixing * 1.1, 0.1)
     features = make_features(n, width, mixing, 0.0)
-    rewards = {name: make_distribution_reward(name, reference) for name in DISTRIBUTION_TERMS}
+    rewards = {name: DISTRIBUTION_TERMS[name](reference) for name in DISTRIBUTION_TERMS}
     times: dict[str, list[float]] = {name: [] for name in rewards}
     for _ in range(arguments.rounds):
         for name, reward in rewards.items():
             times[name].append(seconds_of(lambda reward=reward: reward(features)))  # type: ignore[misc]
     expected = brute_force(reference, features, arguments.brute)
     per_image = seconds_of(lambda: brute_force(reference, features, arguments.brute)) / (arguments.brute + 1)
-    exact = make_distribution_reward("loo_fd", reference)(features)[: arguments.brute]
+    exact = DISTRIBUTION_TERMS["loo_fd"](reference)(features)[: arguments.brute]
     error = float((exact - expected).abs().max() / expected.abs().max())
     return {name: statistics.median(seconds) for name, seconds in times.items()}, per_image * n, error
 

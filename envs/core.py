@@ -331,7 +331,8 @@ class GenerationCore:
             scores, earned = self._score(self.grid.crop(codes[same], int(height)))  # (m, r, w), (m, codes of the rows)
             rewards[same[:, None], np.flatnonzero(self._masks[height])] = earned
             if score_map is None:
-                map_rows = scores.shape[1] * self.grid.height // height
+                # One cell is a score of the whole image, whatever its height.
+                map_rows = 1 if scores.shape[1:] == (1, 1) else scores.shape[1] * self.grid.height // height
                 score_map = np.zeros((len(rows), map_rows, scores.shape[2]), np.float32)
             score_map[same, : scores.shape[1]] = scores
         return score_map, rewards

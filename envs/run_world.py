@@ -8,18 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
-from ral_gym.envs.worlds import World, check_device, check_reward, make_masks
-from ral_gym.errors import RunError
+from ral_gym.config import Config
+from ral_gym.envs.worlds import CRITIC_REWARDS, Scorer, World, check_device, check_reward, make_masks, term_scorer
 from ral_gym.grid import CodeGrid
 from ral_gym.priors.base import Prior, load_prior
 from ral_gym.priors.two_level import load_levels
 from ral_gym.registry import load_plugins
-from ral_gym.rewards.critic import PatchCritic
-from ral_gym.rewards.score_map import CriticScorer, ScoreNormalizer
+from ral_gym.rewards.making import build_critic, critic_class, load_critic, row_multiple
+from ral_gym.rewards.scorer import CriticScorer
 from ral_gym.runs.run import read_config
-from ral_gym.runs.storage import load_metadata, load_module
+from ral_gym.runs.storage import load_module
 from ral_gym.tokenizers.code_set import CodeSet, decode_codes
 from ral_gym.tokenizers.vqvae import VQVAE
 from ral_gym.tokenizers.vqvae2 import vqvae_class
@@ -36,8 +37,9 @@ def run_world(
     """The world of a run folder: its VQ-VAE, its training images' codes and its critic, frozen.
 
     Args:
-        run: path of the folder, with stages 1 and 2 done (and stage 3, unless `reward` is `none`).
-        reward: `single`, `intermediate`, or `none`: rewards are 0, for a callback that writes them.
+        run: path of the folder, with stages 1 and 2 done (and stage 3, if its critic is the reward).
+        reward: `single` or `intermediate`; the name of a reward of single images (`ral_gym.rewards.terms`); or `none`:
+            rewards are 0, for a callback that writes them.
         device: `cpu`, `cuda` or `cuda:N`.
         forbidden_codes: see `Masks`.
         top_k: see `Masks`; the prior is the run's.
@@ -49,36 +51,43 @@ def run_world(
         DeviceError: a device that does not exist here.
         RunError: the folder lacks a stage, a file is damaged, or its files do not belong together.
     """
-    check_reward(reward)
     load_plugins(plugins)
+    check_reward(reward, registered=True)
     where = check_device(device)
     folder = Path(run)
     config = read_config(folder)
     vqvae = load_frozen(folder / "vqvae.safetensors", vqvae_class(config.vqvae.levels), device)
     grid = vqvae.grid
     codes = load_real_codes(folder / "codes.safetensors", grid)
-    scorer = None if reward == "none" else _critic_scorer(folder / "critic.safetensors", vqvae, reward, device)
-    prior = None if top_k is None else run_prior(folder, config.vqvae.levels, device)
-    map_size = vqvae.image_size // 2**config.critic.layers
+    make_prior = partial(run_prior, folder, config.vqvae.levels, device)
+    scorer: Scorer | None = None
+    if reward in CRITIC_REWARDS:
+        what = (vqvae, folder, config.vqvae.levels, device)
+        critic, normalizer, extractor = _load(folder / "critic.safetensors", _load_critic, what)
+        scorer = CriticScorer(vqvae, critic, reward, normalizer, extractor=extractor)  # type: ignore[arg-type]
+    elif reward != "none":
+        scorer = term_scorer(reward, grid, vqvae.decode, where)
+    prior = None if top_k is None else make_prior()
     return World(
         grid=grid,
         decode=partial(decode_codes, vqvae),
         scorer=scorer,
         real_codes=codes,
-        row_multiple=max(1, vqvae.height // map_size),
+        row_multiple=_row_multiple(config, vqvae, make_prior),
         device=where,
         masks=make_masks(grid.codebook_size, forbidden_codes, top_k, prior),
         recipe=(run_world, (run, reward, device, tuple(forbidden_codes), top_k, tuple(plugins))),
     )
 
 
-def _critic_scorer(path: Path, vqvae: VQVAE, reward: str, device: str) -> CriticScorer:
-    critic, normalizer = _load(path, _load_critic, device)
-    expected = {"image_size": vqvae.image_size, "channels": vqvae.channels}
-    found = {name: critic.config[name] for name in expected}
-    if found != expected:
-        raise RunError(f"{path} scores images of {found}, but the VQ-VAE beside it decodes {expected}; train it again")
-    return CriticScorer(vqvae, critic, reward, normalizer)  # type: ignore[arg-type]
+def _row_multiple(config: Config, vqvae: VQVAE, make_prior: Callable[[], Prior]) -> int:
+    """Code rows per score-map row of the run's critic, trained or not."""
+    if config.critic.kind == "patch":
+        return max(1, vqvae.height // (vqvae.image_size // 2**config.critic.layers))
+    if not config.ral.uses_critic or not hasattr(critic_class(config.critic.kind), "row_multiple"):
+        return 1
+    with torch.random.fork_rng(devices=[]):
+        return row_multiple(build_critic(config.critic, vqvae, make_prior=make_prior), vqvae.height)
 
 
 def run_prior(folder: Path, levels: int, device: str) -> Prior:
@@ -129,10 +138,10 @@ def _load_codes(path: Path, grid: CodeGrid) -> np.ndarray:
     return codes.train[: codes.clean]
 
 
-def _load_critic(path: Path, device: str) -> tuple[PatchCritic, ScoreNormalizer]:
-    """The critic and the scale it was saved with."""
-    critic = load_module(path, PatchCritic, device)
-    return critic, ScoreNormalizer.from_file(path, load_metadata(path))
+def _load_critic(path: Path, what: tuple[VQVAE, Path, int, str]) -> Any:
+    """The critic, the scale it was saved with, and the extractor of what it sees."""
+    vqvae, folder, levels, device = what
+    return load_critic(path, vqvae, device, partial(run_prior, folder, levels, device))
 
 
 def _load(path: Path, load: Callable[[Path, Any], Any], argument: Any) -> Any:

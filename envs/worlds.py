@@ -14,16 +14,23 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ral_gym.errors import DeviceError
 from ral_gym.grid import CodeGrid
 from ral_gym.priors.base import Prior
+from ral_gym.registry import REWARDS as TERMS
+from ral_gym.registry import is_path
 from ral_gym.rewards.score_map import RewardKind, step_rewards
+from ral_gym.rewards.terms import RewardTerm
+from ral_gym.rewards.view import View
 
 Scorer = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Drawn codes (B, r * W) int64 -> score map (B, h, w), step rewards (B, r * W), all on the world's device."""
 
-REWARDS = ("single", "intermediate", "none")
+CRITIC_REWARDS = ("single", "intermediate")
+"""What a critic pays, or the toy environment's rule."""
+REWARDS = (*CRITIC_REWARDS, "none")
 
 
 @dataclass(frozen=True)
@@ -98,10 +105,44 @@ class World:
         return World, (*parts, self.oracle, self.masks)
 
 
-def check_reward(reward: str, allowed: Sequence[str] = REWARDS) -> None:
-    """Raise `ValueError` for a reward that does not exist."""
-    if reward not in allowed:
-        raise ValueError(f"reward {reward!r} is unknown: choose one of {', '.join(allowed)}")
+def check_reward(reward: str, allowed: Sequence[str] = REWARDS, registered: bool = False) -> None:
+    """Raise `ValueError` for a reward that does not exist.
+
+    Args:
+        reward: its name.
+        allowed: the environment's own.
+        registered: names of `ral_gym.registry.REWARDS` do as well.
+    """
+    if reward in allowed or (registered and reward in TERMS):
+        return
+    if registered and is_path(reward):
+        TERMS.check(reward)
+        return
+    own = ", or a registered reward" if registered else ""
+    raise ValueError(f"reward {reward!r} is unknown: choose one of {', '.join(allowed)}{own}")
+
+
+def term_scorer(reward: str, grid: CodeGrid, decode: Callable[[Tensor], Tensor], device: torch.device) -> Scorer:
+    """A registered reward of single images as a scorer: a score map of one cell, paid with the last code.
+
+    Raises:
+        ValueError: a reward that compares a whole batch, or that sees features.
+    """
+    part = TERMS.get(reward)
+    if isinstance(part, type) or hasattr(part, "state_dict") or getattr(part, "sees", "pixels") == "features":
+        raise ValueError(
+            f"reward {reward!r} needs more than one image's pixels or codes, so an environment cannot pay it: use "
+            "CompositeReward, or --ral.reward-weights"
+        )
+    term = RewardTerm(reward, part)
+
+    def score(codes: Tensor) -> tuple[Tensor, Tensor]:
+        rewards = term(View(codes, decode), grid.rows_of(codes.shape[1])).float().to(device)  # (B,) or (B, r * W)
+        if rewards.dim() == 2:
+            return rewards.mean(1)[:, None, None], rewards
+        return rewards[:, None, None], F.pad(rewards[:, None], (codes.shape[1] - 1, 0))
+
+    return score
 
 
 def check_device(name: str) -> torch.device:
@@ -149,15 +190,21 @@ def toy_world(reward: str = "single", device: str = "cpu", forbidden_codes: Sequ
         ValueError: unknown reward, or masks that leave nothing to draw.
         DeviceError: a device that does not exist here.
     """
-    check_reward(reward)
-    kind: RewardKind = "intermediate" if reward == "intermediate" else "single"
+    check_reward(reward, registered=True)
+    where = check_device(device)
+    scorer: Scorer | None = None
+    if reward in CRITIC_REWARDS:
+        kind: RewardKind = "intermediate" if reward == "intermediate" else "single"
+        scorer = partial(score_toy, reward=kind)
+    elif reward != "none":
+        scorer = term_scorer(reward, TOY_GRID, decode_toy, where)
     return World(
         grid=TOY_GRID,
         decode=decode_toy,
-        scorer=None if reward == "none" else partial(score_toy, reward=kind),
+        scorer=scorer,
         real_codes=toy_images(),
         row_multiple=1,
-        device=check_device(device),
+        device=where,
         masks=make_masks(TOY_GRID.codebook_size, forbidden_codes, None, None),
         recipe=(toy_world, (reward, device, tuple(forbidden_codes))),
     )

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from tqdm import trange
 
 from ral_gym.agents import CoTrainedCritic
-from ral_gym.agents.rewards.co_trained_critic import FakePool
 from ral_gym.assets import FOLDER
 from ral_gym.config import Config
 from ral_gym.metrics import nll
@@ -99,10 +98,10 @@ def make_critic(
     critic = CoTrainedCritic(vqvae, network, codes.train, codes.test, settings, seed=config.seed)
     fakes = samples(prior, 6000, seed=1).long()
     for _ in trange(steps // 20, desc="critic"):
-        critic.train(FakePool(fakes, vqvae.grid), 20)
+        critic.train(critic.finished(fakes), 20)
     critic.critic = round_weights(critic.critic)  # type: ignore[assignment]
     held_out = samples(prior, 500, seed=2).long()
-    _, figures = critic.rewards(FakePool(held_out, vqvae.grid))
+    _, figures = critic.rewards(critic.finished(held_out))
     return critic, figures
 
 

@@ -238,7 +238,17 @@ PRIORS = Registry(
     {"pixelcnn": "ral_gym.priors.pixelcnn:PixelCNN", "two_level": "ral_gym.priors.two_level:TwoLevelPrior"},
 )
 CRITICS = Registry("critic", "ral_gym.critics", {"patch": "ral_gym.rewards.critic:PatchCritic"})
-REWARDS = Registry("reward", "ral_gym.rewards")
+REWARDS = Registry(
+    "reward",
+    "ral_gym.rewards",
+    {
+        "critic": "ral_gym.rewards.terms:CriticTerm",
+        "loo_fd": "ral_gym.rewards.distribution:ExactFrechet",
+        "loo_fd_first_order": "ral_gym.rewards.distribution:FirstOrderFrechet",
+        "loo_fd_diagonal": "ral_gym.rewards.distribution:DiagonalFrechet",
+        "kid": "ral_gym.rewards.distribution:KernelReward",
+    },
+)
 SOURCES = Registry(
     "data source",
     "ral_gym.sources",

@@ -12,11 +12,10 @@ from typing import Annotated, Any
 import tyro
 
 from ral_gym.errors import ConfigError
+from ral_gym.registry import REWARDS
 
 CRITIC_ALONE = {"critic": 1.0}
 """The paper's reward."""
-REWARD_TERMS = ("critic", "loo_fd", "loo_fd_first_order", "loo_fd_diagonal", "kid")
-"""The co-trained critic, and the terms of `ral_gym.rewards.distribution`."""
 
 
 def weight_words(weights: dict[str, float]) -> list[str]:
@@ -94,17 +93,17 @@ Options = Annotated[
 
 
 def check_reward_weights(weights: Any) -> None:
-    """Refuse what is no set of weighed terms.
+    """Refuse what is no set of weighed terms; `Config.check_parts` looks the names up.
 
     Raises:
-        ConfigError: no term, an unknown one, or a weight that is not a finite number above 0.
+        ConfigError: no term, a name that is no text, or a weight that is not a finite number above 0.
     """
-    allowed = ", ".join(REWARD_TERMS)
+    known = ", ".join(REWARDS)
     if not isinstance(weights, dict) or not weights:
-        raise ConfigError(f"ral.reward_weights is {weights!r}: give one or more of {allowed}, each with its weight")
+        raise ConfigError(f"ral.reward_weights is {weights!r}: give one or more of {known}, each with its weight")
     for term, weight in weights.items():
-        if term not in REWARD_TERMS:
-            raise ConfigError(f"ral.reward_weights names {term!r}: choose among {allowed}")
+        if not isinstance(term, str) or not term or "/" in term or not term.isprintable():
+            raise ConfigError(f"ral.reward_weights names {term!r}: choose among {known}, or your own module:function")
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
             raise ConfigError(f"ral.reward_weights: {term} weighs {weight!r}: give a number above 0, or leave it out")
 

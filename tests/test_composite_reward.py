@@ -220,8 +220,7 @@ def test_a_checkpoint_goes_on_as_if_nothing_happened(runs, tmp_path) -> None:
     worlds = []
     for callback in (composite, restored, forgetful):
         callback.init_callback(model)
-        reward = callback._term("loo_fd", 4, world_of(model))
-        worlds.append(reward(features_of(model, codes.numpy())))
+        worlds.append(callback.terms[0].function(4)(features_of(model, codes.numpy())))
     torch.testing.assert_close(worlds[1], worlds[0], rtol=1e-6, atol=1e-8)
     assert (worlds[2] - worlds[0]).abs().max() > 1e-3
     assert restored.critic.critic.n_updates == composite.critic.critic.n_updates > 0
@@ -256,13 +255,13 @@ def test_what_does_not_fit_is_refused(runs) -> None:
     model = make_model(runs[1])
     critic, functions = make_critic(model), {"bright": brightness}
     refused: list[tuple[dict[str, Any], dict[str, Any], str]] = [
-        ({"fid": 1.0}, {"functions": functions}, "'fid' is unknown: choose among critic, loo_fd,.* kid, bright"),
+        ({"fid": 1.0}, {"functions": functions}, "'fid' is unknown.*: choose one of critic, loo_fd,.* kid"),
         ({}, {}, "no rewards: give weights"),
         ({"kid": float("nan")}, {}, "weight of reward 'kid' is nan"),
         ({"critic": 1.0}, {}, "'critic' needs a CoTrainedCritic"),
         ({"kid": 1.0}, {"critic": critic}, "'critic' is given, but has no weight"),
         ({"kid": 1.0}, {"functions": functions}, "'bright' has no weight"),
-        ({"kid": 1.0}, {"functions": {"kid": brightness}}, "'kid' has the name of a built-in"),
+        ({"kid": 1.0}, {"functions": {"kid": brightness}}, "'kid' has the name of a registered reward"),
         ({"kid": 1.0}, {"normalization": "max"}, "'max' of reward 'kid': choose standard, centre, none"),
         ({"kid": 1.0}, {"normalization": {"critic": "none"}}, "of reward 'critic': choose .* for some of kid"),
     ]

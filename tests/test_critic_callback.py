@@ -9,7 +9,6 @@ import torch
 from stable_baselines3 import PPO
 
 from ral_gym.agents import CoTrainedCritic, CriticCallback, EpisodeRolloutBuffer, PixelCNNPolicy, Reinforce
-from ral_gym.agents.rewards.co_trained_critic import FakePool
 from ral_gym.agents.vec_env import CodeVecEnv
 from ral_gym.config import CriticConfig
 from ral_gym.envs.worlds import World
@@ -17,6 +16,7 @@ from ral_gym.errors import ConfigError, DivergedError
 from ral_gym.grid import CodeGrid
 from ral_gym.priors.pixelcnn import PixelCNN
 from ral_gym.rewards.critic import PatchCritic
+from ral_gym.rewards.view import FinishedImages
 from ral_gym.tokenizers.vqvae import VQVAE
 
 GRID = CodeGrid(4, 4, 8)
@@ -111,7 +111,7 @@ def test_real_images_are_decoded_from_as_many_rows_as_the_fakes(vqvae, reset_mod
     assert heights == {16} if reset_mode in ("full", "continue") else len(heights) > 1
     # The kept decoded images are those of the codes, not crops of whole images.
     for height, images in critic._real_images.items():
-        torch.testing.assert_close(images[3:5], vqvae.decode(vqvae.grid.crop(critic.real_codes[3:5], height)))
+        torch.testing.assert_close(images[3:5], critic.decode(vqvae.grid.crop(critic.real_codes[3:5], height)))
 
 
 @pytest.mark.parametrize("reward", ["single", "intermediate"])
@@ -148,7 +148,7 @@ def test_a_pool_gives_batches_of_one_length() -> None:
     generator = torch.Generator().manual_seed(0)
     lengths = set()
     for _ in range(20):
-        batch = FakePool(codes, GRID).batch(7, generator)
+        batch = FinishedImages(codes, GRID).batch(7, generator)
         lengths.add(batch.shape[1])
         assert ((batch[:, 0] < 5) == (batch.shape[1] == 8)).all() and batch.max() < 8
     assert lengths == {8, 16}

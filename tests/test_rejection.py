@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from ral_gym.errors import ConfigError
-from ral_gym.rewards.score_map import CriticScorer
+from ral_gym.rewards.scorer import CriticScorer
 from ral_gym.runs.storage import load_module
 from ral_gym.stages.rejection import classifier_judge, critic_judge, diversity, reject, rejection_sample
 from ral_gym.tokenizers.vqvae import VQVAE

@@ -189,11 +189,12 @@ def test_the_samples_are_the_generators_and_the_scores_the_critics(finished) -> 
     assert not torch.equal(material.drawn["MLE"], material.drawn["RAL"])
     assert not torch.equal(material.held_out, material.reconstruction)
     images, scorer = material.reconstruction, material.scorer
+    codes = torch.from_numpy(material.reconstructed_codes).long()
     with torch.no_grad():
         raw = scorer.critic(images.float() / 127.5 - 1)
     normalizer = scorer.normalizer
     assert (normalizer.shift, normalizer.scale) != (0.0, 1.0)
-    assert torch.allclose(material._scores(images), (raw - normalizer.shift) / normalizer.scale, atol=1e-6)
+    assert torch.allclose(material._scores(codes, images), (raw - normalizer.shift) / normalizer.scale, atol=1e-6)
 
 
 def test_a_score_tints_its_own_patch() -> None:

@@ -22,10 +22,10 @@ from ral_gym.commands.train import files_of
 from ral_gym.config import Config
 from ral_gym.errors import ConfigError, RunError
 from ral_gym.presets import SMOKE
+from ral_gym.registry import REWARDS
 from ral_gym.rewards.distribution import DISTRIBUTION_TERMS
 from ral_gym.runs.run import Run, read_config
 from ral_gym.runs.storage import load_json, save_json
-from ral_gym.settings import REWARD_TERMS
 from ral_gym.stages.levels import load_generator, load_vqvae
 from ral_gym.tokenizers.code_set import CodeSet
 from tests.tiny import make_tiny_run
@@ -64,7 +64,7 @@ def with_weights(weights: Any) -> Config:
 
 
 def test_the_names_are_those_of_the_rewards() -> None:
-    assert ("critic", *DISTRIBUTION_TERMS) == REWARD_TERMS
+    assert ["critic", *DISTRIBUTION_TERMS] == list(REWARDS)[:5]
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_what_is_no_pair_is_a_usage_error(given: list[str], capsys: pytest.Captu
     [
         ({}, r"ral.reward_weights is \{\}: give one or more of critic, loo_fd, .*, kid, each with its weight"),
         (["kid"], r"ral.reward_weights is a list: give names and values"),
-        ({"fid": 1.0}, "names 'fid': choose among critic, loo_fd, loo_fd_first_order, loo_fd_diagonal, kid"),
+        ({"a/b": 1.0}, "names 'a/b': choose among critic, loo_fd, loo_fd_first_order, loo_fd_diagonal, kid, or your"),
         ({"kid": 0.0}, "kid weighs 0.0: give a number above 0"),
         ({"kid": -1.0}, "kid weighs -1.0: give a number above 0"),
         ({"kid": float("nan")}, "kid weighs nan: give a number above 0"),
@@ -104,6 +104,16 @@ def test_what_is_no_pair_is_a_usage_error(given: list[str], capsys: pytest.Captu
 def test_other_weights_are_refused(weights: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         with_weights(weights).check()
+
+
+def test_an_unknown_term_is_refused_before_anything_is_trained() -> None:
+    with_weights({"fid": 1.0}).check()  # a run made with someone's own reward can be read without it
+    with pytest.raises(
+        ConfigError, match=r"reward 'fid' is unknown.*: choose one of critic, loo_fd, .*, kid, or bring"
+    ):
+        with_weights({"fid": 1.0}).check_parts()
+    with pytest.raises(ConfigError, match="reward 'fid' is unknown"):
+        parse(["train", "--preset", "smoke", "--ral.reward-weights", "fid", "1"])
 
 
 def test_a_configuration_survives_json_and_an_old_one_has_the_critic() -> None:

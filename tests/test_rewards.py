@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ral_gym.rewards.score_map import CriticScorer, ScoreNormalizer, step_rewards
+from ral_gym.rewards.score_map import ScoreNormalizer, step_rewards
+from ral_gym.rewards.scorer import CriticScorer
 from ral_gym.tokenizers.vqvae import VQVAE
 
 MAP = torch.tensor([[[1.0, 2.0], [3.0, 4.0]], [[-1.0, 0.0], [0.0, 5.0]]])  # (2, 2, 2)

@@ -1,70 +1,60 @@
 """The critic that is trained alongside the policy, and its scores as rewards (Sections 4.2 and 4.4).
 
 One object, whatever brings its rewards to the agent. Real images are *decoded real codes* of equally many rows as the
-fakes: the critic must not tell them apart by the compression, nor by the decoder's edge of a short image.
+fakes: the critic must not tell them apart by the compression, nor by the decoder's edge of a short image. A critic that
+sees codes gets both as codes, and nothing is decoded.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ral_gym.config import CriticConfig
-from ral_gym.errors import DivergedError
-from ral_gym.grid import CodeGrid
+from ral_gym.errors import ConfigError, DivergedError
 from ral_gym.metrics import auc
-from ral_gym.rewards.critic import PatchCritic, critic_loss
-from ral_gym.rewards.score_map import Normalization, RewardKind, ScoreNormalizer, step_rewards
+from ral_gym.rewards.critic import critic_loss
+from ral_gym.rewards.score_map import Normalization, RewardKind, ScoreNormalizer
+from ral_gym.rewards.scorer import CriticScorer
+from ral_gym.rewards.view import FinishedImages, View
 from ral_gym.tokenizers.vqvae import VQVAE
 
-REAL_CACHE_BYTES = 512 * 2**20
-"""Decoded real images are kept when they fit in this."""
+if TYPE_CHECKING:
+    from ral_gym.metrics import Extractor
 
-
-class FakePool:
-    """Code grids the critic may learn from.
-
-    Attributes:
-        codes: (n, T) int64, K + 1 where nothing was drawn.
-        grid: their shape.
-        image_rows: (n,) int64, rows of each image.
-    """
-
-    def __init__(self, codes: Tensor, grid: CodeGrid) -> None:
-        self.codes, self.grid = codes, grid
-        self.image_rows = (codes != grid.never_drawn).sum(1) // grid.codes_of(1)
-
-    def batch(self, size: int, generator: torch.Generator) -> Tensor:
-        """Some grids of one common height: (size, codes of the rows) int64, a height by its share of the pool."""
-        pick = int(torch.randint(len(self.codes), (1,), generator=generator))
-        height = int(self.image_rows[pick])
-        same = (self.image_rows == height).nonzero().squeeze(1)
-        rows = same[torch.randint(len(same), (size,), generator=generator)]
-        return self.grid.crop(self.codes[rows], height)
+CACHE_BYTES = 512 * 2**20
+"""What the critic sees of real images is kept when that of all heights fits in this."""
+CACHE_IMAGES = 2048
+"""Larger sets of real images are decoded batch by batch: most of them would be seen once or never."""
 
 
 class CoTrainedCritic:
-    """Trains a `PatchCritic` against the policy's images and turns its scores into rewards.
+    """Trains a critic against the policy's images and turns its scores into rewards.
 
     Args:
         vqvae: the frozen VQ-VAE.
-        critic: the critic to train.
+        critic: the critic to train; `ral_gym.rewards.scorer` says what it may be.
         real_codes: (N, T) integer codes of real images.
-        held_out_codes: (M, T) codes of real images it never trains on: the monitor's.
+        held_out_codes: (M, T) codes of real images it never trains on. `config.held_out` of them, chosen once, are
+            scored at every update.
         config: its training settings.
         reward: `single` or `intermediate`.
         normalization: see `ScoreNormalizer`.
-        seed: seeds its batches.
+        seed: seeds its batches, and the choice of held-out images.
         device: where it runs.
+        extractor: for a critic that sees features; None: the VQ-VAE's encoder.
+
+    Raises:
+        ConfigError: no held-out images, or a critic that wants to see what is not to be had.
     """
 
     def __init__(
         self,
         vqvae: VQVAE,
-        critic: PatchCritic,
+        critic: nn.Module,
         real_codes: np.ndarray,
         held_out_codes: np.ndarray,
         config: CriticConfig,
@@ -73,34 +63,78 @@ class CoTrainedCritic:
         normalization: Normalization = "max_abs",
         seed: int = 0,
         device: torch.device | str = "cpu",
+        extractor: Extractor | None = None,
     ) -> None:
+        if not len(held_out_codes):
+            raise ConfigError("the critic has no held-out images to be measured on: give a larger data set")
         self.device = torch.device(device)
-        self.vqvae, self.critic = vqvae, critic.to(self.device)
-        self.real_codes = torch.as_tensor(np.ascontiguousarray(real_codes)).long()
-        self.held_out_codes = torch.as_tensor(np.ascontiguousarray(held_out_codes)).long()
+        self.vqvae = vqvae
+        self.scorer = CriticScorer(vqvae, critic.to(self.device), reward, batch_size=128, extractor=extractor)
+        self.real_codes = torch.as_tensor(np.ascontiguousarray(real_codes))
+        self.all_held_out_codes = torch.as_tensor(np.ascontiguousarray(held_out_codes))
         self.config, self.reward, self.normalization = config, reward, normalization
-        self.optimizer = torch.optim.Adam(
-            self.critic.parameters(), lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2)
-        )
-        self.generator = torch.Generator().manual_seed(seed)
+        make_optimizer = getattr(self.critic, "make_optimizer", None) or self._adam
+        self.optimizer: torch.optim.Optimizer = make_optimizer(config)
+        self.seed, self.generator = seed, torch.Generator().manual_seed(seed)
         self.normalizer = ScoreNormalizer(normalization)
         self.n_updates = 0
         self._real_images: dict[int, Tensor] = {}
+        self._choose_held_out(config.held_out)
+
+    def _adam(self, config: CriticConfig) -> torch.optim.Optimizer:
+        betas = (config.adam_beta1, config.adam_beta2)
+        return torch.optim.Adam(self.critic.parameters(), lr=config.learning_rate, betas=betas)
+
+    def _choose_held_out(self, number: int) -> None:
+        """Take so many held-out images, all if there are no more or for 0; always the same ones."""
+        self.held_out, codes = number, self.all_held_out_codes
+        if number and number < len(codes):
+            rows = np.random.default_rng([self.seed, 1]).choice(len(codes), number, replace=False)
+            codes = codes[np.sort(rows)]
+        self.held_out_codes = codes
+        self._held_out: dict[int, View] = {}
+
+    @property
+    def critic(self) -> nn.Module:
+        """The network that is trained."""
+        return self.scorer.critic
+
+    @critic.setter
+    def critic(self, critic: nn.Module) -> None:
+        self.scorer.critic = critic
+
+    @property
+    def normalizer(self) -> ScoreNormalizer:
+        """The scale of the scores, as last fitted."""
+        return self.scorer.normalizer
+
+    @normalizer.setter
+    def normalizer(self, normalizer: ScoreNormalizer) -> None:
+        self.scorer.normalizer = normalizer
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
-        """Codes of r rows (B, codes_of(r)) int64 -> images (B, C, h, S) in [-1, 1]."""
-        return self.vqvae.decode(codes.to(self.device))
+        """Codes of r rows (B, codes_of(r)) integer -> images (B, C, h, S) in [-1, 1]."""
+        return self.vqvae.decode(codes.to(self.device).long())
 
-    def _real(self, rows: Tensor, height: int) -> Tensor:
-        """Decoded real images of `height` code rows; kept for the next time where they all fit in memory."""
+    def finished(self, codes: Tensor) -> FinishedImages:
+        """Finished grids (n, T) int64, K + 1 where nothing was drawn, to be looked at by all rewards."""
+        return FinishedImages(codes, self.vqvae.grid, self.decode)
+
+    @torch.no_grad()
+    def see(self, codes: Tensor) -> Tensor:
+        """What the critic sees of codes of r rows (B, codes_of(r)): (B, ...) on the device."""
+        return self.scorer.seen(View(codes, self.decode, batch_size=256))
+
+    def real(self, rows: Tensor, height: int) -> Tensor:
+        """What the critic sees of real images of `height` code rows; kept for the next time where they are few."""
         codes, grid = self.real_codes, self.vqvae.grid
         bytes_needed = len(codes) * 4 * self.vqvae.channels * self.vqvae.image_size**2
-        if bytes_needed > REAL_CACHE_BYTES // self.vqvae.height:
-            return self.decode(grid.crop(codes[rows], height))
+        few = len(codes) <= CACHE_IMAGES and bytes_needed <= CACHE_BYTES // grid.height
+        if self.scorer.sees == "codes" or not few:
+            return self.see(grid.crop(codes[rows], height))
         if height not in self._real_images:
-            batches = grid.crop(codes, height).split(256)
-            self._real_images[height] = torch.cat([self.decode(batch) for batch in batches])
+            self._real_images[height] = self.see(grid.crop(codes, height))
         return self._real_images[height][rows.to(self.device)]
 
     def train_step(self, fake_codes: Tensor) -> dict[str, float]:
@@ -110,15 +144,9 @@ class CoTrainedCritic:
             DivergedError: the loss became NaN or infinite; the weights are those before this step.
         """
         rows = torch.randint(len(self.real_codes), (len(fake_codes),), generator=self.generator)
-        real = self._real(rows, self.vqvae.grid.rows_of(fake_codes.shape[1]))
-        loss, figures = critic_loss(
-            self.critic,
-            real,
-            self.decode(fake_codes),
-            self.config.gradient_penalty,
-            self.generator,
-            self.config.loss,
-        )
+        real = self.real(rows, self.vqvae.grid.rows_of(fake_codes.shape[1]))
+        self.critic.train()
+        loss, figures = self._loss(real, self.see(fake_codes))
         if not np.isfinite(figures["loss"]):
             raise DivergedError(
                 f"stage ral: the critic's loss is {figures['loss']} after {self.n_updates} critic steps; the last good "
@@ -130,8 +158,16 @@ class CoTrainedCritic:
         self.n_updates += 1
         return figures
 
-    def train(self, pool: FakePool, n_steps: int) -> dict[str, float]:
-        """Several steps on a pool of fakes; the mean figures: `loss`, `gap`, `gradient_penalty`."""
+    def _loss(self, real: Tensor, fake: Tensor) -> tuple[Tensor, dict[str, float]]:
+        """The critic's own loss where it has one, else that of the settings; what to log holds `loss`."""
+        own = getattr(self.critic, "loss", None)
+        if own is not None:
+            loss, figures = own(real, fake, self.generator)
+            return loss, {name: float(figure) for name, figure in figures.items()} | {"loss": float(loss.detach())}
+        return critic_loss(self.critic, real, fake, self.config.gradient_penalty, self.generator, self.config.loss)
+
+    def train(self, pool: FinishedImages, n_steps: int) -> dict[str, float]:
+        """Several steps on a pool of fakes; the mean figures: `loss`, `gap`, `gradient_penalty`, or the loss's own."""
         sums: dict[str, float] = {}
         for _ in range(n_steps):
             for name, figure in self.train_step(pool.batch(self.config.batch_size, self.generator)).items():
@@ -139,12 +175,22 @@ class CoTrainedCritic:
         return sums
 
     @torch.no_grad()
-    def score_map(self, codes: Tensor, batch_size: int = 128) -> Tensor:
-        """Raw score maps (B, h, w) of codes of r rows (B, codes_of(r))."""
-        return torch.cat([self.critic(self.decode(batch)) for batch in codes.split(batch_size)])
+    def score_map(self, images: Tensor | View) -> Tensor:
+        """Raw scores of a view, or of codes of r rows (B, codes_of(r)), as the critic gives them."""
+        return self.scorer.scores(images if isinstance(images, View) else View(images, self.decode))
+
+    def _real_view(self, height: int) -> View:
+        """The chosen held-out images of `height` rows; kept, where they fit in memory, with what was seen of them."""
+        if height in self._held_out:
+            return self._held_out[height]
+        view, grid = View(self.vqvae.grid.crop(self.held_out_codes, height), self.decode), self.vqvae.grid
+        rows = sum(self._held_out) + height
+        if len(view) * 5 * self.vqvae.channels * self.vqvae.image_size**2 * rows / grid.height <= CACHE_BYTES:
+            self._held_out[height] = view  # floats and, for features, bytes
+        return view
 
     @torch.no_grad()
-    def rewards(self, pool: FakePool) -> tuple[np.ndarray, dict[str, float]]:
+    def rewards(self, pool: FinishedImages) -> tuple[np.ndarray, dict[str, float]]:
         """Normalised rewards of every code of finished grids, and how the critic tells them from held-out real images.
 
         Args:
@@ -157,9 +203,8 @@ class CoTrainedCritic:
         Raises:
             DivergedError: a score is NaN or infinite.
         """
-        grid, heights = self.vqvae.grid, pool.image_rows.unique().tolist()
-        fakes = {r: self.score_map(grid.crop(pool.codes[pool.image_rows == r], r)) for r in heights}
-        reals = {r: self.score_map(grid.crop(self.held_out_codes, r)) for r in heights}
+        fakes = {height: self.score_map(pool.view(height)) for height in pool.heights}
+        reals = {height: self.score_map(self._real_view(height)) for height in pool.heights}
         if not all(bool(scores.isfinite().all()) for scores in (*fakes.values(), *reals.values())):
             raise DivergedError(
                 f"stage ral: the critic's scores are NaN or infinite after {self.n_updates} critic steps; the last "
@@ -171,17 +216,24 @@ class CoTrainedCritic:
         )
         rewards = torch.zeros(pool.codes.shape)  # (n, T)
         gap = area = mean = 0.0
-        for height in heights:
-            rows = (pool.image_rows == height).nonzero()  # (m, 1)
-            share = len(rows) / len(pool.codes)
+        for height in pool.heights:
+            rows = pool.rows(height)  # (m,)
+            share = len(rows) / len(pool)
             normalised = self.normalizer(fakes[height])
-            earned = step_rewards(normalised, height, grid.width, self.reward, grid.levels).float().cpu()
-            rewards[rows, torch.from_numpy(grid.mask(0, height)).nonzero().squeeze(1)] = earned
-            real, fake = reals[height].flatten(1).mean(1), fakes[height].flatten(1).mean(1)
+            rewards[rows[:, None], pool.positions(height)] = self.scorer.rewards(normalised, height).float().cpu()
+            real, fake = (self.scorer.image_scores(scores[height]) for scores in (reals, fakes))  # (M,), (m,)
             gap += share * (real.mean() - fake.mean()).item()
             area += share * auc(real.cpu(), fake.cpu())
             mean += share * normalised.mean().item()
         return rewards.numpy(), {"heldout_gap": gap, "heldout_auc": area, "score_mean": mean}
+
+    def image_rewards(self, pool: FinishedImages) -> np.ndarray:
+        """(n,) float32 normalised scores of whole images, on the scale as it is."""
+        rewards = torch.zeros(len(pool))
+        for height in pool.heights:
+            scores = self.normalizer(self.score_map(pool.view(height)))
+            rewards[pool.rows(height)] = self.scorer.image_scores(scores).float().cpu()
+        return rewards.numpy()
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint."""
@@ -191,12 +243,14 @@ class CoTrainedCritic:
             "generator": self.generator.get_state(),
             "n_updates": self.n_updates,
             "normalizer": [self.normalizer.shift, self.normalizer.scale],
+            "held_out": self.held_out,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """From a checkpoint."""
+        """From a checkpoint. One that does not say how many held-out images are scored goes on with all of them."""
         self.critic.load_state_dict(state["critic"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["generator"])
         self.n_updates = state["n_updates"]
         self.normalizer.shift, self.normalizer.scale = state["normalizer"]
+        self._choose_held_out(state.get("held_out", 0))

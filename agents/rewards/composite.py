@@ -15,44 +15,41 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from stable_baselines3.common.callbacks import BaseCallback
 from torch import Tensor, nn
 
 from ral_gym.agents.episodes import EpisodeRolloutBuffer
-from ral_gym.agents.rewards.co_trained_critic import CoTrainedCritic, FakePool
+from ral_gym.agents.rewards.co_trained_critic import CoTrainedCritic
 from ral_gym.agents.rewards.critic_callback import CriticCallback
-from ral_gym.agents.vec_env import CodeVecEnv, unwrap_code_env
+from ral_gym.agents.rewards.rollout_reward import RolloutReward
 from ral_gym.envs.worlds import World
 from ral_gym.errors import ConfigError, DivergedError
-from ral_gym.metrics import EncoderFeatures, Extractor, extract
-from ral_gym.rewards.distribution import (
-    DISTRIBUTION_TERMS,
-    MINIMUM_BATCH,
-    DistributionReward,
-    make_distribution_reward,
-)
+from ral_gym.metrics import Extractor
+from ral_gym.registry import REWARDS
+from ral_gym.rewards.scorer import encoder_features
+from ral_gym.rewards.terms import RewardTerm
+from ral_gym.rewards.view import FinishedImages, View
 
 logger = logging.getLogger("ral_gym")
 
 TermNormalization = Literal["standard", "centre", "none"]
 TERM_NORMALIZATIONS = ("standard", "centre", "none")
-ImageReward = Callable[[Tensor], Tensor | np.ndarray]
-"""Images uint8 (B, C, h, S) -> the reward of each, (B,)."""
 
 
-class CompositeReward(BaseCallback):
+class CompositeReward(RolloutReward):
     """Write a weighted sum of named rewards into every rollout.
 
-    Terms: `critic`, the co-trained critic's, single or intermediate, trained and logged as by `CriticCallback`;
-    `loo_fd`, `loo_fd_first_order`, `loo_fd_diagonal` and `kid`, see `ral_gym.rewards.distribution`, on features of the
-    decoded images against those of decoded real codes; and those of `functions`. All but an intermediate critic's are
-    paid with an image's last code. Episodes that stop early are compared with each other and with real images of as
-    many rows only; fewer than 3 of them in a rollout earn nothing from distribution terms.
+    Terms: `critic`, the co-trained critic's, trained and logged as by `CriticCallback`; `loo_fd`,
+    `loo_fd_first_order`, `loo_fd_diagonal` and `kid`, see `ral_gym.rewards.distribution`, on features of the decoded
+    images against those of decoded real codes; every other name of `ral_gym.registry.REWARDS`; and those of
+    `functions`. `ral_gym.rewards.terms` says what a reward may be. Rewards of images are paid with the last code, those
+    of codes (an intermediate critic's, or a reward's that sees codes) code by code. Episodes that stop early are
+    compared with each other and with real images of as many rows only; fewer than 3 of them in a rollout earn nothing
+    from distribution terms. All terms look at the same images: none is decoded twice, and no features are taken twice.
 
     Logs `reward/NAME_mean` and `reward/NAME_std` of every term before normalisation, `reward/NAME_distance` of
     distribution terms, and `reward/std` of the sum; `rollout/ep_rew_mean` shows the sum.
@@ -60,8 +57,8 @@ class CompositeReward(BaseCallback):
     Args:
         weights: term -> weight.
         critic: for the term `critic`.
-        functions: name -> reward of images.
-        extractor: features for the distribution terms; None: the run's VQ-VAE encoder, averaged over space. It should
+        functions: name -> reward that is not registered.
+        extractor: what terms see that see features; None: the run's VQ-VAE encoder, averaged over space. It should
             not be the evaluation's, or the policy learns to please the yardstick.
         evaluation_extractor: name of the evaluation's extractor, only to warn of that.
         ema: b of the Frechet terms' moments, see `FrechetReward`: an average over about 1 / (1 - b) rollouts. More is
@@ -70,8 +67,8 @@ class CompositeReward(BaseCallback):
         n_reference: real images for the reference, drawn once; fewer where there are fewer.
         normalization: for all terms or by name. `standard`: subtract the batch's mean, divide by its standard
             deviation; `centre`: subtract the mean only, so that ``{"loo_fd": 1.0}`` keeps the scale of FD's gradient;
-            `none`. Means are over images of the same number of rows. An intermediate critic is only divided: a
-            constant per code would reward or punish length.
+            `none`. Means are over images of the same number of rows. Rewards of codes are only divided, by the
+            standard deviation of their sums: a constant per code would reward or punish length.
         seed: draws the reference.
         verbose: SB3's.
 
@@ -85,7 +82,7 @@ class CompositeReward(BaseCallback):
         weights: Mapping[str, float],
         *,
         critic: CoTrainedCritic | None = None,
-        functions: Mapping[str, ImageReward] | None = None,
+        functions: Mapping[str, Callable[..., Any]] | None = None,
         extractor: Extractor | None = None,
         evaluation_extractor: str = "lite0",
         ema: float = 0.5,
@@ -96,53 +93,47 @@ class CompositeReward(BaseCallback):
         verbose: int = 0,
     ) -> None:
         super().__init__(verbose)
-        self.functions = dict(functions or {})
-        self.weights = _checked_weights(weights, self.functions, critic is not None)
+        functions = dict(functions or {})
+        self.weights = _checked_weights(weights, functions, critic is not None)
         self.normalization = _checked_normalization(normalization, list(self.weights))
         self.critic = CriticCallback(critic) if critic is not None else None
         self.extractor, self.evaluation_extractor = extractor, evaluation_extractor
         self.ema, self.components, self.n_reference, self.seed = ema, components, n_reference, seed
         self._warned = False
-        self._terms: dict[str, DistributionReward] = {}
-        self._restored: dict[str, dict[str, Any]] = {}
-        self._references: dict[int, Tensor] = {}
-        self._episodes: list[list[dict[str, Any]]] = []
-
-    @property
-    def _distribution_terms(self) -> list[str]:
-        return [name for name in self.weights if name in DISTRIBUTION_TERMS]
+        options = {"ema": ema, "components": components}
+        self.terms = [
+            RewardTerm(name, functions[name] if name in functions else REWARDS.get(name), options=options)
+            for name in self.weights
+            if name != "critic"
+        ]
+        self._references: dict[int, View] = {}
 
     def _init_callback(self) -> None:
-        buffer = getattr(self.model, "rollout_buffer", None)
-        if not isinstance(buffer, EpisodeRolloutBuffer):
-            raise ConfigError(
-                f"CompositeReward writes rewards into an EpisodeRolloutBuffer, not {type(buffer).__name__}: pass "
-                "rollout_buffer_class=EpisodeRolloutBuffer to the algorithm"
-            )
-        env = unwrap_code_env(self.training_env)
-        if env is None:
-            raise ConfigError("CompositeReward needs an environment from make_sb3_env")
-        self._episodes = [[] for _ in range(self.training_env.num_envs)]
+        super()._init_callback()
         if self.critic is not None:
             self.critic.init_callback(self.model)
-        if self._distribution_terms:
-            self._check_features(env.world)
+        for term in self.terms:
+            if term.needs_reference and self.world.real_codes is None:
+                raise ConfigError(
+                    f"{term.name} compares with real images, but the environment has no real codes: use a run's "
+                    "environment"
+                )
+            term.reference = self._reference
+        if seeing := [term for term in self.terms if term.sees == "features"]:
+            self._find_features(seeing)
 
-    def _check_features(self, world: World) -> None:
+    def _find_features(self, terms: list[RewardTerm]) -> None:
         """Find the extractor, and warn where it is the one that judges in the end."""
-        if world.real_codes is None:
-            raise ConfigError(
-                f"{self._distribution_terms[0]} compares with real images, but the environment has no real codes: use "
-                "a run's environment"
-            )
         if self.extractor is None:
-            vqvae = vqvae_of(world)
+            vqvae = vqvae_of(self.world)
             if vqvae is None:
                 raise ConfigError(
-                    f"{self._distribution_terms[0]} needs features, and the environment has no VQ-VAE to take them "
-                    "from: give extractor, such as EncoderFeatures"
+                    f"{terms[0].name} needs features, and the environment has no VQ-VAE to take them from: give "
+                    "extractor, such as EncoderFeatures"
                 )
-            self.extractor = EncoderFeatures(vqvae.encode_features, int(vqvae.num_features))  # type: ignore[arg-type]
+            self.extractor = encoder_features(vqvae)
+        for term in terms:
+            term.extractor = self.extractor
         if self.extractor.name == self.evaluation_extractor and not self._warned:
             self._warned = True
             logger.warning(
@@ -151,81 +142,65 @@ class CompositeReward(BaseCallback):
                 self.extractor.name,
             )
 
-    def _on_step(self) -> bool:
-        # SB3 averages these dicts after the rollout: keeping them lets the true reward be written in.
-        for env in np.flatnonzero(self.locals["dones"]):
-            self._episodes[env].append(self.locals["infos"][env].get("episode", {}))
-        return True
-
-    def _on_rollout_end(self) -> None:
-        buffer: EpisodeRolloutBuffer = self.model.rollout_buffer  # type: ignore[attr-defined]
-        env: CodeVecEnv = unwrap_code_env(self.training_env)  # type: ignore[assignment]
-        mask, last = buffer.mask, buffer.stop - 1  # (n, T), (n,)
-        pool = FakePool(torch.from_numpy(buffer.codes.astype(np.int64)), env.world.grid)
-        rows = pool.image_rows.numpy()
-        whole, per_code = self._critic_rewards(buffer, rows)  # (n,), (n, T)
-        for name, earned in self._image_rewards(pool, env.world).items():
-            self._record(name, earned)
-            whole = whole + self.weights[name] * self._normalise(name, earned, rows)
+    def write(self, buffer: EpisodeRolloutBuffer, codes: Tensor) -> np.ndarray:
+        """Every term's rewards, scaled, weighed and summed up; returns (n,) the sums."""
+        images, mask = self._finished(codes), buffer.mask  # n images, (n, T)
+        rows = images.image_rows.numpy()
+        whole, per_code = np.zeros(len(mask)), np.zeros(mask.shape)  # (n,), (n, T)
+        for name, earned in self._earned(images, mask):
+            totals = earned if earned.ndim == 1 else earned.sum(1)  # (n,)
+            self._record(name, totals)
+            if earned.ndim == 1:
+                whole += self.weights[name] * self._normalise(name, totals, rows)
+            else:
+                scale = _spread(totals) if self.normalization[name] == "standard" else 1.0
+                per_code += self.weights[name] / scale * earned
         terminal = np.zeros(mask.shape, np.float32)
-        terminal[np.arange(len(mask)), last] = whole
+        terminal[np.arange(len(mask)), buffer.stop - 1] = whole
         buffer.write_rewards(terminal)  # these are whole images', and end both of two levels
         buffer.add_rewards(per_code.astype(np.float32))
-        buffer.compute_returns_and_advantage()
-        self._report(buffer, whole + per_code.sum(1))
+        totals = whole + per_code.sum(1)
+        self.logger.record("reward/std", float(totals.std()))
+        self._references.clear()  # terms have taken what they need of these images
+        return totals
 
-    def _critic_rewards(self, buffer: EpisodeRolloutBuffer, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Let the critic learn and score; its weighted rewards of whole images (n,) and of codes (n, T)."""
-        rewards = np.zeros(buffer.mask.shape)
-        if self.critic is None:
-            return rewards[:, 0], rewards
-        self.critic._on_rollout_end()
-        rewards[buffer.mask] = buffer.rewards
-        totals, weight = rewards.sum(1), self.weights["critic"]  # (n,)
-        self._record("critic", totals)
-        if self.critic.critic.reward == "intermediate":
-            scale = _spread(totals) if self.normalization["critic"] == "standard" else 1.0
-            return np.zeros(len(rewards)), weight / scale * rewards
-        return weight * self._normalise("critic", totals, rows), np.zeros_like(rewards)
+    def _finished(self, codes: Tensor) -> FinishedImages:
+        """The rollout's images (n, T), for all terms to look at."""
+        if self.critic is not None:
+            return self.critic.critic.finished(codes)
+        return FinishedImages(codes, self.world.grid, self._decode, batch_size=256)
 
-    def _image_rewards(self, pool: FakePool, world: World) -> dict[str, np.ndarray]:
-        """Rewards (n,) of every term but the critic's, by images of equally many rows."""
-        names = [name for name in self.weights if name != "critic"]
-        earned = {name: np.zeros(len(pool.codes)) for name in names}
-        distances = {name: 0.0 for name in self._distribution_terms}
-        for height in pool.image_rows.unique().tolist() if names else []:
-            same = pool.image_rows == height
-            images = world.decode(world.grid.crop(pool.codes[same], height).to(world.device))  # (m, C, h, S) uint8
-            features = extract(self.extractor, images) if distances else None  # type: ignore[arg-type]
-            for name in names:
-                if name in self.functions:
-                    earned[name][same.numpy()] = _call(name, self.functions[name], images)
-                elif features is not None and len(features) >= MINIMUM_BATCH:
-                    term = self._term(name, height, world)
-                    earned[name][same.numpy()] = term(features).cpu().numpy()
-                    distances[name] += term.distance * len(features) / len(pool.codes)
-        for name, distance in distances.items():
-            self.logger.record(f"reward/{name}_distance", distance)
-        return earned
+    def _decode(self, codes: Tensor) -> Tensor:
+        """Codes of r rows (B, codes_of(r)) -> images (B, C, h, S) uint8."""
+        return self.world.decode(codes.to(self.world.device))
 
-    def _term(self, name: str, height: int, world: World) -> DistributionReward:
-        """A distribution term for images of `height` rows, made when they first come."""
-        key = f"{name}/{height}"
-        if key not in self._terms:
-            self._terms[key] = make_distribution_reward(name, self._reference(height, world), self.ema, self.components)
-            if key in self._restored:
-                self._terms[key].load_state_dict(self._restored.pop(key))
-        return self._terms[key]
+    def _earned(self, images: FinishedImages, mask: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+        """Every term's name and rewards: of images (n,), or of the drawn codes (n, T)."""
+        if self.critic is not None:
+            rewards = self.critic.earn(images, mask).astype(np.float64)
+            yield "critic", rewards if self.critic.critic.scorer.dense else rewards.sum(1)
+        for term in self.terms:
+            parts, distance = [], 0.0
+            for height in images.heights:
+                view, function = images.view(height), term.function(height)
+                parts.append(
+                    (images.rows(height).numpy(), images.positions(height).numpy(), term(view, height).numpy())
+                )
+                if len(view) >= getattr(function, "minimum_batch", 1):
+                    distance += getattr(function, "distance", 0.0) * len(view) / len(mask)
+            if hasattr(term.part, "distance"):
+                self.logger.record(f"reward/{term.name}_distance", distance)
+            yield term.name, _joined(parts, mask)
 
-    def _reference(self, height: int, world: World) -> Tensor:
-        """Features of decoded real codes of `height` rows; always of the same images."""
+    def _reference(self, height: int) -> View:
+        """Decoded real codes of `height` rows; always of the same images."""
         if height not in self._references:
-            assert world.real_codes is not None and self.extractor is not None
+            world = self.world
+            assert world.real_codes is not None
             rng = np.random.default_rng(self.seed)
             rows = rng.permutation(len(world.real_codes))[: self.n_reference]
             codes = torch.from_numpy(world.real_codes[rows].astype(np.int64))
-            images = world.decode(world.grid.crop(codes, height).to(world.device))
-            self._references[height] = extract(self.extractor, images)
+            self._references[height] = View(world.grid.crop(codes, height), self._decode, batch_size=256)
         return self._references[height]
 
     def _normalise(self, name: str, rewards: np.ndarray, rows: np.ndarray) -> np.ndarray:
@@ -243,22 +218,38 @@ class CompositeReward(BaseCallback):
         self.logger.record(f"reward/{name}_mean", float(rewards.mean()))
         self.logger.record(f"reward/{name}_std", float(rewards.std()))
 
-    def _report(self, buffer: EpisodeRolloutBuffer, totals: np.ndarray) -> None:
-        self.logger.record("reward/std", float(totals.std()))
-        for env, total in zip(buffer.episode_envs, totals, strict=True):
-            if self._episodes[env]:
-                self._episodes[env].pop(0)["r"] = float(total)
-
     def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint, at the start of a rollout: the averaged moments and the critic's part."""
-        terms = self._restored | {key: term.state_dict() for key, term in self._terms.items()}
+        """For a checkpoint, at the start of a rollout: what terms remember, and the critic's part."""
+        terms = {key: state for term in self.terms for key, state in term.state_dict().items()}
         return {"critic": None if self.critic is None else self.critic.state_dict(), "terms": terms}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """From a checkpoint."""
         if self.critic is not None:
             self.critic.load_state_dict(state["critic"])
-        self._terms, self._restored = {}, dict(state["terms"])
+        for term in self.terms:
+            term.load_state_dict(state["terms"])
+
+
+def _joined(parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]], mask: np.ndarray) -> np.ndarray:
+    """Rewards by height -> of all images (n,), or of all drawn codes (n, T) where one of them is by code.
+
+    Args:
+        parts: which images (m,), where their codes stand (T',), and their rewards, (m,) or (m, T').
+        mask: (n, T) bool, the codes that were drawn.
+    """
+    if all(rewards.ndim == 1 for _, _, rewards in parts):
+        whole = np.zeros(len(mask))
+        for rows, _, rewards in parts:
+            whole[rows] = rewards
+        return whole
+    by_code = np.zeros(mask.shape)
+    for rows, positions, rewards in parts:
+        if rewards.ndim == 1:  # too few images: nothing
+            by_code[rows, positions[-1]] = rewards
+        else:
+            by_code[rows[:, None], positions] = rewards
+    return by_code * mask
 
 
 def vqvae_of(world: World) -> nn.Module | None:
@@ -273,32 +264,17 @@ def _spread(values: np.ndarray) -> float:
     return spread if spread > 1e-12 * float(np.abs(values).max(initial=0.0)) else 1.0
 
 
-def _call(name: str, function: ImageReward, images: Tensor) -> np.ndarray:
-    """A function's rewards (m,) of images.
-
-    Raises:
-        ConfigError: it gives something else.
-    """
-    with torch.no_grad():
-        rewards = torch.as_tensor(function(images)).detach().cpu().double().numpy()
-    if rewards.shape != (len(images),):
-        raise ConfigError(
-            f"the reward {name!r} gave shape {rewards.shape} for {len(images)} images: one number per image is needed"
-        )
-    return rewards
-
-
 def _checked_weights(
-    weights: Mapping[str, float], functions: Mapping[str, ImageReward], has_critic: bool
+    weights: Mapping[str, float], functions: Mapping[str, Callable[..., Any]], has_critic: bool
 ) -> dict[str, float]:
     """The weights, refused where a term is unknown or lacks something."""
-    taken = sorted(set(functions) & {"critic", *DISTRIBUTION_TERMS})
+    taken = sorted(set(functions) & set(REWARDS))
     if taken:
-        raise ConfigError(f"the function {taken[0]!r} has the name of a built-in reward: call it something else")
-    allowed = ["critic", *DISTRIBUTION_TERMS, *functions]
+        raise ConfigError(f"the function {taken[0]!r} has the name of a registered reward: call it something else")
+    allowed = [*REWARDS, *functions]
     for name, weight in weights.items():
-        if name not in allowed:
-            raise ConfigError(f"reward {name!r} is unknown: choose among {', '.join(allowed)}, or give it in functions")
+        if name not in functions:
+            REWARDS.check(name)
         if not math.isfinite(weight):
             raise ConfigError(f"the weight of reward {name!r} is {weight}: give a number")
     if not weights:

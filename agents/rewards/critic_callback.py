@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from stable_baselines3.common.callbacks import BaseCallback
+from torch import Tensor
 
 from ral_gym.agents.episodes import EpisodeRolloutBuffer
 from ral_gym.agents.policy import PixelCNNPolicy
-from ral_gym.agents.rewards.co_trained_critic import CoTrainedCritic, FakePool
-from ral_gym.agents.vec_env import CodeVecEnv, unwrap_code_env
-from ral_gym.errors import ConfigError
+from ral_gym.agents.rewards.co_trained_critic import CoTrainedCritic
+from ral_gym.agents.rewards.rollout_reward import RolloutReward
+from ral_gym.rewards.view import FinishedImages
 
 logger = logging.getLogger("ral_gym")
 
@@ -27,7 +27,7 @@ WARM_UP_POOL_STEPS = 10
 LEARNT_NOTHING_AUC = 0.55
 
 
-class CriticCallback(BaseCallback):
+class CriticCallback(RolloutReward):
     """Train the critic, score the rollout, write the rewards, recompute the returns.
 
     Logs `critic/loss`, `critic/gap`, `critic/gradient_penalty` (of its training batches), `critic/heldout_gap`,
@@ -47,36 +47,32 @@ class CriticCallback(BaseCallback):
         self.critic = critic
         self.rng = np.random.default_rng(int(torch.randint(2**31, (1,), generator=critic.generator)))
         self._pending = 0
-        self._pool: FakePool | None = None
+        self._pool: FinishedImages | None = None
         self._warned = False
-        self._episodes: list[list[dict[str, Any]]] = []
 
-    def _init_callback(self) -> None:
-        buffer = getattr(self.model, "rollout_buffer", None)
-        if not isinstance(buffer, EpisodeRolloutBuffer):
-            raise ConfigError(
-                f"CriticCallback writes rewards into an EpisodeRolloutBuffer, not {type(buffer).__name__}: pass "
-                "rollout_buffer_class=EpisodeRolloutBuffer to the algorithm"
-            )
-        if unwrap_code_env(self.training_env) is None:
-            raise ConfigError("CriticCallback needs an environment from make_sb3_env")
-        self._episodes = [[] for _ in range(self.training_env.num_envs)]
-
-    def _on_step(self) -> bool:
-        # SB3 averages these dicts after the rollout: keeping them lets the true reward be written in.
-        for env in np.flatnonzero(self.locals["dones"]):
-            self._episodes[env].append(self.locals["infos"][env].get("episode", {}))
-        return True
-
-    def _on_rollout_end(self) -> None:
-        buffer: EpisodeRolloutBuffer = self.model.rollout_buffer  # type: ignore[attr-defined]
-        now = FakePool(torch.from_numpy(buffer.codes.astype(np.int64)), self.critic.vqvae.grid)
-        self._train_critic()
-        rewards, figures = self.critic.rewards(now)
+    def write(self, buffer: EpisodeRolloutBuffer, codes: Tensor) -> np.ndarray:
+        """Train and score; returns (n,) the sums of the rewards that were written."""
+        rewards = self.earn(self.critic.finished(codes), buffer.mask)
         buffer.write_rewards(rewards)
-        buffer.compute_returns_and_advantage()
-        self._pool = now
-        self._report(buffer, rewards, figures)
+        totals: np.ndarray = rewards.sum(1)
+        return totals
+
+    def earn(self, images: FinishedImages, mask: np.ndarray) -> np.ndarray:
+        """Let the critic learn from earlier images, and score these.
+
+        Args:
+            images: the rollout's n finished images.
+            mask: (n, T) bool, the codes that were drawn.
+
+        Returns:
+            (n, T) float32 rewards, 0 where nothing was drawn.
+        """
+        self._train_critic()
+        rewards, figures = self.critic.rewards(images)
+        self._pool = FinishedImages(images.codes, images.grid)  # what was decoded of them is not kept
+        rewards = rewards * mask
+        self._report(rewards, figures)
+        return rewards
 
     def _train_critic(self) -> None:
         config = self.critic.config
@@ -89,9 +85,9 @@ class CriticCallback(BaseCallback):
         for name, figure in figures.items():
             self.logger.record(f"critic/{name}", figure)
 
-    def _fresh(self) -> FakePool:
+    def _fresh(self) -> FinishedImages:
         """As many new samples of the policy as there are environments, started as the environment's episodes are."""
-        env: CodeVecEnv = unwrap_code_env(self.training_env)  # type: ignore[assignment]
+        env = self.code_env
         policy: PixelCNNPolicy = self.model.policy  # type: ignore[assignment]
         grid = env.world.grid
         prefix, stop, self._pending = env.core.distribution.draw(self.rng, self._pending)
@@ -100,15 +96,12 @@ class CriticCallback(BaseCallback):
         if prefix:
             given = torch.from_numpy(grid.mask(0, prefix))  # (T,)
             images = self.rng.integers(len(self.critic.real_codes), size=env.num_envs)
-            codes[:, given] = self.critic.real_codes[images][:, given]
+            codes[:, given] = self.critic.real_codes[images][:, given].long()
         drawn, _, _ = policy.draw_round(codes.to(policy.device), with_values=False)
-        return FakePool(drawn.cpu(), grid)
+        return FinishedImages(drawn.cpu(), grid)
 
-    def _report(self, buffer: EpisodeRolloutBuffer, rewards: np.ndarray, figures: dict[str, float]) -> None:
-        totals = (rewards * buffer.mask).sum(1)  # (n,)
-        for env, total in zip(buffer.episode_envs, totals, strict=True):
-            if self._episodes[env]:
-                self._episodes[env].pop(0)["r"] = float(total)
+    def _report(self, rewards: np.ndarray, figures: dict[str, float]) -> None:
+        totals = rewards.sum(1)  # (n,)
         self.logger.record("rollout/critic_reward_mean", float(totals.mean()))
         for name, figure in figures.items():
             self.logger.record(f"critic/{name}", figure)
@@ -137,4 +130,4 @@ class CriticCallback(BaseCallback):
         self.rng.bit_generator.state = state["rng"]
         self._pending, self._warned = state["pending"], state["warned"]
         pool = state["pool"]
-        self._pool = None if pool is None else FakePool(pool, self.critic.vqvae.grid)
+        self._pool = None if pool is None else FinishedImages(pool, self.critic.vqvae.grid)

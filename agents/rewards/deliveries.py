@@ -19,11 +19,12 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
 
-from ral_gym.agents.rewards.co_trained_critic import CoTrainedCritic, FakePool
+from ral_gym.agents.rewards.co_trained_critic import CoTrainedCritic
 from ral_gym.agents.rewards.critic_callback import WARM_UP_POOL_STEPS
 from ral_gym.agents.vec_env import CodeVecEnv, unwrap_code_env
 from ral_gym.errors import ConfigError
 from ral_gym.grid import CodeGrid
+from ral_gym.rewards.view import FinishedImages
 
 
 class CriticFeed:
@@ -72,19 +73,14 @@ class CriticFeed:
             self.figures = self.critic.train(pool, min(WARM_UP_POOL_STEPS, steps - done))
         self.figures |= self.critic.rewards(pool)[1]
 
-    def _random_pool(self, grid: CodeGrid) -> FakePool:
+    def _random_pool(self, grid: CodeGrid) -> FinishedImages:
         shape = (self.episodes_per_update, grid.n_codes)
-        return FakePool(torch.randint(grid.codebook_size, shape, generator=self.critic.generator), grid)
+        return self.critic.finished(torch.randint(grid.codebook_size, shape, generator=self.critic.generator))
 
     def score(self, codes: np.ndarray) -> np.ndarray:
         """Rewards (n,) float32 of finished grids (n, T), K + 1 where nothing was drawn."""
         grids = torch.from_numpy(codes.astype(np.int64))
-        pool = FakePool(grids, self.critic.vqvae.grid)
-        rewards = np.zeros(len(codes), np.float32)
-        for height in pool.image_rows.unique().tolist():
-            same = pool.image_rows == height
-            scores = self.critic.score_map(pool.grid.crop(grids[same], height))  # (m, h, w)
-            rewards[same.numpy()] = self.critic.normalizer(scores).flatten(1).mean(1).cpu().numpy()
+        rewards = self.critic.image_rewards(self.critic.finished(grids))
         if not self.train:
             return rewards
         self._codes.append(grids)
@@ -94,7 +90,7 @@ class CriticFeed:
 
     def _learn(self) -> None:
         """End of a round."""
-        pool = FakePool(torch.cat(self._codes), self.critic.vqvae.grid)
+        pool = self.critic.finished(torch.cat(self._codes))
         self._codes = []
         self.figures = self.critic.rewards(pool)[1]  # of a critic that has not seen these images
         self.figures |= self.critic.train(pool, self.critic.config.n_critic)

@@ -322,6 +322,8 @@ def _complete(arguments: TrainArguments, base: Config) -> TrainArguments:
     EXTRACTORS.check(config.evaluation.extractor)
     for name in config.evaluation.metrics:
         METRICS.check(name)
+    if "ral" in arguments.stages:
+        config.check_parts()
     if not arguments.stages:
         raise ConfigError(f"--stages names no stage: give one or more of {' '.join(STAGES)}")
     if arguments.gradient_accumulation < 1:

@@ -17,11 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ral_gym.config import Config
+from ral_gym.config import Config, CriticConfig
 from ral_gym.data.images import channels_of
 from ral_gym.grid import CodeGrid
+from ral_gym.metrics import PyramidFeatures
 from ral_gym.priors.base import logits_of
-from ral_gym.rewards.critic import PatchCritic
+from ral_gym.priors.two_level import join_priors
+from ral_gym.rewards.making import build_critic
+from ral_gym.rewards.scorer import CriticScorer
 from ral_gym.stages.levels import SECTIONS, prior_of
 from ral_gym.stages.processes import Compute
 from ral_gym.stages.train_vqvae import vqvae_of
@@ -148,26 +151,34 @@ def _prior_cost(
 def _ral_cost(config: Config, vqvae: VQVAE, priors: list[nn.Module], grid: CodeGrid) -> StageCost:
     """Stage 3: whole images drawn, one pass of the policy gradient, the critic's steps if there is one."""
     ral, settings = config.ral, config.critic
+    features = PyramidFeatures() if ral.reward_features == "pyramid" else None
     with META:
-        critic = PatchCritic(
-            vqvae.image_size, vqvae.channels, hidden_units=settings.hidden_units, layers=settings.layers
+        patch = CriticConfig(hidden_units=settings.hidden_units, layers=settings.layers)
+        critic = build_critic(
+            settings if ral.uses_critic else patch,
+            vqvae,
+            extractor=features,
+            make_prior=lambda: join_priors(priors),
+            untouched=(settings,),
         )
     wanted = {"both": range(grid.levels), "top": [0], "bottom": [grid.levels - 1]}[ral.train_levels]
     tuned = [priors[level] for level in wanted]
     drawn = _count(lambda: [_logits(p, grid, level, ral.n_envs) for level, p in enumerate(priors)], backward=False)
     update = _count(lambda: _sum(*(_logits(priors[level], grid, level, ral.n_envs) for level in wanted)))
-    painted = torch.empty(settings.batch_size, *_image_shape(vqvae), device=META)
-    step = _count(lambda: _sum(critic(torch.cat([painted, painted]))))
-    penalty = PENALTY_PASSES * _count(lambda: critic(painted), backward=False).flops
-    critic_flops = step.flops + (penalty if settings.loss == "wgan_gp" else 0)
+    scorer = CriticScorer(vqvae, critic, extractor=features)
+    step = _critic_count(lambda: _sum(critic(_seen(scorer, 2 * settings.batch_size))))
+    once = _critic_count(lambda: critic(_seen(scorer, settings.batch_size)), backward=False)
+    penalised = settings.loss == "wgan_gp" and not hasattr(critic, "loss")
+    critic_flops = step.flops + (PENALTY_PASSES * once.flops if penalised else 0)
     with _without_lookup(vqvae, [0]):
         one = torch.empty(1, *_image_shape(vqvae), device=META)
         both = _count(lambda: vqvae(one), backward=False)
     decoded = sum(count for name, count in both.by_module.items() if name in DECODER_PARTS)  # one image
-    scored = _count(lambda: critic(one), backward=False).flops
+    scored = _critic_count(lambda: critic(_seen(scorer, 1)), backward=False).flops
     per_update = drawn.flops + update.flops + ral.n_envs * decoded
     if ral.uses_critic:
-        per_update += ral.n_envs * scored + settings.n_critic * (critic_flops + 2 * settings.batch_size * decoded)
+        shown = 0 if scorer.sees == "codes" else 2 * settings.batch_size * decoded
+        per_update += ral.n_envs * scored + settings.n_critic * (critic_flops + shown)
     frozen = sum(_bytes(module.parameters()) for module in [vqvae, *priors])
     trained = sum(_trained(prior, averages=1) for prior in tuned) + (_trained(critic) if ral.uses_critic else 0)
     return StageCost(
@@ -180,6 +191,24 @@ def _ral_cost(config: Config, vqvae: VQVAE, priors: list[nn.Module], grid: CodeG
         parts={"drawing": drawn.flops // ral.n_envs, "decoder": decoded}
         | ({"critic": scored} if ral.uses_critic else {}),
     )
+
+
+def _seen(scorer: CriticScorer, n: int) -> Tensor:
+    """What a critic sees of n images, on the meta device."""
+    if scorer.sees == "codes":
+        return torch.zeros(n, scorer.grid.n_codes, dtype=torch.int64, device=META)
+    if scorer.sees == "features":
+        assert scorer.extractor is not None
+        return torch.empty(n, scorer.extractor.num_features, device=META)
+    return torch.empty(n, *_image_shape(scorer.vqvae), device=META)
+
+
+def _critic_count(run: Callable[[], Any], backward: bool = True) -> _Count:
+    """As `_count`; nothing for someone's own critic whose operations cannot be counted without numbers."""
+    try:
+        return _count(run, backward)
+    except (NotImplementedError, RuntimeError, TypeError, ValueError):
+        return _Count()
 
 
 def _logits(prior: nn.Module, grid: CodeGrid, level: int, n: int) -> Tensor:

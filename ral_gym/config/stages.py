@@ -21,6 +21,7 @@ from ral_gym.config.algorithms import (
 )
 from ral_gym.config.ranges import check_ranges, check_sizes
 from ral_gym.errors import ConfigError
+from ral_gym.registry import CRITICS, REWARDS
 from ral_gym.schema import check_types, config_from
 from ral_gym.settings import CRITIC_ALONE, Options, RewardWeights, check_reward_weights
 
@@ -153,7 +154,7 @@ class PriorConfig:
 
 @dataclass(frozen=True)
 class CriticConfig:
-    """The PatchGAN critic (Sections 4.2 and 5.1) and its training in stage 3."""
+    """The critic, a PatchGAN by default (Sections 4.2 and 5.1), and its training in stage 3."""
 
     kind: str = "patch"
     """The critic: `patch` (PatchGAN), a registered name, or your own `module:Class`."""
@@ -181,6 +182,9 @@ class CriticConfig:
     """Critic steps per policy update (Section 4.4)."""
     fakes: Literal["previous", "fresh"] = "previous"
     """What the critic learns from: images of the previous rollout, or ones sampled for it. Never those scored now."""
+    held_out: int = 256
+    """Held-out images, a fixed seeded choice, that every update scores: for AUC, gap and the scale of the scores.
+    0: all of them, so that an update costs more the more images there are."""
 
 
 @dataclass(frozen=True)
@@ -197,10 +201,12 @@ class RALConfig:
     reward_normalization: Literal["max_abs", "standard", "none"] = "max_abs"
     """Scores divided by max |score| over real and fake (Section 4.4); (score - mean real) / std; or as they are."""
     reward_weights: RewardWeights = field(default_factory=CRITIC_ALONE.copy)
-    """Terms critic, loo_fd, loo_fd_first_order, loo_fd_diagonal, kid and their weights; no critic is trained without
-    the first. Anything but one critic of weight 1: every term is normalised over the batch before it is weighed."""
+    """Terms and their weights: critic, loo_fd, loo_fd_first_order, loo_fd_diagonal, kid, a registered name, or your own
+    `module:function`; no critic is trained without the first. Anything but one critic of weight 1: every term is
+    normalised over the batch before it is weighed."""
     reward_features: Literal["encoder", "pyramid"] = "encoder"
-    """What the distribution terms see: the VQ-VAE's encoder, or the detail of every size; not what the table uses."""
+    """What terms and critics see that see features: the tokenizer's encoder, or the detail of every size; not what the
+    table uses."""
     reward_ema: float = 0.5
     """Decay of the Frechet terms' moments over rollouts; 0: each rollout by itself."""
     reset_mode: Literal["full", "continue", "scratch", "mixed"] = "mixed"
@@ -322,7 +328,9 @@ class Config:
         for name in SECTIONS:
             check_section(name, getattr(self.ral, name))
         sides = [("vqvae.layers", self.vqvae.layers, self.strided_layers)]
-        for name, value, layers in (*sides, ("critic.layers", self.critic.layers, self.critic.layers)):
+        if self.critic.kind == "patch":
+            sides += [("critic.layers", self.critic.layers, self.critic.layers)]
+        for name, value, layers in sides:
             if self.data.image_size % 2**layers:
                 levels = " (one for the second level)" if layers > value else ""
                 raise ConfigError(
@@ -339,6 +347,19 @@ class Config:
                     f"{name}.attention_heads is {prior.attention_heads}: it must divide {name}.hidden_units, "
                     f"{prior.hidden_units}; change one of them"
                 )
+
+    def check_parts(self) -> None:
+        """Refuse names of rewards and critics that stage 3 would not find; nothing of the package is imported.
+
+        `check` does not, so that a run made with someone's own parts can be sampled from without them.
+
+        Raises:
+            ConfigError: an unknown name, or code that only a file names.
+        """
+        for term in self.ral.reward_weights:
+            REWARDS.check(term)
+        if self.ral.uses_critic:
+            CRITICS.check(self.critic.kind)
 
     def to_json(self) -> str:
         """The configuration as indented JSON."""

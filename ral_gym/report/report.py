@@ -46,11 +46,12 @@ from ral_gym.report.text import (
     results_section,
     stage_command,
 )
-from ral_gym.rewards.critic import PatchCritic
-from ral_gym.rewards.score_map import CriticScorer, ScoreNormalizer
+from ral_gym.rewards.making import load_scorer
+from ral_gym.rewards.scorer import CriticScorer
+from ral_gym.rewards.view import View
 from ral_gym.runs.results import load_results
 from ral_gym.runs.run import Run
-from ral_gym.runs.storage import load_metadata, load_module, write_text
+from ral_gym.runs.storage import write_text
 from ral_gym.stages.completion import complete
 from ral_gym.stages.levels import load_generator, load_vqvae
 from ral_gym.stages.pictures import sample_codes
@@ -117,16 +118,22 @@ class Report:
         return self.images if isinstance(self.images, str) else "the data set is too small to hold any out"
 
     @functools.cached_property
-    def reconstruction(self) -> Tensor | None:
-        """The same images from their codes; without the images, those of the code file."""
+    def reconstructed_codes(self) -> np.ndarray | None:
+        """Codes (N, T) of the same images; without the images, those of the code file."""
         if self.vqvae is None:
             return None
         if self.held_out is not None:
-            return decode_codes(self.vqvae, encode_images(self.vqvae, self.held_out.numpy(), progress=False))
+            return encode_images(self.vqvae, self.held_out.numpy(), progress=False)
         if not self.run.has("codes.safetensors"):
             return None
         codes = CodeSet.load(self.run.file("codes.safetensors"), self.vqvae.grid).test
-        return decode_codes(self.vqvae, codes[subset(len(codes), N_SHOWN, self.seed)])
+        return codes[subset(len(codes), N_SHOWN, self.seed)]
+
+    @functools.cached_property
+    def reconstruction(self) -> Tensor | None:
+        """The images of these codes."""
+        codes = self.reconstructed_codes
+        return None if codes is None or self.vqvae is None else decode_codes(self.vqvae, codes)
 
     @functools.cached_property
     def generators(self) -> dict[str, Prior]:
@@ -150,9 +157,7 @@ class Report:
         file = self.run.file("critic.safetensors")
         if self.vqvae is None or not file.is_file():
             return None
-        defaults = {"normalization": "none", "shift": 0.0, "scale": 1.0}
-        normalizer = ScoreNormalizer.from_file(file, defaults | load_metadata(file))
-        return CriticScorer(self.vqvae, load_module(file, PatchCritic, self.device), normalizer=normalizer)
+        return load_scorer(file, self.vqvae, self.device, lambda: load_generator(self.run, "prior", self.device))
 
     def _files(self, name: str) -> list[str]:
         """The files of a generator."""
@@ -226,9 +231,11 @@ class Report:
         """What the critic says of each patch of real and drawn images."""
         if self.scorer is None or self.vqvae is None:
             return self.lacking("No score maps", "ral")
-        images = {} if self.reconstruction is None else {"Real": self.reconstruction[:N_SCORED]}
-        images |= {label: decode_codes(self.vqvae, codes[:N_SCORED]) for label, codes in self.drawn.items()}
-        maps = {label: self._scores(shown) for label, shown in images.items()}
+        real = self.reconstructed_codes
+        codes = {} if real is None else {"Real": torch.from_numpy(real[:N_SCORED].astype(np.int64))}
+        codes |= {label: drawn[:N_SCORED] for label, drawn in self.drawn.items()}
+        images = {label: decode_codes(self.vqvae, those) for label, those in codes.items()}
+        maps = {label: self._scores(codes[label], shown) for label, shown in images.items()}
         if not maps:
             return missing(f"No images to score: {self.no_images}")
         both = torch.cat([scores.flatten() for scores in maps.values()])
@@ -255,12 +262,12 @@ class Report:
         )
         return paragraph(intro) + scale + grid(figures, "maps")
 
-    def _scores(self, images: Tensor) -> Tensor:
-        """Normalised score maps (N, h, w) of images (N, C, S, S)."""
-        assert self.scorer is not None
-        with torch.no_grad():
-            raw = self.scorer.critic(to_float(images).to(self.device))
-        return self.scorer.normalizer(raw).cpu()
+    def _scores(self, codes: Tensor, images: Tensor) -> Tensor:
+        """Normalised score maps (N, h, w) of codes (N, T) and their images (N, C, S, S) uint8."""
+        assert self.scorer is not None and self.vqvae is not None
+        view = View(codes, lambda _: to_float(images).to(self.device), batch_size=len(codes))
+        scores = self.scorer.normalizer(self.scorer.scores(view))
+        return self.scorer.score_map(scores, self.vqvae.grid.height).cpu()
 
     def exposure_bias(self) -> Markup:
         """The run's prefix curve, and the curves of an exposure-bias experiment where one has left its pictures."""

@@ -73,14 +73,15 @@ def gradient_penalty(critic: nn.Module, real: Tensor, fake: Tensor, generator: t
     The norm is over all pixels of one image; D(x) is the mean of the score map.
 
     Args:
-        critic: images (B, C, h, S) -> score map (B, ...).
-        real: (B, C, h, S).
-        fake: (B, C, h, S).
+        critic: images (B, C, h, S), or features (B, F) -> score map (B, ...).
+        real: (B, C, h, S), or (B, F).
+        fake: of the same shape.
         generator: draws the mixing weights, one per image.
     """
-    weight = torch.rand(len(real), 1, 1, 1, generator=generator).to(real.device)
-    mixed = (weight * real + (1 - weight) * fake).requires_grad_(True)  # (B, C, h, S)
-    scores = critic(mixed).flatten(1).mean(1)  # (B,)
+    weight = torch.rand(len(real), generator=generator).to(real.device)
+    weight = weight.reshape(-1, *[1] * (real.dim() - 1))  # (B, 1, ..)
+    mixed = (weight * real + (1 - weight) * fake).requires_grad_(True)
+    scores = critic(mixed).reshape(len(mixed), -1).mean(1)  # (B,)
     (gradient,) = torch.autograd.grad(scores.sum(), mixed, create_graph=True)
     return (gradient.flatten(1).norm(dim=1) - 1).square().mean()
 

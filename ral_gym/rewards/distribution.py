@@ -51,6 +51,8 @@ class DistributionReward(Protocol):
     """
 
     distance: float
+    minimum_batch: int
+    """Fewer images than this earn nothing."""
 
     def __call__(self, features: Tensor) -> Tensor:
         """Features (N, F) -> rewards (N,) float64."""
@@ -107,6 +109,10 @@ class FrechetReward:
         DivergedError: a feature is NaN or infinite.
     """
 
+    sees = "features"
+    minimum_batch = MINIMUM_BATCH
+    distance = float("nan")
+
     def __init__(
         self,
         reference: Tensor,
@@ -123,7 +129,6 @@ class FrechetReward:
         if components is not None and not 1 <= components <= reference.shape[1]:
             raise ConfigError(f"components={components} of {reference.shape[1]} features: choose 1..that, or None")
         self.form, self.ema = form, ema
-        self.distance = float("nan")
         self.centre = reference.mean(0)  # (F,)
         centred = reference - self.centre
         # FD does not change when both sets are turned: in the reference's own axes A is diagonal.
@@ -236,6 +241,27 @@ class FrechetReward:
         return self._mean_term(left_out) + (without - now) / left_out.share, left_out.mean.square().sum() + now
 
 
+class ExactFrechet(FrechetReward):
+    """The term `loo_fd`; arguments as `FrechetReward`."""
+
+    def __init__(self, reference: Tensor, ema: float = 0.0, components: int | None = None) -> None:
+        super().__init__(reference, "exact", ema, components)
+
+
+class FirstOrderFrechet(FrechetReward):
+    """The term `loo_fd_first_order`; arguments as `FrechetReward`."""
+
+    def __init__(self, reference: Tensor, ema: float = 0.0, components: int | None = None) -> None:
+        super().__init__(reference, "first_order", ema, components)
+
+
+class DiagonalFrechet(FrechetReward):
+    """The term `loo_fd_diagonal`; arguments as `FrechetReward`."""
+
+    def __init__(self, reference: Tensor, ema: float = 0.0, components: int | None = None) -> None:
+        super().__init__(reference, "diagonal", ema, components)
+
+
 class KernelReward:
     """Leave-one-out kernel distance (KID, Binkowski et al., 2018), whose estimate by U-statistics has no bias.
 
@@ -254,9 +280,12 @@ class KernelReward:
         DivergedError: a feature is NaN or infinite.
     """
 
+    sees = "features"
+    minimum_batch = MINIMUM_BATCH
+    distance = float("nan")
+
     def __init__(self, reference: Tensor) -> None:
         self.reference = checked_features(reference)  # (M, F)
-        self.distance = float("nan")
         m = len(self.reference)
         total = sum(float(block.sum()) for block in self._kernels(self.reference))
         self._among = (total - float(self._self_kernel(self.reference).sum())) / (m * (m - 1))
@@ -291,29 +320,13 @@ class KernelReward:
         return (a.square().mean(1) + 1).pow(3)
 
 
-DISTRIBUTION_TERMS = ("loo_fd", "loo_fd_first_order", "loo_fd_diagonal", "kid")
-
-
-def make_distribution_reward(
-    name: str, reference: Tensor, ema: float = 0.0, components: int | None = None
-) -> DistributionReward:
-    """The reward called `name`.
-
-    Args:
-        name: one of `DISTRIBUTION_TERMS`.
-        reference: features (M, F) of real images.
-        ema: see `FrechetReward`; `kid` does not average.
-        components: see `FrechetReward`; `kid` takes the features as they are.
-
-    Raises:
-        ConfigError: an unknown name, or what the rewards refuse.
-    """
-    forms: dict[str, Form] = {"loo_fd": "exact", "loo_fd_first_order": "first_order", "loo_fd_diagonal": "diagonal"}
-    if name == "kid":
-        return KernelReward(reference)
-    if name not in forms:
-        raise ConfigError(f"distribution reward {name!r} is unknown: choose one of {', '.join(DISTRIBUTION_TERMS)}")
-    return FrechetReward(reference, forms[name], ema, components)
+DISTRIBUTION_TERMS: dict[str, type[FrechetReward] | type[KernelReward]] = {
+    "loo_fd": ExactFrechet,
+    "loo_fd_first_order": FirstOrderFrechet,
+    "loo_fd_diagonal": DiagonalFrechet,
+    "kid": KernelReward,
+}
+"""The names under which `ral_gym.registry.REWARDS` has them."""
 
 
 def checked_features(features: Tensor, width: int | None = None) -> Tensor:

@@ -10,16 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from ral_gym.errors import RunError
-
-if TYPE_CHECKING:  # its quantiser's library takes seconds to import
-    from ral_gym.tokenizers.vqvae import VQVAE
 
 RewardKind = Literal["single", "intermediate"]
 Normalization = Literal["max_abs", "standard", "none"]
@@ -105,39 +102,3 @@ class ScoreNormalizer:
     def __call__(self, score_map: Tensor) -> Tensor:
         """Normalised scores, same shape."""
         return (score_map - self.shift) / self.scale
-
-
-class CriticScorer:
-    """Codes -> image -> score map -> rewards, with a frozen critic: what an environment rewards with.
-
-    Args:
-        vqvae: decodes.
-        critic: scores.
-        reward: `single` or `intermediate`.
-        normalizer: the scale that the critic was saved with.
-        batch_size: images decoded at once.
-    """
-
-    def __init__(
-        self,
-        vqvae: VQVAE,
-        critic: nn.Module,
-        reward: RewardKind = "single",
-        normalizer: ScoreNormalizer | None = None,
-        batch_size: int = 256,
-    ) -> None:
-        self.vqvae, self.critic, self.reward = vqvae, critic, reward
-        self.normalizer = normalizer or ScoreNormalizer("none")
-        self.batch_size = batch_size
-
-    @torch.no_grad()
-    def score(self, codes: Tensor) -> Tensor:
-        """Raw score maps: codes of r rows (B, codes_of(r)) -> (B, h, w)."""
-        batches = codes.split(self.batch_size)
-        return torch.cat([self.critic(self.vqvae.decode(batch)) for batch in batches])
-
-    def __call__(self, codes: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes of r rows (B, codes_of(r)) int64 -> normalised score map (B, h, w), step rewards of that shape."""
-        score_map = self.normalizer(self.score(codes))
-        grid = self.vqvae.grid
-        return score_map, step_rewards(score_map, grid.rows_of(codes.shape[1]), grid.width, self.reward, grid.levels)

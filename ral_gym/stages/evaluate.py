@@ -21,11 +21,10 @@ from ral_gym.metrics import make_extractor
 from ral_gym.metrics.distances import MINIMUM_IMAGES
 from ral_gym.metrics.own import own_metrics
 from ral_gym.priors.base import Prior, config_of, load_prior
-from ral_gym.rewards.critic import PatchCritic
-from ral_gym.rewards.score_map import CriticScorer
+from ral_gym.rewards.making import load_scorer
 from ral_gym.runs.results import check_rows
 from ral_gym.runs.run import Run
-from ral_gym.runs.storage import differences, load_json, load_module, save_json
+from ral_gym.runs.storage import differences, load_json, save_json
 from ral_gym.stages.common import Clock
 from ral_gym.stages.generator_metrics import MEASUREMENT, GeneratorMetrics, Row
 from ral_gym.stages.given_rows import measure_given_rows
@@ -185,8 +184,9 @@ def measure(
 
 def _rejection_row(evaluation: GeneratorMetrics, prior: Prior) -> Row:
     """Rejection sampling by the run's critic."""
-    critic = load_module(evaluation.run.file("critic.safetensors"), PatchCritic, evaluation.device)
-    return evaluation.rejection_row(prior, critic_judge(CriticScorer(evaluation.vqvae, critic)))
+    file = evaluation.run.file("critic.safetensors")
+    scorer = load_scorer(file, evaluation.vqvae, evaluation.device, lambda: prior)
+    return evaluation.rejection_row(prior, critic_judge(scorer))
 
 
 def _sweep(

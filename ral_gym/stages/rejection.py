@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ral_gym.data.images import to_float
 from ral_gym.errors import ConfigError
-from ral_gym.rewards.score_map import CriticScorer
+from ral_gym.rewards.scorer import CriticScorer
 from ral_gym.tokenizers.code_set import decode_codes
 from ral_gym.tokenizers.vqvae import VQVAE
 
@@ -88,7 +88,7 @@ def diversity(codes: Tensor) -> Diversity:
 def critic_judge(scorer: CriticScorer) -> Judge:
     """Judge by the mean score of a run's critic."""
     device = next(scorer.vqvae.parameters()).device
-    return lambda codes: scorer.score(codes.to(device)).flatten(1).mean(1)
+    return lambda codes: scorer.image_scores(scorer.score(codes.to(device)))
 
 
 def classifier_judge(vqvae: VQVAE, classifier: Callable[[Tensor], Tensor]) -> Judge:

@@ -1,0 +1,94 @@
+"""What all callbacks have in common that write rewards into an on-policy rollout, at its end.
+
+The order at the end of a rollout: the rewards are worked out and written into the buffer, and the returns are computed
+again; then the algorithm updates the policy.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+import numpy as np
+import torch
+from stable_baselines3.common.callbacks import BaseCallback
+from torch import Tensor
+
+from ral_gym.agents.episodes import EpisodeRolloutBuffer
+from ral_gym.agents.vec_env import CodeVecEnv, unwrap_code_env
+from ral_gym.envs.worlds import World
+from ral_gym.errors import ConfigError
+
+
+class RolloutReward(BaseCallback):
+    """Base of the callbacks that replace a rollout's rewards.
+
+    `rollout/ep_rew_mean` shows the rewards that were written.
+
+    Args:
+        verbose: SB3's.
+
+    Raises:
+        ConfigError: at the start of training, where the model's buffer or environment is of another kind.
+    """
+
+    def __init__(self, verbose: int = 0) -> None:
+        super().__init__(verbose)
+        self._episodes: list[list[dict[str, Any]]] = []
+
+    def _init_callback(self) -> None:
+        buffer, name = getattr(self.model, "rollout_buffer", None), type(self).__name__
+        if not isinstance(buffer, EpisodeRolloutBuffer):
+            raise ConfigError(
+                f"{name} writes rewards into an EpisodeRolloutBuffer, not {type(buffer).__name__}: pass "
+                "rollout_buffer_class=EpisodeRolloutBuffer to the algorithm"
+            )
+        if unwrap_code_env(self.training_env) is None:
+            raise ConfigError(f"{name} needs an environment from make_sb3_env")
+        self._episodes = [[] for _ in range(self.training_env.num_envs)]
+
+    @property
+    def code_env(self) -> CodeVecEnv:
+        """The environment under any wrappers."""
+        env = unwrap_code_env(self.training_env)
+        assert env is not None
+        return env
+
+    @property
+    def world(self) -> World:
+        """What is drawn in."""
+        return self.code_env.world
+
+    def _on_step(self) -> bool:
+        # SB3 averages these dicts after the rollout: keeping them lets the true reward be written in.
+        for env in np.flatnonzero(self.locals["dones"]):
+            self._episodes[env].append(self.locals["infos"][env].get("episode", {}))
+        return True
+
+    def _on_rollout_end(self) -> None:
+        buffer: EpisodeRolloutBuffer = self.model.rollout_buffer  # type: ignore[attr-defined]
+        totals = self.write(buffer, torch.from_numpy(buffer.codes.astype(np.int64)))
+        buffer.compute_returns_and_advantage()
+        for env, total in zip(buffer.episode_envs, totals, strict=True):
+            if self._episodes[env]:
+                self._episodes[env].pop(0)["r"] = float(total)
+
+    @abstractmethod
+    def write(self, buffer: EpisodeRolloutBuffer, codes: Tensor) -> np.ndarray:
+        """Write the rewards of the finished episodes into the buffer.
+
+        Args:
+            buffer: the rollout's.
+            codes: (n, T) int64, its finished grids, K + 1 where nothing was drawn.
+
+        Returns:
+            (n,) what each episode earned.
+        """
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint, at the start of a rollout."""
+
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """From a checkpoint."""

@@ -1,0 +1,201 @@
+"""Critics by name (`ral_gym.registry.CRITICS`): made from the settings, saved beside the run, loaded again.
+
+`ral_gym.rewards.scorer` says what a critic may be. Its constructor is given those of these arguments that it names:
+
+    image_size, channels: of the images, as the tokenizer decodes them;
+    codebook_size, height, width, levels: of the codes;
+    num_features: of the features;
+    prior: a copy of the run's maximum-likelihood network, to start from;
+    any setting of `critic` by its name, such as hidden_units;
+    and all of `critic.options`.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ral_gym.config import CriticConfig
+from ral_gym.errors import ConfigError, RunError
+from ral_gym.registry import CRITICS
+from ral_gym.rewards.score_map import ScoreNormalizer
+from ral_gym.rewards.scorer import CriticScorer, encoder_features
+from ral_gym.rewards.view import sees_of
+from ral_gym.runs.storage import load_module, load_tensors, save_module
+
+if TYPE_CHECKING:
+    from ral_gym.metrics import Extractor
+    from ral_gym.tokenizers.vqvae import VQVAE
+
+ARCHITECTURE = ("hidden_units", "layers")
+"""Settings that only a critic's constructor reads."""
+LOSS = ("loss", "gradient_penalty")
+"""Settings that only the built-in losses read."""
+EXPECTED = ("image_size", "channels", "codebook_size", "height", "width", "levels")
+"""What a saved critic must have in common with the tokenizer beside it."""
+MakePrior = Callable[[], nn.Module]
+
+
+def build_critic(
+    settings: CriticConfig,
+    vqvae: VQVAE,
+    *,
+    extractor: Extractor | None = None,
+    make_prior: MakePrior | None = None,
+    untouched: Sequence[CriticConfig] = (),
+) -> nn.Module:
+    """A new critic of the kind that the settings name.
+
+    Args:
+        settings: the run's.
+        vqvae: whose images or codes it sees.
+        extractor: of a critic that sees features; None: the tokenizer's encoder.
+        make_prior: makes the network that a critic may start from.
+        untouched: settings such as the preset's: what equals one of them was not changed by the user.
+
+    Raises:
+        ConfigError: an unknown kind, options or settings that it does not take, or what its constructor refuses.
+    """
+    cls = critic_class(settings.kind)
+    what, taken = f"critic {settings.kind!r}", inspect.signature(cls).parameters
+    _refuse_ignored(settings, cls, untouched)
+    given = {name: value for name, value in asdict(settings).items() if name in taken} | settings.options
+    given |= {name: value for name, value in _facts(vqvae).items() if name in taken}
+    if "num_features" in taken:
+        given["num_features"] = int((extractor or encoder_features(vqvae)).num_features)
+    known = dict(given)
+    if "prior" in taken and make_prior is not None:
+        given["prior"] = copy.deepcopy(make_prior()).train().requires_grad_(True)
+    any_name = any(p.kind is p.VAR_KEYWORD for p in taken.values())
+    unknown = [name for name in given if name not in taken and not any_name]
+    if unknown:
+        raise ConfigError(f"critic.options names {unknown[0]!r}: {what} takes {', '.join(taken) or 'no arguments'}")
+    try:
+        critic: nn.Module = cls(**given)
+    except TypeError as error:
+        raise ConfigError(f"{what} cannot be made ({_line(error)}); give what it lacks in critic.options") from error
+    if not isinstance(getattr(critic, "config", None), dict):
+        critic.config = known  # type: ignore[assignment]
+    return critic
+
+
+def critic_class(kind: str) -> type[nn.Module]:
+    """The class called `kind`.
+
+    Raises:
+        ConfigError: there is none, it may not be imported, or it is no `nn.Module`.
+    """
+    cls = CRITICS.get(kind)
+    if not isinstance(cls, type) or not issubclass(cls, nn.Module):
+        raise ConfigError(f"critic {kind!r} is no class of networks: give a subclass of torch.nn.Module")
+    sees_of(cls, f"critic {kind!r}")
+    return cls
+
+
+def _facts(vqvae: VQVAE) -> dict[str, Any]:
+    """What a tokenizer tells a critic's constructor."""
+    grid = vqvae.grid
+    sizes = {"codebook_size": grid.codebook_size, "height": grid.height, "width": grid.width, "levels": grid.levels}
+    return {"image_size": vqvae.image_size, "channels": vqvae.channels, **sizes}
+
+
+def _refuse_ignored(settings: CriticConfig, cls: type[nn.Module], untouched: Sequence[CriticConfig]) -> None:
+    """Refuse settings that the user changed and that nothing would read."""
+    taken = inspect.signature(cls).parameters
+    ignored = ARCHITECTURE + (LOSS if hasattr(cls, "loss") else ())
+    for name in ignored:
+        value = getattr(settings, name)
+        if name not in taken and all(value != getattr(other, name) for other in (CriticConfig(), *untouched)):
+            why = "has a loss of its own" if name in LOSS else f"takes no {name}"
+            raise ConfigError(f"critic.{name} is {value!r}, but critic {settings.kind!r} {why}: leave it out")
+    if getattr(cls, "sees", "pixels") == "codes" and not hasattr(cls, "loss") and settings.loss == "wgan_gp":
+        raise ConfigError(
+            f"critic.loss is wgan_gp, whose penalty needs slopes, but critic {settings.kind!r} sees codes: choose "
+            "--critic.loss hinge, or give it a loss of its own"
+        )
+
+
+def save_critic(path: Path, scorer: CriticScorer, kind: str) -> None:
+    """Write a critic with the scale of its scores, its kind and what it sees."""
+    facts: dict[str, Any] = {
+        "normalization": scorer.normalizer.method,
+        "shift": scorer.normalizer.shift,
+        "scale": scorer.normalizer.scale,
+    }
+    if kind != "patch":
+        facts["kind"] = kind
+    if scorer.sees == "features" and scorer.extractor is not None:
+        facts["features"] = scorer.extractor.name
+    critic: Any = scorer.critic
+    try:
+        json.dumps(critic.config)
+    except TypeError as error:
+        raise ConfigError(f"the config of critic {kind!r} cannot be written as JSON ({_line(error)})") from error
+    save_module(path, critic, **facts)
+
+
+def load_critic(
+    path: Path, vqvae: VQVAE, device: torch.device | str = "cpu", make_prior: MakePrior | None = None
+) -> tuple[nn.Module, ScoreNormalizer, Extractor | None]:
+    """The critic of a file, frozen, the scale it was saved with, and the extractor it saw features of.
+
+    Raises:
+        ConfigError: the file names code that may not be imported (see `ral_gym.registry`).
+        RunError: missing or damaged, or it scores other images than the tokenizer decodes.
+    """
+    _, metadata = load_tensors(path)
+    kind = metadata.get("kind", "patch")
+    if not isinstance(kind, str):
+        raise RunError(f"{path} names no kind of critic; remove it to train it again")
+    made: Any = critic_class(kind)
+    if "prior" in inspect.signature(made).parameters and make_prior is not None:
+        name, made = made.__name__, functools.partial(made, prior=copy.deepcopy(make_prior()))
+        made.__name__ = name
+    critic: nn.Module = load_module(path, made, device)
+    found = metadata.get("config") or {}
+    facts = {name: value for name, value in _facts(vqvae).items() if name in found and name in EXPECTED}
+    if {name: found[name] for name in facts} != facts:
+        there = {name: found[name] for name in facts}
+        raise RunError(f"{path} scores images of {there}, but the tokenizer beside it decodes {facts}; train it again")
+    try:
+        normalizer = ScoreNormalizer(metadata["normalization"])
+        normalizer.shift, normalizer.scale = float(metadata["shift"]), float(metadata["scale"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise RunError(f"{path} lacks {error}, the scale of its scores; train it again") from error
+    return critic, normalizer, _extractor(metadata.get("features"))
+
+
+def load_scorer(
+    path: Path, vqvae: VQVAE, device: torch.device | str = "cpu", make_prior: MakePrior | None = None
+) -> CriticScorer:
+    """The frozen critic of a file, ready to score codes; errors as `load_critic`."""
+    critic, normalizer, extractor = load_critic(path, vqvae, device, make_prior)
+    return CriticScorer(vqvae, critic, "single", normalizer, extractor=extractor)
+
+
+def _extractor(name: Any) -> Extractor | None:
+    """The extractor of a saved critic's features; None: the tokenizer's encoder."""
+    if name != "pyramid":
+        return None
+    from ral_gym.metrics import PyramidFeatures
+
+    return PyramidFeatures()
+
+
+def row_multiple(critic: nn.Module | None, code_rows: int) -> int:
+    """Short images must have a multiple of so many of the `code_rows` rows, for the critic's sake."""
+    own = getattr(critic, "row_multiple", None)
+    return 1 if own is None else int(own(code_rows))
+
+
+def _line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

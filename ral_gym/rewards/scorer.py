@@ -1,0 +1,193 @@
+"""A critic and everything between codes and its rewards: one way for training and for the frozen environment.
+
+What a critic may be (all but `forward` is optional):
+
+    class Mine(nn.Module):
+        sees = "pixels"                      # or "codes", "features": what forward takes
+        def forward(self, seen): ...         # -> (B,), a map (B, h, w), or a score per code (B, codes_of(r))
+        def loss(self, real, fake, generator): ...          # -> loss, numbers for the log; else config.critic.loss
+        def image_scores(self, scores): ...                 # -> (B,); else the mean
+        def scores_to_rewards(self, scores, rows, reward): ...  # -> (B, codes_of(r)); else `step_rewards`
+        def row_multiple(self, code_rows): ...              # short images have a multiple of so many rows; else 1
+        def make_optimizer(self, config): ...               # else Adam by the settings of `critic`
+
+`pixels`: images (B, C, h, S) in [-1, 1]; `codes`: (B, codes_of(r)) int64, nothing is decoded for it; `features`:
+(B, F) float32 of the tokenizer's encoder or of what `ral.reward_features` says. Images of fewer rows are shorter.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ral_gym.errors import ConfigError
+from ral_gym.grid import CodeGrid
+from ral_gym.rewards.score_map import RewardKind, ScoreNormalizer, step_rewards
+from ral_gym.rewards.view import Sees, View, sees_of
+
+if TYPE_CHECKING:  # the quantiser's library takes seconds to import
+    from ral_gym.metrics import Extractor
+    from ral_gym.tokenizers.vqvae import VQVAE
+
+
+class CriticScorer:
+    """Codes -> what the critic sees -> scores -> rewards.
+
+    Args:
+        vqvae: decodes.
+        critic: scores.
+        reward: `single` or `intermediate`.
+        normalizer: the scale of the scores; None: as they are.
+        batch_size: images decoded and scored at once.
+        extractor: for a critic that sees features; None: the VQ-VAE's encoder, averaged over space.
+
+    Raises:
+        ConfigError: a critic that wants to see something else, or features that are not to be had.
+    """
+
+    def __init__(
+        self,
+        vqvae: VQVAE,
+        critic: nn.Module,
+        reward: RewardKind = "single",
+        normalizer: ScoreNormalizer | None = None,
+        batch_size: int = 256,
+        extractor: Extractor | None = None,
+    ) -> None:
+        self.vqvae, self.critic, self.reward = vqvae, critic, reward
+        self.normalizer = normalizer or ScoreNormalizer("none")
+        self.batch_size = batch_size
+        self.sees: Sees = sees_of(critic, f"critic {type(critic).__name__}")
+        self.extractor = encoder_features(vqvae) if extractor is None and self.sees == "features" else extractor
+
+    @property
+    def grid(self) -> CodeGrid:
+        """The shape of the codes."""
+        return self.vqvae.grid
+
+    @property
+    def device(self) -> torch.device:
+        """Where the critic is."""
+        weights = next(self.critic.parameters(), None)
+        return next(self.vqvae.parameters()).device if weights is None else weights.device
+
+    @property
+    def dense(self) -> bool:
+        """Whether codes are paid one by one, rather than the image with its last one."""
+        return self.reward == "intermediate" or hasattr(self.critic, "scores_to_rewards")
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes of r rows (B, codes_of(r)) -> images (B, C, h, S) in [-1, 1], on the device."""
+        return self.vqvae.decode(codes.to(self.device).long())
+
+    def view(self, codes: Tensor) -> View:
+        """Codes of r rows (B, codes_of(r)), to be looked at."""
+        return View(codes, self.decode, batch_size=self.batch_size)
+
+    def seen(self, view: View) -> Tensor:
+        """What the critic sees of images, on the device."""
+        if self.sees == "codes":
+            return view.codes.to(self.device)  # (B, codes_of(r))
+        if self.sees == "pixels":
+            return view.pixels  # (B, C, h, S)
+        assert self.extractor is not None
+        return view.features(self.extractor).to(self.device)  # (B, F)
+
+    @torch.no_grad()
+    def scores(self, view: View) -> Tensor:
+        """Raw scores of a view's images: (B, h, w), (B, codes_of(r)) or (B,), as the critic gives them."""
+        return self.scores_of(self.seen(view))
+
+    @torch.no_grad()
+    def scores_of(self, seen: Tensor) -> Tensor:
+        """Raw scores of what the critic sees (B, ...)."""
+        self.critic.eval()
+        return torch.cat([self.critic(batch) for batch in seen.split(self.batch_size)])
+
+    def image_scores(self, scores: Tensor) -> Tensor:
+        """Scores (B, ...) -> one per image (B,)."""
+        own = getattr(self.critic, "image_scores", None)
+        return own(scores) if own is not None else scores.reshape(len(scores), -1).mean(1)
+
+    def rewards(self, scores: Tensor, rows: int) -> Tensor:
+        """Normalised scores of images of `rows` rows -> the reward of every code (B, codes_of(rows)).
+
+        Raises:
+            ConfigError: scores of a shape that cannot be paid.
+        """
+        own, length = getattr(self.critic, "scores_to_rewards", None), self.grid.codes_of(rows)
+        if own is not None:
+            earned = own(scores, rows, self.reward)
+            if earned.shape != (len(scores), length):
+                raise ConfigError(
+                    f"the critic's scores_to_rewards gave shape {tuple(earned.shape)}: give ({len(scores)}, {length}), "
+                    "one reward per code"
+                )
+            return earned
+        if scores.dim() == 2:
+            if self.reward == "intermediate":
+                return self._per_code(scores, rows)
+            return F.pad(self._per_code(scores, rows).mean(1, keepdim=True), (length - 1, 0))  # (B, codes_of(rows))
+        return step_rewards(_as_map(scores), rows, self.grid.width, self.reward, self.grid.levels)
+
+    def score_map(self, scores: Tensor, rows: int) -> Tensor:
+        """Scores of images of `rows` rows as a map (B, h, w): scores per code by their place in the (top) grid."""
+        if scores.dim() != 2:
+            return _as_map(scores)
+        levels = self.grid.split(self._per_code(scores, rows))
+        top, *others = [level.reshape(len(scores), rows * 2**i, -1) for i, level in enumerate(levels)]
+        if not others:
+            return top
+        below = F.avg_pool2d(others[0].unsqueeze(1), 2).squeeze(1)  # (B, r, W) means of the 4 bottom codes
+        return (top + 4 * below) / 5
+
+    def _per_code(self, scores: Tensor, rows: int) -> Tensor:
+        if scores.shape[1] != self.grid.codes_of(rows):
+            raise ConfigError(
+                f"the critic gave scores of shape {tuple(scores.shape)}: give one per image (B,), a map (B, h, w), or "
+                f"one per code (B, {self.grid.codes_of(rows)}) for {rows} rows"
+            )
+        return scores
+
+    def score(self, codes: Tensor) -> Tensor:
+        """Raw scores of codes of r rows (B, codes_of(r)), as the critic gives them."""
+        return self.scores(self.view(codes))
+
+    def __call__(self, codes: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes of r rows (B, codes_of(r)) int64 -> normalised score map (B, h, w), step rewards of that shape."""
+        scores, rows = self.normalizer(self.score(codes)), self.grid.rows_of(codes.shape[1])
+        return self.score_map(scores, rows), self.rewards(scores, rows)
+
+
+def _as_map(scores: Tensor) -> Tensor:
+    """(B,) -> (B, 1, 1); maps (B, h, w) as they are.
+
+    Raises:
+        ConfigError: another shape.
+    """
+    if scores.dim() == 1:
+        return scores[:, None, None]
+    if scores.dim() != 3:
+        raise ConfigError(
+            f"the critic gave scores of shape {tuple(scores.shape)}: give one per image (B,), a map (B, h, w), or one "
+            "per code (B, codes)"
+        )
+    return scores
+
+
+def encoder_features(vqvae: nn.Module) -> Extractor:
+    """The tokenizer's own encoder, averaged over space.
+
+    Raises:
+        ConfigError: it has no `encode_features`.
+    """
+    from ral_gym.metrics import EncoderFeatures
+
+    if not hasattr(vqvae, "encode_features"):
+        raise ConfigError(
+            f"{type(vqvae).__name__} has no encode_features to take features from: choose --ral.reward-features pyramid"
+        )
+    return EncoderFeatures(vqvae.encode_features, int(vqvae.num_features))  # type: ignore[arg-type]

@@ -1,0 +1,157 @@
+"""Finished images as critics and rewards look at them: nothing is decoded, and no features are taken, twice.
+
+A critic or a reward says what it wants to see (`sees`): the images, their codes, or features of them. It asks a `View`,
+which works that out when it is first asked for and keeps it. One `FinishedImages` per rollout is shared by the critic,
+the functions and the distribution terms; where all of them read codes, no image is decoded at all.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from ral_gym.errors import ConfigError
+from ral_gym.grid import CodeGrid
+
+if TYPE_CHECKING:
+    from ral_gym.metrics import Extractor
+
+Sees = Literal["pixels", "codes", "features"]
+SEES: tuple[Sees, ...] = ("pixels", "codes", "features")
+Decode = Callable[[Tensor], Tensor]
+"""Codes of r rows (B, codes_of(r)) int64 -> images (B, C, h, S): float in [-1, 1], or uint8."""
+
+
+def sees_of(part: Any, what: str) -> Sees:
+    """What a critic or reward wants to see: its attribute `sees`; without one, pixels.
+
+    Args:
+        part: the critic or the reward.
+        what: its name in messages.
+
+    Raises:
+        ConfigError: another value.
+    """
+    sees = getattr(part, "sees", "pixels")
+    if sees not in SEES:
+        raise ConfigError(f"{what} sees {sees!r}: choose one of {', '.join(SEES)}")
+    return sees
+
+
+class View:
+    """Some images of equally many rows, by what one can see of them.
+
+    Args:
+        codes: (B, codes_of(r)) integer, all in 0..K-1.
+        decode: codes -> images.
+        labels: (B,) int64 classes, or None.
+        batch_size: images decoded at once.
+    """
+
+    def __init__(
+        self, codes: Tensor, decode: Decode | None, labels: Tensor | None = None, batch_size: int = 128
+    ) -> None:
+        self.codes, self.labels, self.batch_size = codes.long(), labels, batch_size
+        self._decode = decode
+        self._features: dict[Any, Tensor] = {}
+
+    def __len__(self) -> int:
+        """B."""
+        return len(self.codes)
+
+    @functools.cached_property
+    def _decoded(self) -> Tensor:
+        if self._decode is None:
+            raise ConfigError("something wants to see images, but there is nothing that decodes them")
+        with torch.no_grad():
+            return torch.cat([self._decode(batch) for batch in self.codes.split(self.batch_size)])
+
+    @functools.cached_property
+    def pixels(self) -> Tensor:
+        """(B, C, h, S) float in [-1, 1], where they were decoded."""
+        from ral_gym.data.images import to_float
+
+        return self._decoded if self._decoded.is_floating_point() else to_float(self._decoded)
+
+    @functools.cached_property
+    def images(self) -> Tensor:
+        """(B, C, h, S) uint8, on the CPU."""
+        from ral_gym.data.images import to_uint8
+
+        return (to_uint8(self._decoded) if self._decoded.is_floating_point() else self._decoded).cpu()
+
+    def features(self, extractor: Extractor) -> Tensor:
+        """(B, F) float32 of an extractor, on the CPU."""
+        from ral_gym.metrics import extract
+
+        if extractor not in self._features:
+            self._features[extractor] = extract(extractor, self.images)
+        return self._features[extractor]
+
+
+class FinishedImages:
+    """The finished code grids of a rollout.
+
+    Attributes:
+        codes: (n, T) int64, K + 1 where nothing was drawn.
+        grid: their shape.
+        image_rows: (n,) int64, rows of each image.
+
+    Args:
+        codes: see there.
+        grid: see there.
+        decode: codes -> images; None where only codes are looked at.
+        labels: (n,) int64 classes, or None.
+        batch_size: images decoded at once.
+    """
+
+    def __init__(
+        self,
+        codes: Tensor,
+        grid: CodeGrid,
+        decode: Decode | None = None,
+        labels: Tensor | None = None,
+        batch_size: int = 128,
+    ) -> None:
+        self.codes, self.grid, self.labels, self.batch_size = codes, grid, labels, batch_size
+        self.image_rows = (codes != grid.never_drawn).sum(1) // grid.codes_of(1)
+        self._decode = decode
+        self._views: dict[int, View] = {}
+
+    def __len__(self) -> int:
+        """N."""
+        return len(self.codes)
+
+    @functools.cached_property
+    def heights(self) -> list[int]:
+        """How many rows the images have, each number once, ascending."""
+        found: list[int] = self.image_rows.unique().tolist()
+        return found
+
+    def rows(self, height: int) -> Tensor:
+        """(m,) int64: which images have `height` rows."""
+        return (self.image_rows == height).nonzero().squeeze(1)
+
+    def positions(self, height: int) -> Tensor:
+        """(codes_of(height),) int64: where the codes of that many rows stand in the whole grid."""
+        return torch.from_numpy(self.grid.mask(0, height)).nonzero().squeeze(1)
+
+    def view(self, height: int) -> View:
+        """The images of `height` rows; the same object each time."""
+        if height not in self._views:
+            rows = self.rows(height)
+            labels = None if self.labels is None else self.labels[rows]
+            self._views[height] = View(self.grid.crop(self.codes[rows], height), self._decode, labels, self.batch_size)
+        return self._views[height]
+
+    def batch(self, size: int, generator: torch.Generator) -> Tensor:
+        """Some grids of one common height: (size, codes of the rows) int64, a height by its share of the images."""
+        pick = int(torch.randint(len(self.codes), (1,), generator=generator))
+        height = int(self.image_rows[pick])
+        same = self.rows(height)
+        rows = same[torch.randint(len(same), (size,), generator=generator)]
+        return self.grid.crop(self.codes[rows], height)
