@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ral_gym.config import CriticConfig
+from ral_gym.data.subsets import subset
 from ral_gym.errors import ConfigError, DivergedError
 from ral_gym.metrics import auc
 from ral_gym.rewards.critic import critic_loss
@@ -87,11 +88,8 @@ class CoTrainedCritic:
 
     def _choose_held_out(self, number: int) -> None:
         """Take so many held-out images, all if there are no more or for 0; always the same ones."""
-        self.held_out, codes = number, self.all_held_out_codes
-        if number and number < len(codes):
-            rows = np.random.default_rng([self.seed, 1]).choice(len(codes), number, replace=False)
-            codes = codes[np.sort(rows)]
-        self.held_out_codes = codes
+        rows = subset(len(self.all_held_out_codes), number or None, self.seed)
+        self.held_out, self.held_out_codes = number, self.all_held_out_codes[torch.from_numpy(rows)]
         self._held_out: dict[int, View] = {}
 
     @property
