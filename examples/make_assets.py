@@ -99,7 +99,7 @@ def make_critic(
     fakes = samples(prior, 6000, seed=1).long()
     for _ in trange(steps // 20, desc="critic"):
         critic.train(critic.finished(fakes), 20)
-    critic.critic = round_weights(critic.critic)  # type: ignore[assignment]
+    critic.critic = round_weights(critic.critic)
     held_out = samples(prior, 500, seed=2).long()
     _, figures = critic.rewards(critic.finished(held_out))
     return critic, figures

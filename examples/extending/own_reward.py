@@ -1,7 +1,6 @@
 """Rewards of one's own for stage 3, each with its own weight, scale and curve; start it in this folder.
 
-ral-gym train --preset smoke --plugin own_reward --ral.reward-weights critic 1 bright 0.5 calm 0.5
-ral-gym train --preset smoke --name novelty --ral.reward-weights own_reward:Novelty 1
+ral-gym train --preset smoke --plugin own_reward --ral.reward-weights critic 1 bright 0.5 own_reward:Novelty 1
 """
 
 from torch import Tensor, nn
@@ -17,17 +16,18 @@ def bright(images: Tensor, labels: Tensor | None = None) -> Tensor:
 
 @reward("calm", sees="codes")
 def calm(codes: Tensor) -> Tensor:
-    """Codes (B, T) -> a reward for every code, (B, T): 1 where it repeats the one before. Nothing is decoded for it."""
+    """Codes (B, T) -> a reward for every code, (B, T): 1 where it repeats the one before. Nothing is decoded."""
     return nn.functional.pad((codes[:, 1:] == codes[:, :-1]).float(), (1, 0))
 
 
 class Novelty:
     """Features (B, F) -> (B,): the distance from what has been drawn so far, on average."""
 
-    sees, centre = "features", 0.0
+    sees = "features"
+    centre: Tensor | float = 0.0
 
     def __call__(self, features: Tensor) -> Tensor:
-        """The whole batch at once; what it remembers goes into checkpoints."""
+        """The whole batch at once."""
         self.centre = 0.9 * self.centre + 0.1 * features.mean(0)
         return (features - self.centre).norm(dim=1)
 

@@ -152,13 +152,14 @@ def _ral_cost(config: Config, vqvae: VQVAE, priors: list[nn.Module], grid: CodeG
     """Stage 3: whole images drawn, one pass of the policy gradient, the critic's steps if there is one."""
     ral, settings = config.ral, config.critic
     features = PyramidFeatures() if ral.reward_features == "pyramid" else None
+    networks: Any = priors
     with META:
         patch = CriticConfig(hidden_units=settings.hidden_units, layers=settings.layers)
         critic = build_critic(
             settings if ral.uses_critic else patch,
             vqvae,
             extractor=features,
-            make_prior=lambda: join_priors(priors),
+            make_prior=lambda: join_priors(networks),
             untouched=(settings,),
         )
     wanted = {"both": range(grid.levels), "top": [0], "bottom": [grid.levels - 1]}[ral.train_levels]

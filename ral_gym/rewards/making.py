@@ -2,9 +2,9 @@
 
 `ral_gym.rewards.scorer` says what a critic may be. Its constructor is given those of these arguments that it names:
 
-    image_size, channels: of the images, as the tokenizer decodes them;
-    codebook_size, height, width, levels: of the codes;
-    num_features: of the features;
+    image_size, channels: of the images, for a critic that sees pixels;
+    codebook_size, height, width, levels: of the code grid, for one that sees codes;
+    num_features: for one that sees features;
     prior: a copy of the run's maximum-likelihood network, to start from;
     any setting of `critic` by its name, such as hidden_units;
     and all of `critic.options`.
@@ -40,9 +40,7 @@ ARCHITECTURE = ("hidden_units", "layers")
 """Settings that only a critic's constructor reads."""
 LOSS = ("loss", "gradient_penalty")
 """Settings that only the built-in losses read."""
-EXPECTED = ("image_size", "channels", "codebook_size", "height", "width", "levels")
-"""What a saved critic must have in common with the tokenizer beside it."""
-MakePrior = Callable[[], nn.Module]
+MakePrior = Callable[[], Any]
 
 
 def build_critic(
@@ -68,10 +66,10 @@ def build_critic(
     cls = critic_class(settings.kind)
     what, taken = f"critic {settings.kind!r}", inspect.signature(cls).parameters
     _refuse_ignored(settings, cls, untouched)
-    given = {name: value for name, value in asdict(settings).items() if name in taken} | settings.options
-    given |= {name: value for name, value in _facts(vqvae).items() if name in taken}
-    if "num_features" in taken:
-        given["num_features"] = int((extractor or encoder_features(vqvae)).num_features)
+    facts = _facts(cls, vqvae)
+    if sees_of(cls, what) == "features":
+        facts["num_features"] = int((extractor or encoder_features(vqvae)).num_features)
+    given = {name: value for name, value in (asdict(settings) | facts).items() if name in taken} | settings.options
     known = dict(given)
     if "prior" in taken and make_prior is not None:
         given["prior"] = copy.deepcopy(make_prior()).train().requires_grad_(True)
@@ -101,11 +99,13 @@ def critic_class(kind: str) -> type[nn.Module]:
     return cls
 
 
-def _facts(vqvae: VQVAE) -> dict[str, Any]:
-    """What a tokenizer tells a critic's constructor."""
+def _facts(cls: type[nn.Module], vqvae: VQVAE) -> dict[str, Any]:
+    """What a tokenizer tells a critic's constructor: of its images, or of its codes, whatever the critic sees."""
     grid = vqvae.grid
-    sizes = {"codebook_size": grid.codebook_size, "height": grid.height, "width": grid.width, "levels": grid.levels}
-    return {"image_size": vqvae.image_size, "channels": vqvae.channels, **sizes}
+    if getattr(cls, "sees", "pixels") == "codes":
+        sizes = {"height": grid.height, "width": grid.width, "levels": grid.levels}
+        return {"codebook_size": grid.codebook_size, **sizes}
+    return {"image_size": vqvae.image_size, "channels": vqvae.channels}
 
 
 def _refuse_ignored(settings: CriticConfig, cls: type[nn.Module], untouched: Sequence[CriticConfig]) -> None:
@@ -156,13 +156,14 @@ def load_critic(
     kind = metadata.get("kind", "patch")
     if not isinstance(kind, str):
         raise RunError(f"{path} names no kind of critic; remove it to train it again")
-    made: Any = critic_class(kind)
+    cls = critic_class(kind)
+    made: Any = cls
     if "prior" in inspect.signature(made).parameters and make_prior is not None:
         name, made = made.__name__, functools.partial(made, prior=copy.deepcopy(make_prior()))
         made.__name__ = name
     critic: nn.Module = load_module(path, made, device)
     found = metadata.get("config") or {}
-    facts = {name: value for name, value in _facts(vqvae).items() if name in found and name in EXPECTED}
+    facts = {name: value for name, value in _facts(cls, vqvae).items() if name in found}
     if {name: found[name] for name in facts} != facts:
         there = {name: found[name] for name in facts}
         raise RunError(f"{path} scores images of {there}, but the tokenizer beside it decodes {facts}; train it again")
