@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import tyro
 
 from ral_gym.errors import ConfigError
-from ral_gym.registry import REWARDS
+from ral_gym.registry import CRITICS, REWARDS
 
 CRITIC_ALONE = {"critic": 1.0}
 """The paper's reward."""
@@ -93,7 +93,7 @@ Options = Annotated[
 
 
 def check_reward_weights(weights: Any) -> None:
-    """Refuse what is no set of weighed terms; `Config.check_parts` looks the names up.
+    """Refuse what is no set of weighed terms; `check_parts` looks the names up.
 
     Raises:
         ConfigError: no term, a name that is no text, or a weight that is not a finite number above 0.
@@ -106,6 +106,20 @@ def check_reward_weights(weights: Any) -> None:
             raise ConfigError(f"ral.reward_weights names {term!r}: choose among {known}, or your own module:function")
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
             raise ConfigError(f"ral.reward_weights: {term} weighs {weight!r}: give a number above 0, or leave it out")
+
+
+def check_parts(weights: dict[str, float], critic: str) -> None:
+    """Refuse names of rewards, and of the critic if there is one, that stage 3 would not find; nothing is imported.
+
+    `Config.check` does not, so that a run made with someone's own parts can be sampled from without them.
+
+    Raises:
+        ConfigError: an unknown name, or code that only a file names.
+    """
+    for term in weights:
+        REWARDS.check(term)
+    if "critic" in weights:
+        CRITICS.check(critic)
 
 
 def constructor_parameters(cls: type) -> tuple[frozenset[str], bool]:

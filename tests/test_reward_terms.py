@@ -26,6 +26,7 @@ from ral_gym.registry import REWARDS
 from ral_gym.rewards.distribution import DISTRIBUTION_TERMS
 from ral_gym.runs.run import Run, read_config
 from ral_gym.runs.storage import load_json, save_json
+from ral_gym.settings import check_parts
 from ral_gym.stages.levels import load_generator, load_vqvae
 from ral_gym.tokenizers.code_set import CodeSet
 from tests.tiny import make_tiny_run
@@ -111,7 +112,7 @@ def test_an_unknown_term_is_refused_before_anything_is_trained() -> None:
     with pytest.raises(
         ConfigError, match=r"reward 'fid' is unknown.*: choose one of critic, loo_fd, .*, kid, or bring"
     ):
-        with_weights({"fid": 1.0}).check_parts()
+        check_parts({"fid": 1.0}, "patch")
     with pytest.raises(ConfigError, match="reward 'fid' is unknown"):
         parse(["train", "--preset", "smoke", "--ral.reward-weights", "fid", "1"])
 

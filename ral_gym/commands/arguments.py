@@ -16,6 +16,7 @@ from ral_gym.config import SECTIONS, Config, RALConfig
 from ral_gym.errors import ConfigError
 from ral_gym.presets import PRESETS, get_preset
 from ral_gym.registry import EXTRACTORS, METRICS, allow_given, load_plugins
+from ral_gym.settings import check_parts
 
 Stage = Literal["vqvae", "prior", "ral", "evaluate"]
 STAGES: tuple[Stage, ...] = ("vqvae", "prior", "ral", "evaluate")
@@ -323,7 +324,7 @@ def _complete(arguments: TrainArguments, base: Config) -> TrainArguments:
     for name in config.evaluation.metrics:
         METRICS.check(name)
     if "ral" in arguments.stages:
-        config.check_parts()
+        check_parts(config.ral.reward_weights, config.critic.kind)
     if not arguments.stages:
         raise ConfigError(f"--stages names no stage: give one or more of {' '.join(STAGES)}")
     if arguments.gradient_accumulation < 1:

@@ -21,7 +21,6 @@ from ral_gym.config.algorithms import (
 )
 from ral_gym.config.ranges import check_ranges, check_sizes
 from ral_gym.errors import ConfigError
-from ral_gym.registry import CRITICS, REWARDS
 from ral_gym.schema import check_types, config_from
 from ral_gym.settings import CRITIC_ALONE, Options, RewardWeights, check_reward_weights
 
@@ -183,8 +182,7 @@ class CriticConfig:
     fakes: Literal["previous", "fresh"] = "previous"
     """What the critic learns from: images of the previous rollout, or ones sampled for it. Never those scored now."""
     held_out: int = 256
-    """Held-out images, a fixed seeded choice, that every update scores: for AUC, gap and the scale of the scores.
-    0: all of them, so that an update costs more the more images there are."""
+    """Held-out images that every update scores (AUC, gap, the scores' scale): a seeded random subset. 0: all."""
 
 
 @dataclass(frozen=True)
@@ -347,19 +345,6 @@ class Config:
                     f"{name}.attention_heads is {prior.attention_heads}: it must divide {name}.hidden_units, "
                     f"{prior.hidden_units}; change one of them"
                 )
-
-    def check_parts(self) -> None:
-        """Refuse names of rewards and critics that stage 3 would not find; nothing of the package is imported.
-
-        `check` does not, so that a run made with someone's own parts can be sampled from without them.
-
-        Raises:
-            ConfigError: an unknown name, or code that only a file names.
-        """
-        for term in self.ral.reward_weights:
-            REWARDS.check(term)
-        if self.ral.uses_critic:
-            CRITICS.check(self.critic.kind)
 
     def to_json(self) -> str:
         """The configuration as indented JSON."""

@@ -30,7 +30,7 @@ from ral_gym.registry import CRITICS
 from ral_gym.rewards.score_map import ScoreNormalizer
 from ral_gym.rewards.scorer import CriticScorer, encoder_features
 from ral_gym.rewards.view import sees_of
-from ral_gym.runs.storage import load_module, load_tensors, save_module
+from ral_gym.runs.storage import load_metadata, load_module, save_module
 
 if TYPE_CHECKING:
     from ral_gym.metrics import Extractor
@@ -152,7 +152,7 @@ def load_critic(
         ConfigError: the file names code that may not be imported (see `ral_gym.registry`).
         RunError: missing or damaged, or it scores other images than the tokenizer decodes.
     """
-    _, metadata = load_tensors(path)
+    metadata = load_metadata(path)
     kind = metadata.get("kind", "patch")
     if not isinstance(kind, str):
         raise RunError(f"{path} names no kind of critic; remove it to train it again")
@@ -167,11 +167,7 @@ def load_critic(
     if {name: found[name] for name in facts} != facts:
         there = {name: found[name] for name in facts}
         raise RunError(f"{path} scores images of {there}, but the tokenizer beside it decodes {facts}; train it again")
-    try:
-        normalizer = ScoreNormalizer(metadata["normalization"])
-        normalizer.shift, normalizer.scale = float(metadata["shift"]), float(metadata["scale"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise RunError(f"{path} lacks {error}, the scale of its scores; train it again") from error
+    normalizer = ScoreNormalizer.from_file(path, metadata)
     return critic, normalizer, _extractor(metadata.get("features"))
 
 
