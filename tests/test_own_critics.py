@@ -313,9 +313,10 @@ def test_scores_of_short_images_and_of_two_levels() -> None:
 def test_settings_that_nothing_would_read_are_refused(vqvae, named) -> None:
     smoke = SMOKE.critic
     refused: list[tuple[dict[str, Any], str]] = [
-        ({"kind": "features", "layers": 7}, "critic.layers is 7, but critic 'features' takes no layers: leave it out"),
-        ({"kind": "features", "options": {"depth": 3}}, "critic.options names 'depth': critic 'features' takes num_fe"),
-        ({"kind": "causal", "loss": "hinge"}, "critic.loss is 'hinge', but critic 'causal' has a loss of its own"),
+        ({"kind": "features", "layers": 7}, "critic.layers is 7, but features takes no layers: leave critic.layers"),
+        ({"kind": "features", "options": {"depth": 3}}, "critic.options names depth, but features takes no depth"),
+        ({"kind": "features", "options": {"num_features": 3}}, "names num_features, which the run fills in"),
+        ({"kind": "causal", "loss": "hinge"}, "critic.loss is 'hinge', but causal takes no loss: leave critic.loss"),
         ({"kind": "causal"}, "critic 'causal' cannot be made .*prior"),
         ({"kind": "none_such"}, "critic 'none_such' is unknown: choose one of patch"),
     ]

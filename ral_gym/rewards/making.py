@@ -14,10 +14,8 @@ from __future__ import annotations
 
 import copy
 import functools
-import inspect
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,15 +29,25 @@ from ral_gym.rewards.score_map import ScoreNormalizer
 from ral_gym.rewards.scorer import CriticScorer, encoder_features
 from ral_gym.rewards.view import sees_of
 from ral_gym.runs.storage import load_metadata, load_module, save_module
+from ral_gym.settings import constructor_parameters, part_arguments
 
 if TYPE_CHECKING:
     from ral_gym.metrics import Extractor
     from ral_gym.tokenizers.vqvae import VQVAE
 
-ARCHITECTURE = ("hidden_units", "layers")
-"""Settings that only a critic's constructor reads."""
+TRAINING = (
+    "learning_rate",
+    "adam_beta1",
+    "adam_beta2",
+    "batch_size",
+    "warmup_steps",
+    "n_critic",
+    "fakes",
+    "held_out",
+)
+"""Settings that training reads, and a critic only where its constructor names them."""
 LOSS = ("loss", "gradient_penalty")
-"""Settings that only the built-in losses read."""
+"""Settings that the built-in losses read."""
 MakePrior = Callable[[], Any]
 
 
@@ -64,19 +72,23 @@ def build_critic(
         ConfigError: an unknown kind, options or settings that it does not take, or what its constructor refuses.
     """
     cls = critic_class(settings.kind)
-    what, taken = f"critic {settings.kind!r}", inspect.signature(cls).parameters
-    _refuse_ignored(settings, cls, untouched)
-    facts = _facts(cls, vqvae)
+    what, facts, taken = f"critic {settings.kind!r}", _facts(cls, vqvae), constructor_parameters(cls)[0]
     if sees_of(cls, what) == "features":
         facts["num_features"] = int((extractor or encoder_features(vqvae)).num_features)
-    given = {name: value for name, value in (asdict(settings) | facts).items() if name in taken} | settings.options
-    known = dict(given)
+    read = TRAINING if hasattr(cls, "loss") else TRAINING + LOSS
+    known = part_arguments(
+        cls,
+        settings,
+        "critic",
+        training=[name for name in read if name not in taken],
+        given=[*facts, "prior"],
+        untouched=(CriticConfig(), *untouched),
+    )
+    known |= {name: value for name, value in facts.items() if name in taken}
+    _check_loss(settings, cls)
+    given = dict(known)
     if "prior" in taken and make_prior is not None:
         given["prior"] = copy.deepcopy(make_prior()).train().requires_grad_(True)
-    any_name = any(p.kind is p.VAR_KEYWORD for p in taken.values())
-    unknown = [name for name in given if name not in taken and not any_name]
-    if unknown:
-        raise ConfigError(f"critic.options names {unknown[0]!r}: {what} takes {', '.join(taken) or 'no arguments'}")
     try:
         critic: nn.Module = cls(**given)
     except TypeError as error:
@@ -108,15 +120,8 @@ def _facts(cls: type[nn.Module], vqvae: VQVAE) -> dict[str, Any]:
     return {"image_size": vqvae.image_size, "channels": vqvae.channels}
 
 
-def _refuse_ignored(settings: CriticConfig, cls: type[nn.Module], untouched: Sequence[CriticConfig]) -> None:
-    """Refuse settings that the user changed and that nothing would read."""
-    taken = inspect.signature(cls).parameters
-    ignored = ARCHITECTURE + (LOSS if hasattr(cls, "loss") else ())
-    for name in ignored:
-        value = getattr(settings, name)
-        if name not in taken and all(value != getattr(other, name) for other in (CriticConfig(), *untouched)):
-            why = "has a loss of its own" if name in LOSS else f"takes no {name}"
-            raise ConfigError(f"critic.{name} is {value!r}, but critic {settings.kind!r} {why}: leave it out")
+def _check_loss(settings: CriticConfig, cls: type[nn.Module]) -> None:
+    """Refuse a penalty on slopes where there are none."""
     if getattr(cls, "sees", "pixels") == "codes" and not hasattr(cls, "loss") and settings.loss == "wgan_gp":
         raise ConfigError(
             f"critic.loss is wgan_gp, whose penalty needs slopes, but critic {settings.kind!r} sees codes: choose "
@@ -158,7 +163,7 @@ def load_critic(
         raise RunError(f"{path} names no kind of critic; remove it to train it again")
     cls = critic_class(kind)
     made: Any = cls
-    if "prior" in inspect.signature(made).parameters and make_prior is not None:
+    if "prior" in constructor_parameters(cls)[0] and make_prior is not None:
         name, made = made.__name__, functools.partial(made, prior=copy.deepcopy(make_prior()))
         made.__name__ = name
     critic: nn.Module = load_module(path, made, device)
