@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from ral_gym.commands.cli import train_main
 from ral_gym.data.images import ImageSet, to_float
 from ral_gym.metrics import Neighbourhood, entropy, extract, nll
-from ral_gym.metrics.neighbourhood import FIGURES
+from ral_gym.metrics.neighbourhood import SCORES
 from ral_gym.runs.run import Run, read_config
 from ral_gym.runs.storage import load_json, save_json
 from ral_gym.stages import given_rows
@@ -49,7 +49,7 @@ def evaluation(tmp_path_factory: pytest.TempPathFactory) -> GeneratorMetrics:
 
 def test_every_generator_has_every_figure_and_its_interval(smoke_run) -> None:
     rows = load_json(smoke_run / "results.json")["rows"]
-    distances = {"fd", "kid", "fd_real", "kid_real", "diversity", *FIGURES, *MEMORISATION}
+    distances = {"fd", "kid", "fd_real", "kid_real", "diversity", *SCORES, *MEMORISATION}
     for name, row in rows.items():
         wanted = {"fd", "kid"} if name in ("reconstruction", "floor") else distances
         wanted = wanted if name in ("reconstruction", "floor", "mle_rejection") else wanted | LIKELIHOOD
@@ -57,7 +57,7 @@ def test_every_generator_has_every_figure_and_its_interval(smoke_run) -> None:
         for key, (low, high) in row["intervals"].items():
             assert low <= row[key] <= high and low < high, (name, key)
         # A share that is the same in every half of 24 samples has no spread.
-        assert wanted - row["intervals"].keys() <= {*FIGURES, *MEMORISATION}, name
+        assert wanted - row["intervals"].keys() <= {*SCORES, *MEMORISATION}, name
 
 
 def test_the_figures_are_those_of_their_metrics(evaluation) -> None:
@@ -71,7 +71,7 @@ def test_the_figures_are_those_of_their_metrics(evaluation) -> None:
     measured |= Neighbourhood(evaluation.distance.features.reference, extractor="encoder").measure(features)
     measured |= {"entropy": entropy(prior, codes, 0.9), "nll_test": nll(prior, evaluation.codes.test, 0.9)}
     measured |= {"diversity": diversity(codes).distance}
-    for key in ("n", "n_reference", "kid_subset_size", "fd_real", "kid_real", *FIGURES, "entropy", "nll_test"):
+    for key in ("n", "n_reference", "kid_subset_size", "fd_real", "kid_real", *SCORES, "entropy", "nll_test"):
         assert row[key] == pytest.approx(measured[key], rel=1e-9), key
     assert row["diversity"] == pytest.approx(measured["diversity"])
     assert (row["fd"], row["kid"]) == pytest.approx((measured["fd"], measured["kid"]), rel=1e-9)

@@ -45,9 +45,9 @@ def test_a_finished_run_agrees_and_nothing_in_it_is_touched(smoke_run, capsys) -
     captured = capsys.readouterr()
     assert captured.err == "" and captured.out.splitlines()[-1] == "All agree."
     assert contents(smoke_run) == before
-    compared, rows = re.findall(r"([\d,]+) figures of (\d+) rows measured again", captured.out)[0]
+    compared, rows = re.findall(r"([\d,]+) metrics of (\d+) rows measured again", captured.out)[0]
     assert int(rows) == len(saved_rows(smoke_run)) > 12 and int(compared.replace(",", "")) > 10 * int(rows)
-    assert "largest difference: 0 of a figure" in captured.out
+    assert "largest difference: 0 of a metric" in captured.out
 
 
 def test_a_changed_weight_file_is_found(run, capsys) -> None:
@@ -77,7 +77,7 @@ def test_an_edited_result_is_found_at_any_tolerance_that_is_smaller(run, capsys)
     command = ["verify", str(run), "--rows", "mle", *QUICK]
     assert main(command) == 2
     captured = capsys.readouterr()
-    assert "1 figures differ from results.json, in mle" in captured.err and "0.30" in captured.out
+    assert "1 metrics differ from results.json, in mle" in captured.err and "0.30" in captured.out
     assert main([*command, "--tolerance", "0.4"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "All agree."
 
@@ -133,7 +133,7 @@ def changed(*path: str, to: Any) -> dict[str, Any]:
 
 
 def found(comparison: Comparison) -> list[tuple[str, str]]:
-    return [(difference.row, difference.figure) for difference in comparison.differences]
+    return [(difference.row, difference.metric) for difference in comparison.differences]
 
 
 def test_equal_rows_agree() -> None:

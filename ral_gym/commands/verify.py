@@ -1,8 +1,8 @@
 """`ral-gym verify`: is ``results.json`` what the saved weights give? Everything is measured again, nothing is written.
 
-On the machine, device and number of threads that measured the run, every figure comes out the same. Elsewhere sums are
+On the machine, device and number of threads that measured the run, every metric comes out the same. Elsewhere sums are
 rounded otherwise, now and then another code is drawn and the rest of its image with it: the same measurement with
-slightly other samples. Its figures differ by a part of their intervals, which is what `--tolerance` counts in.
+slightly other samples. Its metrics differ by a part of their intervals, which is what `--tolerance` counts in.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from ral_gym.tokenizers.code_set import CodeSet
 ROUNDING = 1e-6
 """Relative difference that counts as none."""
 WITHOUT_INTERVAL = 0.02
-"""What stands for half the interval's width of a figure that has none, relative to it where it is above 1."""
+"""What stands for half the interval's width of a metric that has none, relative to it where it is above 1."""
 MOST_SHOWN = 60
 """Lines of the table."""
 SETTINGS = ("extractor", "reference", "n_samples", "seed", "preset", "measurement", "held_out")
@@ -44,30 +44,30 @@ Rows = dict[str, dict[str, Any]]
 
 @dataclass(frozen=True)
 class Difference:
-    """A figure that is not what it was.
+    """A metric that is not what it was.
 
     Attributes:
         row: name of the row; `settings` for what the table as a whole was measured with.
-        figure: name of the figure, or of one end of its interval; empty for a whole row.
+        metric: name of the metric, or of one end of its interval; empty for a whole row.
         saved: in ``results.json``; None: not there.
         again: measured now; None: not there.
         interval: half the width of its interval; None where it has none.
     """
 
     row: str
-    figure: str
+    metric: str
     saved: Any
     again: Any
     interval: float | None = None
 
     def cells(self) -> list[str]:
-        """Row, figure, saved, again, difference, and the difference in intervals."""
+        """Row, metric, saved, again, difference, and the difference in intervals."""
         apart, share = "-", "-"
         if _is_number(self.saved) and _is_number(self.again):
             difference = self.again - self.saved
             apart = f"{difference:+.3g}"
             share = f"{abs(difference) / self.interval:.2f}" if self.interval else "-"
-        return [self.row, self.figure, _text(self.saved), _text(self.again), apart, share]
+        return [self.row, self.metric, _text(self.saved), _text(self.again), apart, share]
 
 
 @dataclass
@@ -76,9 +76,9 @@ class Comparison:
 
     Attributes:
         differences: what differs, in the rows' order.
-        compared: how many figures were, ends of intervals not counted.
-        largest: the largest relative difference of a figure, also of those that are accepted.
-        unknown: figures that ``results.json`` does not have.
+        compared: how many metrics were, ends of intervals not counted.
+        largest: the largest relative difference of a metric, also of those that are accepted.
+        unknown: metrics that ``results.json`` does not have.
     """
 
     differences: list[Difference]
@@ -93,7 +93,7 @@ def verify_run(arguments: VerifyArguments, console: Console) -> Comparison:
     Raises:
         ConfigError: the tolerance is out of range, or the extractor cannot be had.
         DataError: the run's images cannot be had.
-        RunError: a figure differs; or the run is not finished or damaged, or has no such row.
+        RunError: a metric differs; or the run is not finished or damaged, or has no such row.
     """
     if not 0 <= arguments.tolerance < math.inf:
         raise ConfigError(f"--tolerance is {arguments.tolerance}: give 0 or more")
@@ -125,10 +125,10 @@ def verify_run(arguments: VerifyArguments, console: Console) -> Comparison:
 
 
 def compare(saved: Rows, again: Rows, tolerance: float = 0.0) -> Comparison:
-    """Compare rows by name, figure by figure, and the ends of the intervals where the figures agree.
+    """Compare rows by name, metric by metric, and the ends of the intervals where the metrics agree.
 
     Args:
-        saved: rows of ``results.json``; figures that they do not have are not compared (an older version wrote them).
+        saved: rows of ``results.json``; metrics that they do not have are not compared (an older version wrote them).
         again: rows measured now.
         tolerance: differences up to this share of half an interval's width are accepted; 0: only of rounding.
     """
@@ -143,14 +143,14 @@ def compare(saved: Rows, again: Rows, tolerance: float = 0.0) -> Comparison:
         for key in there:
             if key != "intervals":
                 found.compared += 1
-                found.differences += _compare_figure(found, name, key, there, here, tolerance)
+                found.differences += _compare_metric(found, name, key, there, here, tolerance)
     return found
 
 
-def _compare_figure(
+def _compare_metric(
     found: Comparison, name: str, key: str, there: Mapping[str, Any], here: Mapping[str, Any], tolerance: float
 ) -> Iterator[Difference]:
-    """The figure if it differs, else the ends of its interval that do."""
+    """The metric if it differs, else the ends of its interval that do."""
     old, new = there[key], here.get(key)
     ends = [row.get("intervals", {}).get(key) for row in (there, here)]
     widths = [(high - low) / 2 for low, high in filter(None, ends)]
@@ -167,7 +167,7 @@ def _compare_figure(
 
 
 def _agree(old: Any, new: Any, width: float | None, tolerance: float) -> bool:
-    """Whether two figures are the same, up to rounding or the tolerance."""
+    """Whether two metrics are the same, up to rounding or the tolerance."""
     if not (_is_number(old) and _is_number(new)) or (isinstance(old, int) and isinstance(new, int)):
         return bool(old == new)
     size = max(abs(float(old)), abs(float(new)))
@@ -189,7 +189,7 @@ def flat_rows(results: Any, run: Run) -> Rows:
             rows[f"ral_after_{row['updates']}"] = {key: value for key, value in row.items() if key != "updates"}
         for row in rows.values():
             if not isinstance(row["fd"], float | int) or not isinstance(row.get("intervals", {}), dict):
-                raise TypeError(f"a figure of {row} is no number")
+                raise TypeError(f"a metric of {row} is no number")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise RunError(f"{run.file('results.json')} is no results file; remove it to evaluate again") from error
     return rows
@@ -217,7 +217,7 @@ def _of_sweep(name: str) -> str:
 def _report(run: Run, found: Comparison, n_rows: int, tolerance: float, console: Console) -> None:
     """The differences, what was compared, and an error if something differs."""
     allowed = (
-        f"{tolerance:g} of the 95 % interval's half width" if tolerance else f"rounding ({ROUNDING:g} of a figure)"
+        f"{tolerance:g} of the 95 % interval's half width" if tolerance else f"rounding ({ROUNDING:g} of a metric)"
     )
     if found.differences:
         console.print(_table(found.differences[:MOST_SHOWN]))
@@ -227,15 +227,15 @@ def _report(run: Run, found: Comparison, n_rows: int, tolerance: float, console:
         _say(console, f"Not in results.json, so not compared: {', '.join(found.unknown)}.")
     _say(
         console,
-        f"{run.path.name}: {found.compared:,} figures of {n_rows} rows measured again from the saved weights; "
-        f"accepted: {allowed}; largest difference: {found.largest:.2g} of a figure.",
+        f"{run.path.name}: {found.compared:,} metrics of {n_rows} rows measured again from the saved weights; "
+        f"accepted: {allowed}; largest difference: {found.largest:.2g} of a metric.",
     )
     if found.differences:
         names = list(dict.fromkeys(difference.row for difference in found.differences))
         more = f" and {len(names) - 6} more rows" if len(names) > 6 else ""
         remedy = "" if tolerance else "; on another machine, device or number of threads allow for it: --tolerance 0.5"
         raise RunError(
-            f"{run.path}: {len(found.differences)} figures differ from results.json, in {', '.join(names[:6])}{more}"
+            f"{run.path}: {len(found.differences)} metrics differ from results.json, in {', '.join(names[:6])}{more}"
             f"{remedy}"
         )
     _say(console, "All agree.")
@@ -244,7 +244,7 @@ def _report(run: Run, found: Comparison, n_rows: int, tolerance: float, console:
 def _table(differences: list[Difference]) -> Table:
     table = Table(title="What differs", box=box.SIMPLE_HEAD, padding=0, show_edge=False, pad_edge=False)
     table.add_column("row", overflow="fold")
-    table.add_column("figure", overflow="fold")
+    table.add_column("metric", overflow="fold")
     for heading in ("saved", "again", "difference", "in half\nintervals"):
         table.add_column(heading, justify="right", no_wrap=True)
     for difference in differences:

@@ -1,4 +1,4 @@
-"""Figures of a run: image distances, likelihood of codes, distance from an oracle, exposure bias, diversity."""
+"""Metrics of a run: image distances, likelihood of codes, distance from an oracle, exposure bias, diversity."""
 
 from ral_gym.metrics.auc import auc, gap
 from ral_gym.metrics.codes import (
@@ -14,7 +14,7 @@ from ral_gym.metrics.codes import (
     usage,
 )
 from ral_gym.metrics.distances import Distance, FeatureDistance, ImageDistance, floor
-from ral_gym.metrics.diversity import distinct_codes, distinct_grids, hamming_distance, pairwise_distance
+from ral_gym.metrics.diversity import hamming_distance
 from ral_gym.metrics.exposure import Curve, ExposureBias, as_lists, divergences, exposure_bias
 from ral_gym.metrics.features import (
     EncoderFeatures,
@@ -63,8 +63,6 @@ __all__ = [
     "corrupt",
     "corruption_response",
     "distance_estimates",
-    "distinct_codes",
-    "distinct_grids",
     "divergences",
     "entropy",
     "exposure_bias",
@@ -81,7 +79,6 @@ __all__ = [
     "nearest",
     "nll",
     "oracle_metrics",
-    "pairwise_distance",
     "perplexity",
     "prefix_curve",
     "repeated",

@@ -1,4 +1,4 @@
-"""Figures about codes: negative log-likelihood, entropy, unigram, usage; all in nats per code.
+"""Metrics about codes: negative log-likelihood, entropy, unigram, usage; all in nats per code.
 
 The generator enters as a function `logits(codes (B, T)) -> (B, T, K)` whose logits at t see codes before t only: one
 teacher-forced pass gives all T conditional distributions. Falling entropy with rising held-out NLL is sharpening, not

@@ -15,7 +15,7 @@ The two papers disagree on how large the effect is, so a tool must be able to sh
 EB-C is 1 and the excess 0. A caveat: what the oracle says after prefixes that it would hardly ever draw itself is
 whatever its network extrapolates to.
 
-Generators enter as functions `logits(codes (B, T)) -> (B, T, K)`; every figure is exact over the K codes of a position.
+Generators enter as functions `logits(codes (B, T)) -> (B, T, K)`; every metric is exact over the K codes of a position.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ MEASURES = {"kl": lambda p, o: kl(o, p), "jsd": jsd, "tv": total_variation}
 
 @dataclass(frozen=True)
 class Curve:
-    """Figures along a sequence: `mean` (L,) and its standard error `error` (L,), float64."""
+    """Metrics along a sequence: `mean` (L,) and its standard error `error` (L,), float64."""
 
     mean: Tensor
     error: Tensor

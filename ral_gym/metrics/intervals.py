@@ -1,15 +1,15 @@
-"""A figure with its interval: what every metric returns that is estimated from samples.
+"""A value with its interval: what every metric returns that is estimated from samples.
 
 Three roads to a standard error, best first:
 
 * `repeated`: draw the whole set again, independently, as often as the time allows. Always right.
-* `mean_estimate`: where the figure is a mean of independent values (seeds, images), their spread tells.
-* `subsampled`: one set of n is all there is. The figure is computed again on random halves of it, drawn *without*
+* `mean_estimate`: where the value is a mean of independent values (seeds, images), their spread tells.
+* `subsampled`: one set of n is all there is. The metric is computed again on random halves of it, drawn *without*
   replacement, and the spread of those is scaled to n (the delete-d jackknife of Shao and Wu, 1989), as in
   `distance_estimates` for FD and KID.
 
 Never a bootstrap: a resample of n holds only 63 % distinct images, and FD takes the duplicates for a lack of variety.
-Its bias of sampling is added a second time, so that the interval may lie wholly above the figure it is meant for; under
+Its bias of sampling is added a second time, so that the interval may lie wholly above the value it is meant for; under
 precision and recall, duplicates have their copy for nearest neighbour. Halves have a larger bias too, but only their
 spread is used, and the bias is common to all.
 """
@@ -35,10 +35,10 @@ REPETITIONS = 40
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure that was estimated from samples.
+    """The value of a metric that was estimated from samples.
 
     Attributes:
-        value: the figure.
+        value: of the metric.
         low: lower end of its 95 % interval.
         high: upper end of it.
         n: how many samples the value was computed from.
@@ -70,12 +70,12 @@ class Estimate:
         """The value plus and minus Student's t times its standard error, cut to what is possible.
 
         Args:
-            value: the figure.
+            value: of the metric.
             standard_error: of it.
             n: sample count.
             method: in words.
             degrees: of freedom, of the standard error.
-            bounds: the least and the greatest value that the figure can have.
+            bounds: the least and the greatest value that the metric can have.
             extractor: of the features.
         """
         half = student_t(degrees) * standard_error if standard_error else 0.0
@@ -147,13 +147,13 @@ def repeated(
 ) -> dict[str, Estimate]:
     """Measure independent sets of the same size, and average: the way for FD where sampling is cheap.
 
-    The interval is that of the expected figure *at this n*: repetitions do not remove FD's bias, which depends on n.
+    The interval is that of the expected metric *at this n*: repetitions do not remove FD's bias, which depends on n.
 
     Args:
-        measure: repetition 0, 1, .. -> figures of a set that was drawn for it alone, as `FeatureDistance.measure` or
+        measure: repetition 0, 1, .. -> metrics of a set that was drawn for it alone, as `FeatureDistance.measure` or
             `Neighbourhood.measure` give them.
         repetitions: R >= 2.
-        keys: which of the figures.
+        keys: which of the metrics.
 
     Returns:
         One estimate per key, with the sets' `n` and `extractor`.
@@ -180,15 +180,15 @@ def repeated(
 def subsampled(
     statistic: Callable[[Tensor], Tensor], n: int, *, repetitions: int = REPETITIONS, seed: int = 0
 ) -> Tensor:
-    """Standard errors of figures of one set, from random halves of it drawn without replacement.
+    """Standard errors of metrics of one set, from random halves of it drawn without replacement.
 
-    With m of n samples the spread of the figure over subsets is sqrt((n - m) / m) times its standard error at n, which
-    is 1 for halves. That holds for figures that are smooth in the sample. Near the floor that sampling sets the result
+    With m of n samples the spread of the metric over subsets is sqrt((n - m) / m) times its standard error at n, which
+    is 1 for halves. That holds for metrics that are smooth in the sample. Near the floor that sampling sets the result
     is too large: against independent sets of 200 to 600 points it was 1.0 to 1.4 times the truth for FD, 0.9 to 1.3 for
     precision, recall and density, and up to 1.9 times for coverage, next to 1; larger subsets did no better.
 
     Args:
-        statistic: indices (n // 2,) int64 of a subset -> figures (M,).
+        statistic: indices (n // 2,) int64 of a subset -> metrics (M,).
         n: size of the set.
         repetitions: R, how many subsets.
         seed: seeds the subsets.

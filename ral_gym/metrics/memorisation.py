@@ -72,7 +72,7 @@ class Memorisation:
         Raises:
             DivergedError: a feature is NaN or infinite.
         """
-        return dict(zip(("score", "near"), _figures(self.distances(features), self.held_out).tolist(), strict=True))
+        return dict(zip(("score", "near"), _scores(self.distances(features), self.held_out).tolist(), strict=True))
 
     def estimates(self, features: Tensor) -> dict[str, Estimate]:
         """The same with intervals, of samples' features (N, F), N >= 4, and V >= 4 held-out images.
@@ -94,7 +94,7 @@ class Memorisation:
         def half(values: Tensor) -> Tensor:
             return values[torch.randperm(len(values), generator=generator)[: len(values) // 2]]
 
-        values = torch.stack([_figures(half(samples), half(self.held_out)) for _ in range(REPETITIONS)])  # (R, 2)
+        values = torch.stack([_scores(half(samples), half(self.held_out)) for _ in range(REPETITIONS)])  # (R, 2)
         errors = values.std(0).tolist()
         method = f"{REPETITIONS} halves of samples and of {len(self.held_out)} held-out images, without replacement"
         return {
@@ -108,7 +108,7 @@ class Memorisation:
                 extractor=self.extractor,
             )
             for name, value, error in zip(
-                ("score", "near"), _figures(samples, self.held_out).tolist(), errors, strict=True
+                ("score", "near"), _scores(samples, self.held_out).tolist(), errors, strict=True
             )
         }
 
@@ -123,7 +123,7 @@ class Memorisation:
             )
 
 
-def _figures(samples: Tensor, held_out: Tensor) -> Tensor:
+def _scores(samples: Tensor, held_out: Tensor) -> Tensor:
     """Distances of samples (N,) and of held-out images (V, P) -> (2,): score and near."""
     near = torch.quantile(held_out.flatten(), NEAREST_SHARE)
     # auc(a, b) is the share of pairs with a > b.

@@ -24,11 +24,11 @@ from torch import Tensor
 from ral_gym.errors import ConfigError, DivergedError
 from ral_gym.metrics.intervals import REPETITIONS, Estimate, subsampled
 
-FIGURES = ("precision", "recall", "density", "coverage")
+SCORES = ("precision", "recall", "density", "coverage")
 
 
 class NeighbourhoodScores(TypedDict):
-    """The four figures with what is needed to read them."""
+    """The four metrics with what is needed to read them."""
 
     precision: float
     recall: float
@@ -60,7 +60,7 @@ class Neighbourhood:
         self._radii = self._squared_radii(self.reference)  # (M,)
 
     def measure(self, features: Tensor) -> NeighbourhoodScores:
-        """The four figures of features (N, F), N > k.
+        """The four metrics of features (N, F), N > k.
 
         Raises:
             ConfigError: too few images for k.
@@ -80,7 +80,7 @@ class Neighbourhood:
         )
 
     def estimates(self, features: Tensor, *, repetitions: int = REPETITIONS, seed: int = 0) -> dict[str, Estimate]:
-        """The four figures of features (N, F), N > 2 k + 1, with intervals; the reference counts as given.
+        """The four metrics of features (N, F), N > 2 k + 1, with intervals; the reference counts as given.
 
         The intervals are those of `subsampled`. A half of the samples takes about half the time of all, so this
         costs some 20 times as much as `measure`.
@@ -107,11 +107,11 @@ class Neighbourhood:
         }
         return {
             name: Estimate.around(value, error, bounds=(0.0, float("inf") if name == "density" else 1.0), **common)
-            for name, value, error in zip(FIGURES, values, errors, strict=True)
+            for name, value, error in zip(SCORES, values, errors, strict=True)
         }
 
     def _scores(self, features: Tensor) -> Tensor:
-        """Features (N, F) -> (4,) in the order of `FIGURES`."""
+        """Features (N, F) -> (4,) in the order of `SCORES`."""
         radii = self._squared_radii(features)  # (N,)
         balls = torch.zeros(len(features), dtype=torch.int64)  # (N,) balls of the reference that a sample lies in
         recalled = covered = 0
@@ -145,7 +145,7 @@ class Neighbourhood:
             yield slice(start, start + self.chunk), squared
 
     def _checked(self, features: Tensor) -> Tensor:
-        """Features as float64 on the CPU, refused where the figures mean nothing."""
+        """Features as float64 on the CPU, refused where the metrics mean nothing."""
         if self.k < 1 or len(features) <= self.k:
             raise ConfigError(
                 f"{len(features)} images are too few for k = {self.k}: give k >= 1 and more than k images"

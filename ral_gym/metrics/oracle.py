@@ -1,6 +1,6 @@
 """Distances between two generators whose likelihoods are both known: a model and the oracle that stands for the data.
 
-NLL_oracle alone, the figure of Section 5.2 and Table 1, falls when a model merely sharpens: at a lower temperature it
+NLL_oracle alone, the metric of Section 5.2 and Table 1, falls when a model merely sharpens: at a lower temperature it
 draws the oracle's likeliest codes more often, and knows fewer of the others. `oracle_metrics` therefore always gives it
 with NLL_test, the entropy, KL both ways and JSD. They obey
 
@@ -54,7 +54,7 @@ def oracle_metrics(
     batch_size: int = 256,
     device: str | torch.device | None = None,
 ) -> dict[str, Estimate]:
-    """Everything about how far a model is from its oracle, each figure with its standard error.
+    """Everything about how far a model is from its oracle, each metric with its standard error.
 
     Args:
         model: logits (B, T) -> (B, T, K) of the model; at another temperature, those divided by it.
@@ -93,12 +93,12 @@ def oracle_metrics(
 def _along(
     p: Logits, q: Logits, codes_of_p: Codes, batch_size: int, device: str | torch.device | None
 ) -> dict[str, Tensor]:
-    """Figures of each grid that p drew, (N,) float64 each on the CPU."""
+    """Metrics of each grid that p drew, (N,) float64 each on the CPU."""
     parts: dict[str, list[Tensor]] = {}
     for codes in _batches(codes_of_p, batch_size, device):
         log_p, log_q = conditional_log_probs(p, codes), conditional_log_probs(q, codes)  # (B, T, K)
         ratio = (log_q - log_p).gather(-1, codes[..., None]).squeeze(-1).sum(1)  # (B,) log q - log p of the whole grid
-        figures = {
+        metrics = {
             "cross_entropy": cross_entropy(log_p, log_q).mean(1),
             "entropy": cross_entropy(log_p, log_p).mean(1),
             "kl": kl(log_p, log_q).mean(1),
@@ -106,13 +106,13 @@ def _along(
             "jsd": math.log(2) - torch.nn.functional.softplus(ratio),
             "jsd_per_code": jsd(log_p, log_q).mean(1),
         }
-        for name, figure in figures.items():
-            parts.setdefault(name, []).append(figure.cpu())
-    return {name: torch.cat(figures) for name, figures in parts.items()}
+        for name, metric in metrics.items():
+            parts.setdefault(name, []).append(metric.cpu())
+    return {name: torch.cat(metrics) for name, metrics in parts.items()}
 
 
-def _mean(figures: Tensor) -> Estimate:
-    return mean_estimate(figures, method="mean over independent grids", bounds=(0.0, math.inf))
+def _mean(metrics: Tensor) -> Estimate:
+    return mean_estimate(metrics, method="mean over independent grids", bounds=(0.0, math.inf))
 
 
 def _half_of_each(of_model: Tensor, of_oracle: Tensor, bounds: tuple[float, float]) -> Estimate:

@@ -6,7 +6,7 @@ The second half of `ral_gym.metrics.exposure`, which compares a model on its own
 * `corruption_response`: a fraction of the prefix is replaced by random codes; how long does the model suffer?
 
 Random codes are not what a model would draw by mistake, and the oracle that judges has never seen them either: compare
-models with each other, rather than trust one model's figure.
+models with each other, rather than trust one model's value.
 """
 
 from __future__ import annotations
@@ -99,14 +99,14 @@ def prefix_curve(
     for given in _batches(oracle_codes, batch_size, None):
         log_p, log_o = conditional_log_probs(model, given), conditional_log_probs(oracle, given)  # (B, T, K)
         entropy, kl_given = cross_entropy(log_o, log_o), kl(log_p, log_o)  # (B, T)
-        figures = []
+        metrics = []
         for row in rows:
             drawn = torch.from_numpy(grid.mask(row, grid.height)).to(given.device)  # (T,)
             codes, _ = sampler.sample(codes=given, prefix_rows=row, uniforms=None, generator=generator)
             log_p, log_o = conditional_log_probs(model, codes), conditional_log_probs(oracle, codes)  # (B, T, K)
             along = torch.stack([cross_entropy(log_p, log_o), entropy, kl(log_p, log_o), kl_given])  # (4, B, T)
-            figures.append(along[:, :, drawn].mean(2))
-        for name, values in zip(parts, torch.stack(figures, 2).cpu(), strict=True):  # (B, R) each
+            metrics.append(along[:, :, drawn].mean(2))
+        for name, values in zip(parts, torch.stack(metrics, 2).cpu(), strict=True):  # (B, R) each
             parts[name].append(values)
     values = {name: torch.cat(part) for name, part in parts.items()}  # (N, R) each
     return PrefixCurve(

@@ -18,7 +18,7 @@ def plain_table(
     caption: str | None = None,
     min_width: int | None = None,
 ) -> Table:
-    """A table that fits 80 columns: the first column to the left, figures to the right.
+    """A table that fits 80 columns: the first column to the left, numbers to the right.
 
     Args:
         headings: of the columns; a line break makes a narrow one.
@@ -61,7 +61,7 @@ def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]], capti
 
 
 def mean_and_interval(values: Sequence[float | None], digits: int) -> str:
-    """Mean over seeds with half its 95 % interval by Student's t; of one seed the figure, "-" where one is missing.
+    """Mean over seeds with half its 95 % interval by Student's t; of one seed its value, "-" where one is missing.
 
     >>> mean_and_interval([1.0, 2.0, 3.0], 2), mean_and_interval([0.5], 3), mean_and_interval([1.0, None], 1)
     ('2.00 ± 2.48', '0.500', '-')

@@ -41,7 +41,7 @@ from ral_gym.metrics import (
     mean_estimate,
 )
 from ral_gym.metrics.distances import kid_subset_size
-from ral_gym.metrics.neighbourhood import FIGURES
+from ral_gym.metrics.neighbourhood import SCORES
 from ral_gym.metrics.own import measure_own, own_metrics
 from ral_gym.priors.base import Prior
 from ral_gym.runs.run import Run
@@ -56,7 +56,7 @@ LOGITS_PER_PASS = 2**24
 TEMPERATURE_BATCH = 500
 """Samples per step of the search for the temperature that gives RAL's entropy."""
 SMALLEST_WITH_INTERVALS = 12
-"""Fewer samples have no halves of which FD or the neighbourhood figures could be computed."""
+"""Fewer samples have no halves of which FD or the neighbourhood metrics could be computed."""
 NEIGHBOURHOOD_REPETITIONS = 20
 """Halves for the intervals of precision, recall, density and coverage: half the usual number, 0.7 s of a row's 13."""
 MEMORY = 2
@@ -292,7 +292,7 @@ class GeneratorMetrics:
         """Precision, recall, density and coverage."""
         if len(features) < SMALLEST_WITH_INTERVALS:
             measured = dict(neighbourhood.measure(features))
-            return {name: measured[name] for name in FIGURES} | {"intervals": {}}
+            return {name: measured[name] for name in SCORES} | {"intervals": {}}
         estimates = neighbourhood.estimates(features, repetitions=NEIGHBOURHOOD_REPETITIONS, seed=self.seed)
         return {name: estimate.value for name, estimate in estimates.items()} | {"intervals": _intervals(estimates)}
 
@@ -303,10 +303,10 @@ class GeneratorMetrics:
         for key, memory in self.memory.items():
             estimates = memory.estimates(features) if memory.has_intervals(len(features)) else {}
             measured = {name: e.value for name, e in estimates.items()} or memory.measure(features)
-            for name, figure in zip(names[key], ("score", "near"), strict=True):
+            for name, metric in zip(names[key], ("score", "near"), strict=True):
                 if name is not None:
-                    row[name] = measured[figure]
-                    row["intervals"] |= _intervals({name: estimates.get(figure)})
+                    row[name] = measured[metric]
+                    row["intervals"] |= _intervals({name: estimates.get(metric)})
         return row
 
 
@@ -320,7 +320,7 @@ def _intervals(estimates: dict[str, Estimate | None] | dict[str, Estimate]) -> d
 
 
 def _mean(values: Tensor) -> Estimate:
-    """Mean of a figure over images (N,); a single one has no interval."""
+    """Mean of a metric over images (N,); a single one has no interval."""
     if len(values) < 2:
         value = float(values.mean())
         return Estimate(value, value, value, len(values), "one image", 0.0)
