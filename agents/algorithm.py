@@ -22,7 +22,7 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.vec_env import VecEnv
 
 from ral_gym.agents.episodes import EpisodeRolloutBuffer
-from ral_gym.agents.policy import PixelCNNPolicy, PriorWeights, check_for_trpo
+from ral_gym.agents.policy import PriorPolicy, PriorWeights, check_for_trpo
 from ral_gym.agents.regularizers import EntropyTarget, MLEShare, PriorKLReward
 from ral_gym.config import SECTIONS, RALConfig, changed_settings
 from ral_gym.errors import ConfigError
@@ -65,7 +65,7 @@ class Algorithm:
 
     Attributes:
         cls: a Stable-Baselines3 class.
-        policy: its policy: `PixelCNNPolicy` or a subclass where it is to train a prior; else SB3's name of one.
+        policy: its policy: `PriorPolicy` or a subclass where it is to train a prior; else SB3's name of one.
         defaults: keyword arguments for an environment, before the settings.
         section: the section of `RALConfig` that holds its own settings, or None.
         renamed: keyword arguments for those shared settings that it has under other names.
@@ -73,7 +73,7 @@ class Algorithm:
     """
 
     cls: type[BaseAlgorithm]
-    policy: str | type[BasePolicy] = PixelCNNPolicy
+    policy: str | type[BasePolicy] = PriorPolicy
     defaults: Callable[[VecEnv], dict[str, Any]] = whole_episodes
     section: str | None = None
     renamed: Callable[[RALConfig], dict[str, Any]] = lambda config: {}
@@ -83,7 +83,7 @@ class Algorithm:
     def trains_prior(self) -> bool:
         """Whether it trains a prior on whole images, as stage 3 asks."""
         policy = self.policy
-        own = isinstance(policy, type) and issubclass(policy, PixelCNNPolicy)
+        own = isinstance(policy, type) and issubclass(policy, PriorPolicy)
         return own and issubclass(self.cls, OnPolicyAlgorithm)
 
     @functools.cached_property
@@ -225,7 +225,7 @@ def check_algorithm(name: str, pixelcnn: bool = True) -> None:
     if find_algorithm(name).trains_prior or not pixelcnn:
         return
     raise ConfigError(
-        f"algorithm '{name}' learns a value per code and has no PixelCNN policy to train: choose one of "
+        f"algorithm '{name}' learns a value per code and trains no prior: choose one of "
         f"{', '.join(trainable_algorithms())}"
     )
 

@@ -20,7 +20,7 @@ from ral_gym.agents.algorithm import Algorithm, find_algorithm, whole_episodes
 from ral_gym.agents.algorithms.grpo import GRPO
 from ral_gym.agents.algorithms.reinforce import Reinforce
 from ral_gym.agents.features import CodeFeatures
-from ral_gym.agents.maskable import MaskableEpisodeRolloutBuffer, MaskablePixelCNNPolicy
+from ral_gym.agents.maskable import MaskableEpisodeRolloutBuffer, MaskablePriorPolicy
 from ral_gym.agents.policy import PriorWeights
 from ral_gym.config import RALConfig
 from ral_gym.priors.base import Prior
@@ -91,7 +91,7 @@ GROUPED = Algorithm(GRPO, defaults=_grouped, section="grpo", renamed=_scale, ren
 PROXIMAL = Algorithm(PPO, defaults=_minibatches, section="ppo")
 ACTOR_CRITIC = Algorithm(A2C, defaults=_a2c, section="a2c")
 TRUST_REGION = Algorithm(TRPO, defaults=_minibatches, section="trpo")
-MASKABLE = Algorithm(MaskablePPO, MaskablePixelCNNPolicy, _masked, "maskable_ppo")
+MASKABLE = Algorithm(MaskablePPO, MaskablePriorPolicy, _masked, "maskable_ppo")
 DEEP_Q = Algorithm(DQN, "MlpPolicy", _value_based)
 QUANTILE_DEEP_Q = Algorithm(QRDQN, "MlpPolicy", _quantiles)
 
@@ -123,8 +123,8 @@ def algorithm_defaults(
     Args:
         algo: a name in `ALGORITHMS`, or ``module:Class``.
         env: from `make_sb3_env`.
-        prior: the network that the policy starts from (see `PixelCNNPolicy`), put into `policy_kwargs`; None: the
-            caller puts it there. `dqn` and `qrdqn` have no PixelCNN and leave it out.
+        prior: the network that the policy starts from (see `PriorPolicy`), put into `policy_kwargs`; None: the
+            caller puts it there. `dqn` and `qrdqn` train no prior and leave it out.
 
     Raises:
         ConfigError: an algorithm that is unknown, or that cannot draw codes.

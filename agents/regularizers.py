@@ -21,7 +21,7 @@ from sb3_contrib import TRPO
 from stable_baselines3.common.callbacks import BaseCallback
 
 from ral_gym.agents.episodes import EpisodeRolloutBuffer
-from ral_gym.agents.policy import PixelCNNPolicy, PriorWeights, episode_logits
+from ral_gym.agents.policy import PriorPolicy, PriorWeights, episode_logits
 from ral_gym.agents.vec_env import real_codes
 from ral_gym.errors import ConfigError
 from ral_gym.priors.base import Prior, maximum_likelihood_loss
@@ -91,10 +91,10 @@ class AdaptiveEntropy:
 
 
 def _checked_parts(callback: BaseCallback, buffer: bool = True) -> None:
-    """Raise `ConfigError` unless the model has a PixelCNN (and an episode buffer)."""
+    """Raise `ConfigError` unless the model trains a prior (and an episode buffer)."""
     name, model = type(callback).__name__, callback.model
-    if not isinstance(model.policy, PixelCNNPolicy):
-        raise ConfigError(f"{name} needs log-probabilities of a PixelCNNPolicy, not {type(model.policy).__name__}")
+    if not isinstance(model.policy, PriorPolicy):
+        raise ConfigError(f"{name} needs log-probabilities of a PriorPolicy, not {type(model.policy).__name__}")
     found = getattr(model, "rollout_buffer", None)
     if buffer and not isinstance(found, EpisodeRolloutBuffer):
         raise ConfigError(
@@ -127,7 +127,7 @@ class PriorKLReward(BaseCallback):
     def _init_callback(self) -> None:
         _checked_parts(self)
         if self.reference is None:
-            policy: PixelCNNPolicy = self.model.policy  # type: ignore[assignment]
+            policy: PriorPolicy = self.model.policy  # type: ignore[assignment]
             self.reference = (self._prior or PriorWeights.of(policy.prior)).build()
             self.reference.to(self.model.device).eval().requires_grad_(False)
 
@@ -265,7 +265,7 @@ class MLEShare(BaseCallback):
         n_images: real images per step; None: as many as environments.
 
     Raises:
-        ConfigError: at the start of training, without real codes or a PixelCNN.
+        ConfigError: at the start of training, without real codes or a prior.
     """
 
     def __init__(self, coef: float = 0.1, n_images: int | None = None) -> None:
@@ -281,7 +281,7 @@ class MLEShare(BaseCallback):
             raise ConfigError("MLEShare needs real codes, but the environment has none: use a run's environment")
         self._codes = codes
         if self.optimizer is None:
-            policy: PixelCNNPolicy = self.model.policy  # type: ignore[assignment]
+            policy: PriorPolicy = self.model.policy  # type: ignore[assignment]
             betas = policy.optimizer.defaults.get("betas", (0.9, 0.999))
             self.optimizer = torch.optim.Adam(policy.prior.parameters(), betas=betas)
 
@@ -303,7 +303,7 @@ class MLEShare(BaseCallback):
             self._started = True
             return
         assert self.optimizer is not None
-        policy: PixelCNNPolicy = self.model.policy  # type: ignore[assignment]
+        policy: PriorPolicy = self.model.policy  # type: ignore[assignment]
         rate = self.coef * self.model.lr_schedule(self.model._current_progress_remaining)
         for group in self.optimizer.param_groups:
             group["lr"] = rate

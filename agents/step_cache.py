@@ -1,4 +1,4 @@
-"""The PixelCNN one step at a time, for rows that may be anywhere, without being told about resets.
+"""A prior one step at a time, for rows that may be anywhere, without being told about resets.
 
 The policy stays a pure function of the observation; this only makes it fast. It remembers which observation must come
 next (the last one with the drawn code written in). Rows that show it are one position further on; any other row

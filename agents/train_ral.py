@@ -14,7 +14,7 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 
 from ral_gym.agents.algorithm import check_stage, find_algorithm
 from ral_gym.agents.callbacks import STAGE, RunCallback, RunEventLog, RunWriter, restore_model
-from ral_gym.agents.policy import PixelCNNPolicy, PriorWeights
+from ral_gym.agents.policy import PriorPolicy, PriorWeights
 from ral_gym.agents.rewards.co_trained_critic import CoTrainedCritic
 from ral_gym.agents.rewards.composite import CompositeReward
 from ral_gym.agents.rewards.critic_callback import CriticCallback
@@ -265,13 +265,13 @@ def _save(run: Run, stage: Stage) -> None:
     if critic is not None:
         save_critic(run.file("critic.safetensors"), critic.scorer, run.config.critic.kind)
     _save_average(run, model, stage.run_callback, "policy_ema.safetensors")
-    policy: PixelCNNPolicy = model.policy  # type: ignore[assignment]
+    policy: PriorPolicy = model.policy  # type: ignore[assignment]
     save_prior(run.file("policy.safetensors"), policy.prior, updates=stage.run_callback.updates)
 
 
 def _save_average(run: Run, model: OnPolicyAlgorithm, run_callback: RunCallback, name: str) -> None:
-    """Write the PixelCNN of the policy's exponential average."""
-    policy: PixelCNNPolicy = model.policy  # type: ignore[assignment]
+    """Write the prior of the policy's exponential average."""
+    policy: PriorPolicy = model.policy  # type: ignore[assignment]
     average = run_callback.average
     assert average is not None
     start = "prior."
@@ -283,7 +283,7 @@ def _draw_samples(run: Run, model: OnPolicyAlgorithm, vqvae: VQVAE, updates: int
     """A grid of the live policy's samples, in the run folder and in TensorBoard, without touching any random state."""
     if updates % SAMPLE_EVERY:
         return
-    policy: PixelCNNPolicy = model.policy  # type: ignore[assignment]
+    policy: PriorPolicy = model.policy  # type: ignore[assignment]
     generator = torch.Generator(device=policy.device).manual_seed(run.config.seed)
     codes, _ = make_sampler(policy.prior).sample(32, generator=generator)
     images = decode_codes(vqvae, codes)

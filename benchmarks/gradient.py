@@ -48,7 +48,7 @@ from stable_baselines3.common.logger import configure
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from torch import Tensor
 
-from ral_gym.agents import GRPO, CodeVecEnv, EpisodeRolloutBuffer, PixelCNNPolicy, Reinforce
+from ral_gym.agents import GRPO, CodeVecEnv, EpisodeRolloutBuffer, PriorPolicy, Reinforce
 from ral_gym.agents.algorithms.reinforce import BASELINES
 from ral_gym.envs.worlds import World
 from ral_gym.grid import CodeGrid
@@ -230,7 +230,7 @@ def make_model(toy: Toy, estimator: Estimator, n_images: int) -> OnPolicyAlgorit
     if estimator.algorithm is PPO:
         arguments["batch_size"] = toy.grid.n_codes * n_images
     env = CodeVecEnv(world, n_images)
-    model = estimator.algorithm(PixelCNNPolicy, env, **(arguments | estimator.arguments))
+    model = estimator.algorithm(PriorPolicy, env, **(arguments | estimator.arguments))
     model.set_logger(configure(None, []))
     for weights in model.policy.value_net.parameters():
         weights.data *= 2  # a baseline that matters, and has nothing to do with the rewards
@@ -239,7 +239,7 @@ def make_model(toy: Toy, estimator: Estimator, n_images: int) -> OnPolicyAlgorit
 
 def estimate(model: OnPolicyAlgorithm, toy: Toy, rewards: RewardTable, codes: Tensor) -> Tensor:
     """The gradient (D,) that ``train()`` gives the PixelCNN for the images (n, T), one per environment."""
-    policy: PixelCNNPolicy = model.policy  # type: ignore[assignment]
+    policy: PriorPolicy = model.policy  # type: ignore[assignment]
     buffer: EpisodeRolloutBuffer = model.rollout_buffer  # type: ignore[assignment]
     table = toy.rewards[rewards][toy.index(codes.numpy())].numpy()  # (n, T)
 

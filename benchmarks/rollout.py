@@ -45,7 +45,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 from torch import Tensor
 
 import ral_gym.agents.policy as policy_module
-from ral_gym.agents import CodeVecEnv, EpisodeRolloutBuffer, PixelCNNPolicy
+from ral_gym.agents import CodeVecEnv, EpisodeRolloutBuffer, PriorPolicy
 from ral_gym.envs.worlds import World
 from ral_gym.grid import CodeGrid
 from ral_gym.priors.pixelcnn import PixelCNN
@@ -142,7 +142,7 @@ def make_ppo(settings: Settings, side: int, n_envs: int, device: torch.device, s
     env.seed(0)
     stock = stock_steps is not None
     model = PPO(
-        PixelCNNPolicy,
+        PriorPolicy,
         env,
         n_steps=stock_steps or grid.n_codes,
         batch_size=STOCK_BATCH if stock else grid.n_codes * n_envs // MINIBATCHES,

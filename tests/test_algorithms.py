@@ -208,7 +208,7 @@ def test_continuous_algorithms_are_refused_with_the_reason(algo: str) -> None:
 def test_stage_three_refuses_algorithms_without_a_pixelcnn() -> None:
     for algo in trainable_algorithms():
         check_algorithm(algo)
-    with pytest.raises(ConfigError, match="'dqn' learns a value per code and has no PixelCNN policy to train"):
+    with pytest.raises(ConfigError, match="'dqn' learns a value per code and trains no prior"):
         check_algorithm("dqn")
 
 

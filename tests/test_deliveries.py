@@ -270,7 +270,7 @@ def test_entropy_target_is_refused_where_there_is_no_bonus() -> None:
         make_model("trpo", make_sb3_env("ral_gym/Toy-v0", 2)).learn(T, callback=EntropyTarget())
     with pytest.raises(ConfigError, match="DQN has no entropy bonus"):
         make_model("dqn", make_sb3_env("ral_gym/Toy-v0", 2)).learn(T, callback=EntropyTarget())
-    with pytest.raises(ConfigError, match="PriorKLReward needs log-probabilities of a PixelCNNPolicy"):
+    with pytest.raises(ConfigError, match="PriorKLReward needs log-probabilities of a PriorPolicy"):
         make_model("dqn", make_sb3_env("ral_gym/Toy-v0", 2)).learn(T, callback=PriorKLReward(0.1))
     with pytest.raises(ConfigError, match=r"choose 0\.\.1"):
         EntropyTarget(target=3.0)

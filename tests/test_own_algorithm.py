@@ -137,7 +137,7 @@ def test_an_unknown_on_policy_class_gets_what_whole_images_need() -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("dqn", "'dqn' learns a value per code and has no PixelCNN policy to train: choose one of reinforce"),
+        ("dqn", "'dqn' learns a value per code and trains no prior: choose one of reinforce"),
         ("sac", "'sac' acts in continuous spaces only"),
         ("stranger:Other", "is code that a file names; .* add --plugin stranger:Other"),
         ("sarsa", "'sarsa' is unknown: choose one of reinforce"),
@@ -152,7 +152,7 @@ def test_what_is_no_algorithm_is_refused() -> None:
     name = REGISTRY.name_of(Path)
     with pytest.raises(ConfigError, match=r"neither a Stable-Baselines3 class nor a ral_gym\.agents\.Algorithm"):
         find_algorithm(name)
-    with pytest.raises(ConfigError, match="has no PixelCNN policy"):
+    with pytest.raises(ConfigError, match="trains no prior"):
         checked(algo=REGISTRY.name_of(type("Soft", (SAC,), {})))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -97,6 +98,7 @@ def test_two_levels_of_ones_own(allowed: None) -> None:
 
 # ---------------------------------------------------------------------------------------- command line
 
+EXAMPLE = Path(__file__).parents[1] / "examples/extending/own_prior.py"
 PARTS = """
 from tests.own_priors import GPT as Base
 
@@ -109,20 +111,24 @@ class GPT(Base):
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a stranger's module in it."""
     path = tmp_path_factory.mktemp("stranger")
+    shutil.copy(EXAMPLE, path)
     (path / "my_gpt_parts.py").write_text(PARTS)
     return path
 
 
 FLAGS = ["--preset", "smoke", "--quiet", "--evaluation.temperatures", "0.5", "--evaluation.n-samples", "24"]
 FLAGS += ["--vqvae.training-steps", "30", "--prior.training-steps", "20", "--ral.n-updates", "2"]
-OWN = ["--prior.kind", "my_gpt_parts:GPT", "--prior.options", "heads", "2"]
+COMMANDS_SHOWN = [shlex.split(line) for line in EXAMPLE.read_text().splitlines() if line.startswith("    ral-gym")]
+"""What the example's docstring says."""
+OWN = COMMANDS_SHOWN[0][COMMANDS_SHOWN[0].index("--prior.kind") :]
 
 
 def forget() -> None:
     """What another process would know of the stranger's module."""
     registry._allowed.clear()
-    registry.PRIORS._parts.pop("my_gpt_parts:GPT", None)
-    sys.modules.pop("my_gpt_parts", None)
+    for module in ("own_prior", "my_gpt_parts"):
+        registry.PRIORS._parts.pop(f"{module}:GPT", None)
+        sys.modules.pop(module, None)
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +136,7 @@ def run(folder: Path) -> Path:
     """A finished run with it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        assert main(["train", *FLAGS, *OWN, "--name", "gpt"]) == 0
+        assert main([*COMMANDS_SHOWN[0][1:], *FLAGS]) == 0
     forget()
     return folder / "runs/gpt"
 
@@ -146,11 +152,12 @@ def copy(run: Path, tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatc
 def test_the_whole_way_leaves_a_table_of_it(run: Path) -> None:
     rows = json.loads((run / "results.json").read_text())["rows"]
     assert {"mle", "mle_continued", "ral", "ral_live", "mle_rejection"} <= rows.keys()
-    registry.allow("my_gpt_parts:GPT")
+    registry.allow("own_prior:GPT")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(run.parents[1])
         networks = [load_generator(Run(run, read_config(run)), name) for name in ("prior", "policy_ema")]
-    assert [type(one).__name__ for one in networks] == ["GPT", "GPT"] and networks[0].heads == 2
+    assert [type(one).__name__ for one in networks] == ["GPT", "GPT"]
+    assert networks[0].config["heads"] == 2 and networks[0].hidden_units == 32
     forget()
 
 
@@ -173,9 +180,9 @@ def test_every_command_asks_for_the_name_and_then_works(
     words = [str(tmp_path / "image.png") if word == "IMAGE" else word for word in COMMANDS[command]]
     assert main([command, str(copy), *words]) == 2
     said = capsys.readouterr().err.strip()
-    assert "is code that a file names" in said and "--plugin my_gpt_parts:GPT" in said and "Traceback" not in said
-    assert "my_gpt_parts" not in sys.modules
-    assert main([command, str(copy), *words, "--plugin", "my_gpt_parts:GPT"]) == 0
+    assert "is code that a file names" in said and "--plugin own_prior:GPT" in said and "Traceback" not in said
+    assert "own_prior" not in sys.modules
+    assert main([command, str(copy), *words, "--plugin", "own_prior:GPT"]) == 0
 
 
 def test_a_variant_starts_from_it_and_a_dry_run_counts_it(
@@ -185,7 +192,7 @@ def test_a_variant_starts_from_it_and_a_dry_run_counts_it(
     start += ["--stages", "ral", "--ral.algo", "ppo"]
     assert main(start) == 2
     assert "is code that a file names" in capsys.readouterr().err
-    assert main([*start, "--plugin", "my_gpt_parts:GPT"]) == 0
+    assert main([*start, "--plugin", "own_prior:GPT"]) == 0
     assert (tmp_path / "again/policy.safetensors").is_file()
     assert main(["train", "--preset", "smoke", "--dry-run", *OWN]) == 0
     assert "GPT" in capsys.readouterr().out
@@ -196,20 +203,20 @@ def test_stage_3_goes_on_and_the_environment_masks_with_it(copy: Path) -> None:
         load_run(copy, device="cpu")
     with pytest.raises(ConfigError, match="is code that a file names"):
         gym.make("ral_gym/LatentCode-v0", run=str(copy), top_k=3)
-    assert "my_gpt_parts" not in sys.modules
-    env = gym.make("ral_gym/LatentCode-v0", run=str(copy), top_k=3, plugins=["my_gpt_parts:GPT"])
+    assert "own_prior" not in sys.modules
+    env = gym.make("ral_gym/LatentCode-v0", run=str(copy), top_k=3, plugins=["own_prior:GPT"])
     env.reset(seed=0)
     assert env.unwrapped.action_masks().sum() == 3  # type: ignore[attr-defined]
     forget()
-    vector = gym.make_vec("ral_gym/LatentCode-v0", num_envs=2, run=str(copy), top_k=3, plugins=["my_gpt_parts:GPT"])
+    vector = gym.make_vec("ral_gym/LatentCode-v0", num_envs=2, run=str(copy), top_k=3, plugins=["own_prior:GPT"])
     assert type(vector.world.masks.prior).__name__ == "GPT"  # type: ignore[attr-defined]
     forget()
-    stage = load_run(copy, device="cpu", plugins=["my_gpt_parts:GPT"])
+    stage = load_run(copy, device="cpu", plugins=["own_prior:GPT"])
     assert type(stage.model.policy.prior).__name__ == "GPT"
 
 
 def test_an_unknown_option_ends_before_stage_1(copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ["train", *FLAGS, "--prior.kind", "my_gpt_parts:GPT", "--runs", str(tmp_path / "runs"), "--name", "x"]
+    flags = ["train", *FLAGS, "--prior.kind", "own_prior:GPT", "--runs", str(tmp_path / "runs"), "--name", "x"]
     assert main([*flags, "--prior.options", "haeds", "2"]) == 2
     assert "takes no haeds: choose among heads" in capsys.readouterr().err
     assert not (tmp_path / "runs/x/vqvae.safetensors").exists()
@@ -240,3 +247,10 @@ def test_two_levels_with_a_prior_of_ones_own_run_to_the_end(folder: Path, monkey
     policy = load_generator(Run("runs/two", read_config("runs/two")), "policy")
     assert type(policy.top) is PixelCNN and type(policy.bottom).__name__ == "GPT"
     forget()
+
+
+def test_the_example_is_short_and_says_how_to_run_it(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert len(EXAMPLE.read_text().splitlines()) <= 40
+    command = EXAMPLE.read_text().partition("``ral-gym ")[2].partition("``")[0].split()
+    assert command[:2] == ["sample", "runs/gpt"] and main([*command, "--n", "4"]) == 0
+    assert "sample_policy_ema.png" in capsys.readouterr().out

@@ -27,7 +27,7 @@ from torch import Tensor
 from ral_gym.agents.algorithms.base import EpisodeAlgorithm, Figures
 from ral_gym.agents.algorithms.reinforce import batch_baseline
 from ral_gym.agents.episodes import EpisodeRolloutBuffer
-from ral_gym.agents.policy import PixelCNNPolicy
+from ral_gym.agents.policy import PriorPolicy
 from ral_gym.agents.regularizers import AdaptiveEntropy
 from ral_gym.agents.vec_env import CodeVecEnv, unwrap_code_env
 from ral_gym.envs.core import GenerationCore
@@ -75,7 +75,7 @@ class GRPO(EpisodeAlgorithm):
     """Group-relative policy optimisation with one round of episodes per update.
 
     Args:
-        policy: `PixelCNNPolicy` (the class or its name).
+        policy: `PriorPolicy` (the class or its name).
         env: a `ral_gym` environment, best from `make_sb3_env`.
         learning_rate: Adam's.
         n_steps: capacity of the buffer per environment; None: T. A round is one finished episode per environment.
@@ -101,7 +101,7 @@ class GRPO(EpisodeAlgorithm):
         rollout_buffer_kwargs: its arguments.
         stats_window_size: episodes in the rollout averages.
         tensorboard_log: folder.
-        policy_kwargs: `PixelCNNPolicy`'s arguments, such as ``{"prior": "runs/demo"}``.
+        policy_kwargs: `PriorPolicy`'s arguments, such as ``{"prior": "runs/demo"}``.
         verbose: SB3's.
         seed: seeds everything.
         device: SB3's.
@@ -114,7 +114,7 @@ class GRPO(EpisodeAlgorithm):
 
     def __init__(
         self,
-        policy: str | type[PixelCNNPolicy],
+        policy: str | type[PriorPolicy],
         env: GymEnv | str,
         learning_rate: float | Schedule = 1e-4,
         n_steps: int | None = None,

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from ral_gym.agents.algorithms.base import EpisodeAlgorithm
 from ral_gym.agents.episodes import EpisodeRolloutBuffer
-from ral_gym.agents.policy import PixelCNNPolicy
+from ral_gym.agents.policy import PriorPolicy
 from ral_gym.errors import ConfigError
 
 Baseline = Literal["none", "mean", "leave_one_out", "value"]
@@ -54,7 +54,7 @@ class Reinforce(EpisodeAlgorithm):
     """Policy gradient with one round of episodes per update.
 
     Args:
-        policy: `PixelCNNPolicy` (the class or its name).
+        policy: `PriorPolicy` (the class or its name).
         env: a `ral_gym` environment, best from `make_sb3_env`.
         learning_rate: Adam's.
         n_steps: capacity of the buffer per environment; None: T. A round is one finished episode per environment.
@@ -74,7 +74,7 @@ class Reinforce(EpisodeAlgorithm):
         rollout_buffer_kwargs: its arguments.
         stats_window_size: episodes in the rollout averages.
         tensorboard_log: folder.
-        policy_kwargs: `PixelCNNPolicy`'s arguments, such as ``{"prior": "runs/demo"}``.
+        policy_kwargs: `PriorPolicy`'s arguments, such as ``{"prior": "runs/demo"}``.
         verbose: SB3's.
         seed: seeds everything.
         device: SB3's.
@@ -86,7 +86,7 @@ class Reinforce(EpisodeAlgorithm):
 
     def __init__(
         self,
-        policy: str | type[PixelCNNPolicy],
+        policy: str | type[PriorPolicy],
         env: GymEnv | str,
         learning_rate: float | Schedule = 1e-4,
         n_steps: int | None = None,

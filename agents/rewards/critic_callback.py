@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ral_gym.agents.episodes import EpisodeRolloutBuffer
-from ral_gym.agents.policy import PixelCNNPolicy
+from ral_gym.agents.policy import PriorPolicy
 from ral_gym.agents.rewards.co_trained_critic import CoTrainedCritic
 from ral_gym.agents.rewards.rollout_reward import RolloutReward
 from ral_gym.rewards.view import FinishedImages
@@ -88,7 +88,7 @@ class CriticCallback(RolloutReward):
     def _fresh(self) -> FinishedImages:
         """As many new samples of the policy as there are environments, started as the environment's episodes are."""
         env = self.code_env
-        policy: PixelCNNPolicy = self.model.policy  # type: ignore[assignment]
+        policy: PriorPolicy = self.model.policy  # type: ignore[assignment]
         grid = env.world.grid
         prefix, stop, self._pending = env.core.distribution.draw(self.rng, self._pending)
         start = torch.from_numpy(np.where(grid.mask(0, stop), grid.not_drawn, grid.never_drawn))  # (T,)

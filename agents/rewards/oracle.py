@@ -16,6 +16,7 @@ from torch import Tensor
 from ral_gym.agents.callbacks import RunCallback
 from ral_gym.agents.episodes import EpisodeRolloutBuffer
 from ral_gym.metrics import oracle_metrics
+from ral_gym.priors.base import build_prior, config_of
 from ral_gym.priors.pixelcnn import PixelCNN
 from ral_gym.runs.run import Run
 from ral_gym.stages.pictures import sample_codes
@@ -116,7 +117,7 @@ class OracleCurve(BaseCallback):
         self._measured, start = updates, "prior."
         policy: Any = self.model.policy
         with torch.random.fork_rng(devices=[]):
-            network = PixelCNN(**policy.prior.config)
+            network = build_prior(config_of(policy.prior))
         weights = average.weights.items()
         network.load_state_dict({name.removeprefix(start): w for name, w in weights if name.startswith(start)})
         self.run.log(STAGE, updates, curve_point(network.eval(), self.oracle, self.oracle_codes, self.seed))

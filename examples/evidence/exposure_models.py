@@ -16,7 +16,7 @@ from torch import Tensor
 from evidence.exposure_lesson import draw
 from ral_gym.agents.algorithms.reinforce import Reinforce
 from ral_gym.agents.defaults import algorithm_defaults
-from ral_gym.agents.policy import PixelCNNPolicy
+from ral_gym.agents.policy import PriorPolicy
 from ral_gym.agents.regularizers import EntropyReward
 from ral_gym.agents.rewards.co_trained_critic import CoTrainedCritic
 from ral_gym.agents.rewards.critic_callback import CriticCallback
@@ -109,7 +109,7 @@ def tune(with_critic: bool, seed: int, recipe: Recipe) -> tuple[PixelCNN, dict[s
     settings |= {"learning_rate": recipe.learning_rate, "seed": 1000 * seed + 4, "device": "cpu"}
     if critic is not None:
         settings |= {"gamma": DEMO.ral.gamma, "mle_coef": recipe.mle_coef}  # scores lie near the codes they judge
-    model = Reinforce(PixelCNNPolicy, env, **settings)
+    model = Reinforce(PriorPolicy, env, **settings)
     callback = EntropyReward() if critic is None else CriticCallback(critic)
     model.learn(load_oracle().grid.n_codes * recipe.batch * recipe.updates, callback=callback)
     env.close()

@@ -93,8 +93,9 @@ def _arguments(config: Config, level: int) -> dict[str, Any]:
 
 
 def _untouched(config: Config, section: str) -> list[Any]:
-    """Settings that nobody chose: the defaults, and the preset's."""
-    return [PriorConfig(), *([getattr(PRESETS[config.preset], section)] if config.preset in PRESETS else [])]
+    """Settings that nobody chose: the defaults, and the preset's; any bundled one's where the preset is the user's."""
+    names = [config.preset] if config.preset in PRESETS else PRESETS.builtin
+    return [PriorConfig(), *(getattr(PRESETS[name], section) for name in names)]
 
 
 @dataclass(frozen=True)
