@@ -182,7 +182,53 @@ def test_the_stock_buffer_is_refused(vqvae) -> None:
 
 
 def test_the_critic_learns_to_tell_real_from_drawn(vqvae) -> None:
+    found: dict[str, float] = {}
+
+    class Look(CriticCallback):
+        def _report(self, buffer, rewards, figures) -> None:
+            super()._report(buffer, rewards, figures)
+            found.update(figures)
+
+    vqvae.quantiser.codebook = torch.randn(8, 4)
+    for weights in vqvae.decoder.parameters():
+        weights.data *= 2  # else all images are nearly the same
     critic = make_critic(vqvae, learning_rate=3e-3, warmup_steps=150)
-    model = make_model(make_env(vqvae, n_envs=32))
-    model.learn(16 * 32, callback=CriticCallback(critic))
-    assert model.logger.name_to_value["critic/heldout_auc"] > 0.8 or critic.n_updates == 153
+    make_model(make_env(vqvae, n_envs=32)).learn(16 * 32, callback=Look(critic))
+    assert critic.n_updates == 150 + CONFIG.n_critic
+    assert found["heldout_auc"] > 0.8
+
+
+@pytest.mark.parametrize("reset_mode", ["full", "mixed"])
+def test_the_monitor_scores_images_that_the_critic_never_trains_on(vqvae, reset_mode, monkeypatch) -> None:
+    critic = make_critic(vqvae)
+    critic.real_codes, critic.held_out_codes = critic.real_codes % 2, critic.held_out_codes % 2 + 4  # nothing in common
+    seen: list[torch.Tensor] = []
+    score_map = critic.score_map
+    monkeypatch.setattr(critic, "score_map", lambda codes, *a: (seen.append(codes), score_map(codes, *a))[1])
+    pool = torch.full((6, 16), 2)
+    pool[:3, 8:] = GRID.never_drawn if reset_mode == "mixed" else 2
+    critic.rewards(FakePool(pool, GRID))
+    real = [codes for codes in seen if not (codes == 2).all()]
+    assert len(real) == len({codes.shape[1] for codes in seen}) > 0 and all((codes >= 4).all() for codes in real)
+
+
+@pytest.mark.parametrize("reset_mode", ["continue", "mixed"])
+def test_a_checkpoint_holds_where_fresh_images_come_from(vqvae, reset_mode) -> None:
+    """With fresh fakes, starts and real images to continue are drawn by the callback's own generator."""
+    drawn = []
+    state: dict = {}
+    for restored in (False, True):
+        torch.manual_seed(1)
+        callback = CriticCallback(make_critic(vqvae, fakes="fresh"))
+        model = make_model(make_env(vqvae, reset_mode))
+        model._setup_learn(1, callback)
+        callback.init_callback(model)
+        if restored:
+            callback.load_state_dict(state)
+        else:
+            for _ in range(3):  # an odd number: of a pair of partial episodes, the second is still to come
+                callback._fresh()
+            state = callback.state_dict()
+        torch.manual_seed(5)
+        drawn.append([callback._fresh().codes for _ in range(4)])
+    assert all(torch.equal(one, other) for one, other in zip(*drawn, strict=True))

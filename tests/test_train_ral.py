@@ -45,11 +45,18 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("algo", ["reinforce", "ppo"])
-@pytest.mark.parametrize("reset_mode", ["full", "mixed"])
-def test_a_killed_run_continues_to_bit_identical_weights(tmp_path, monkeypatch, algo, reset_mode) -> None:
+@pytest.mark.parametrize(
+    ("algo", "reset_mode", "fakes"),
+    [
+        ("reinforce", "full", "previous"),
+        ("reinforce", "mixed", "fresh"),
+        ("ppo", "full", "previous"),
+        ("ppo", "mixed", "previous"),
+    ],
+)
+def test_a_killed_run_continues_to_bit_identical_weights(tmp_path, monkeypatch, algo, reset_mode, fakes) -> None:
     ral = replace(SMOKE.ral, algo=algo, reset_mode=reset_mode, n_updates=5, checkpoint_every=2)
-    config = replace(SMOKE, ral=ral)
+    config = replace(SMOKE, ral=ral, critic=replace(SMOKE.critic, fakes=fakes))
     whole = start(tmp_path / "whole", config)
     expected = train_ral(*whole, CPU, progress=False)
 
@@ -124,11 +131,15 @@ def test_earlier_stages_continue_to_bit_identical_weights(tmp_path, monkeypatch)
     assert results["whole"] == results["broken"]
 
 
-def test_mle_continued_uses_rals_budget(tmp_path) -> None:
-    run, _, prior, codes = start(tmp_path / "run", SMOKE)
+def test_mle_continued_starts_from_the_prior_and_takes_rals_steps(tmp_path) -> None:
+    """Adam's steps are about as large as the learning rate, so that a few of them stay near the start."""
+    rate = 1e-4
+    config = replace(SMOKE, ral=replace(SMOKE.ral, learning_rate=rate, ema_decay=0.0, n_updates=3))
+    run, _, prior, codes = start(tmp_path / "run", config)
     continued = continue_prior(run, prior, codes, CPU, progress=False)
-    assert any(not torch.equal(a, b) for a, b in zip(continued.parameters(), prior.parameters(), strict=True))
-    assert json.loads(run.file("seconds.json").read_text())["prior_continued"] >= 0
+    moved = max((a - b).abs().max().item() for a, b in zip(continued.parameters(), prior.parameters(), strict=True))
+    assert rate < moved < 10 * rate
+    assert set(json.loads(run.file("seconds.json").read_text())) == {"prior_continued"}
 
 
 def test_the_papers_preset_runs_at_a_reduced_batch(tmp_path) -> None:
