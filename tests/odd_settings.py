@@ -118,6 +118,7 @@ ODD = Config(
         warmup_steps=3,
         n_critic=2,
         fakes="fresh",
+        held_out=13,
     ),
     ral=RALConfig(
         algo="grpo",

@@ -185,8 +185,8 @@ def test_the_critic_learns_to_tell_real_from_drawn(vqvae) -> None:
     found: dict[str, float] = {}
 
     class Look(CriticCallback):
-        def _report(self, buffer, rewards, figures) -> None:
-            super()._report(buffer, rewards, figures)
+        def _report(self, rewards, figures) -> None:
+            super()._report(rewards, figures)
             found.update(figures)
 
     vqvae.quantiser.codebook = torch.randn(8, 4)
@@ -203,11 +203,11 @@ def test_the_monitor_scores_images_that_the_critic_never_trains_on(vqvae, reset_
     critic = make_critic(vqvae)
     critic.real_codes, critic.held_out_codes = critic.real_codes % 2, critic.held_out_codes % 2 + 4  # nothing in common
     seen: list[torch.Tensor] = []
-    score_map = critic.score_map
-    monkeypatch.setattr(critic, "score_map", lambda codes, *a: (seen.append(codes), score_map(codes, *a))[1])
+    decode = critic.decode
+    monkeypatch.setattr(critic, "decode", lambda codes: (seen.append(codes), decode(codes))[1])
     pool = torch.full((6, 16), 2)
     pool[:3, 8:] = GRID.never_drawn if reset_mode == "mixed" else 2
-    critic.rewards(FakePool(pool, GRID))
+    critic.rewards(critic.finished(pool))
     real = [codes for codes in seen if not (codes == 2).all()]
     assert len(real) == len({codes.shape[1] for codes in seen}) > 0 and all((codes >= 4).all() for codes in real)
 

@@ -234,6 +234,7 @@ LOOKS: dict[str, Callable[[Seen], Any]] = {
     "critic.warmup_steps": given("train", "n_steps"),
     "critic.n_critic": given("train", "n_steps", 1),
     "critic.fakes": lambda seen: "fresh" if len(seen.calls["_fresh"]) == 1 + ODD.ral.n_updates else "previous",
+    "critic.held_out": lambda seen: len(_critic(seen).held_out_codes),
     "ral.algo": lambda seen: next(n for n in SECTIONS if find_algorithm(n).cls is type(seen.stage.model)),
     "ral.options": lambda seen: {"fast_path": seen.stage.model.fast_path},
     "ral.reward": lambda seen: _critic(seen).reward,
