@@ -18,6 +18,7 @@ from vector_quantize_pytorch import VectorQuantize
 
 from ral_gym.errors import ConfigError
 from ral_gym.grid import CodeGrid
+from ral_gym.tokenizers.quantiser import Quantiser, nearest, quantise, vectors_at
 
 
 class ResidualBlock(nn.Module):
@@ -216,15 +217,13 @@ class VQVAE(nn.Module):
         """Maps of code vectors, one (B, codebook_dim, h, w) per level -> images, not clamped to [-1, 1]."""
         return self.decoder(maps[0])
 
-    def _make_quantiser(self) -> VectorQuantize:
-        return VectorQuantize(
-            dim=self.config["codebook_dim"],
-            codebook_size=self.codebook_size,
+    def _make_quantiser(self) -> Quantiser:
+        return Quantiser(
+            self.config["codebook_dim"],
+            self.codebook_size,
             decay=self.config["decay"],
             commitment_weight=self.config["beta"],
-            kmeans_init=True,
             threshold_ema_dead_code=self.config["threshold_ema_dead_code"],
-            rotation_trick=False,
         )
 
     def _make_encoder(self, channels: int, layers: int) -> nn.Sequential:
@@ -254,24 +253,3 @@ class VQVAE(nn.Module):
     def _residual_blocks(self) -> list[nn.Module]:
         units = self.config["hidden_units"], self.config["residual_units"]
         return [ResidualBlock(*units) for _ in range(self.config["residual_blocks"])]
-
-
-def quantise(quantiser: VectorQuantize, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """A training step of one codebook: features (B, D, h, w) -> code vectors in their place, codes, commitment loss.
-
-    Returns:
-        (B, D, h, w) with straight-through gradients, (B, h * w) int64, and a scalar.
-    """
-    vectors, codes, commitment = quantiser(features.flatten(2).transpose(1, 2))  # (B, h w, D), (B, h w)
-    return vectors.transpose(1, 2).reshape(features.shape), codes, commitment.sum()
-
-
-def nearest(features: Tensor, vectors: Tensor) -> Tensor:
-    """The code of every position: features (B, D, h, w), code vectors (K, D) -> (B, h * w) int64."""
-    flat = features.flatten(2).transpose(1, 2)  # (B, h w, D)
-    return torch.cdist(flat.float(), vectors.float()).argmin(-1)  # (B, h w)
-
-
-def vectors_at(codes: Tensor, vectors: Tensor, width: int) -> Tensor:
-    """The inverse of `nearest`: codes (B, h * w) in rows of `width`, code vectors (K, D) -> (B, D, h, w)."""
-    return vectors[codes].transpose(1, 2).unflatten(2, (-1, width))

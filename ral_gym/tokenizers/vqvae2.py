@@ -17,7 +17,8 @@ from torch.nn import functional as F
 from vector_quantize_pytorch import VectorQuantize
 
 from ral_gym.errors import ConfigError
-from ral_gym.tokenizers.vqvae import VQVAE, nearest, quantise, vectors_at
+from ral_gym.tokenizers.quantiser import nearest, quantise, vectors_at
+from ral_gym.tokenizers.vqvae import VQVAE
 
 
 class VQVAE2(VQVAE):

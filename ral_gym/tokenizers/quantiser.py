@@ -1,0 +1,151 @@
+"""The codebook: features -> nearest code vectors, in pieces where there are many codes.
+
+It is `vector-quantize-pytorch`'s (k-means start, exponential moving average, restart of dead codes), which makes the
+distances of all positions to all codes at once: at K = 16,384, 128 images of 16 x 16 positions take 12 GB. Above
+`PIECE` distances `Quantiser` does the same piece by piece, so that memory does not grow with positions times codes;
+below, it is the library's own code.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from vector_quantize_pytorch import VectorQuantize
+
+PIECE = 2**25
+"""Most distances made at once, 4 bytes each; all of the paper's tables stay below it, whole batches at a time."""
+KMEANS_ROUNDS = 10
+
+
+class Quantiser(VectorQuantize):
+    """One Euclidean codebook that moves by its exponential average.
+
+    Args:
+        dim: D, dimension of a code vector.
+        codebook_size: K.
+        decay: of the moving average.
+        commitment_weight: beta.
+        threshold_ema_dead_code: codes used less often than this per batch are restarted.
+    """
+
+    def __init__(
+        self, dim: int, codebook_size: int, decay: float, commitment_weight: float, threshold_ema_dead_code: int
+    ) -> None:
+        super().__init__(
+            dim=dim,
+            codebook_size=codebook_size,
+            decay=decay,
+            commitment_weight=commitment_weight,
+            kmeans_init=True,
+            threshold_ema_dead_code=threshold_ema_dead_code,
+            rotation_trick=False,
+        )
+
+    def forward(self, x: Tensor, accum_ema_update: bool = False, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Replace features by code vectors; in training mode move the codebook.
+
+        Args:
+            x: (B, n, D).
+            accum_ema_update: only collect what a later call will move the codebook by.
+            options: see `VectorQuantize.forward`; with any, all distances are made at once.
+
+        Returns:
+            code vectors (B, n, D) with straight-through gradients, codes (B, n) int64, commitment loss.
+        """
+        if options or x.shape[:-1].numel() * self.codebook_size <= PIECE:
+            return super().forward(x, accum_ema_update=accum_ema_update, **options)
+        with torch.no_grad():
+            flat = x.detach().float().flatten(0, 1)  # (N, D)
+            if not self._codebook.initted:
+                self._start(flat)
+            codes = _nearest(flat, self.codebook)  # (N,)
+            vectors = self.codebook[codes].view_as(x).to(x.dtype)  # (B, n, D)
+            if self.training:
+                self._move(flat, codes, accum_ema_update)
+        loss = self.zero
+        if self.training:
+            loss = F.mse_loss(vectors, x) * self.commitment_weight
+            if x.requires_grad:
+                vectors = x + (vectors - x).detach()
+        return vectors, codes.view(x.shape[:-1]), loss
+
+    def _start(self, flat: Tensor) -> None:
+        """Put the codes at the k-means centres of features (N, D), as `Codebook.init_embed_` does."""
+        book, k = self._codebook, self.codebook_size
+        means = book.sample_fn(flat[None], k)[0]  # (K, D)
+        for _ in range(KMEANS_ROUNDS):
+            sizes, sums = self._totals(flat, _nearest(flat, means), book.kmeans_all_reduce_fn)
+            means = torch.where((sizes == 0)[:, None], means, sums / sizes.clamp_min(1)[:, None])
+        book.embed_avg.copy_((means * sizes[:, None])[None])
+        book.cluster_size.copy_(sizes[None])
+        book.update_ema()
+        book.initted.fill_(True)
+
+    def _move(self, flat: Tensor, codes: Tensor, collect: bool) -> None:
+        """One step of the moving averages, or a part of one; restart of dead codes."""
+        book = self._codebook
+        sizes, sums = self._totals(flat, codes, book.all_reduce_fn)
+        for average, new in ((book.cluster_size, sizes[None]), (book.embed_avg, sums[None])):
+            if average.grad is not None:  # what earlier parts have collected
+                new = new + average.grad
+                average.grad = None
+            if collect:
+                average.grad = new
+            else:
+                average.lerp_(new, 1 - book.decay)
+        if not collect:
+            book.update_ema()
+            book.expire_codes_(flat[None])
+
+    def _totals(self, flat: Tensor, codes: Tensor, all_reduce: Any) -> tuple[Tensor, Tensor]:
+        """How many features (N, D) each code has, (K,), and their sums, (K, D), over all processes."""
+        k = self.codebook_size
+        sizes = torch.bincount(codes, minlength=k).to(flat.dtype)
+        sums = flat.new_zeros(k, flat.shape[1])
+        for rows in _pieces(len(flat), k):  # a matrix product: adding rows by index has no fixed order on CUDA
+            chosen = torch.zeros(len(codes[rows]), k, dtype=flat.dtype, device=flat.device)
+            sums += chosen.scatter_(1, codes[rows, None], 1.0).T @ flat[rows]
+        all_reduce(sizes)
+        all_reduce(sums)
+        return sizes, sums
+
+
+def _pieces(rows: int, codes: int) -> Iterator[slice]:
+    """Slices of rows with at most a quarter of `PIECE` distances each, as distances take some copies."""
+    step = max(1, PIECE // 4 // codes)
+    return (slice(start, start + step) for start in range(0, rows, step))
+
+
+def _nearest(flat: Tensor, vectors: Tensor) -> Tensor:
+    """The nearest of (K, D) to each of (N, D): (N,) int64, in pieces."""
+    if flat.shape[0] * vectors.shape[0] <= PIECE:
+        return torch.cdist(flat, vectors).argmin(-1)
+    return torch.cat([torch.cdist(flat[rows], vectors).argmin(-1) for rows in _pieces(len(flat), len(vectors))])
+
+
+def quantise(quantiser: VectorQuantize, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A training step of one codebook: features (B, D, h, w) -> code vectors in their place, codes, commitment loss.
+
+    Returns:
+        (B, D, h, w) with straight-through gradients, (B, h * w) int64, and a scalar.
+    """
+    vectors, codes, commitment = quantiser(features.flatten(2).transpose(1, 2))  # (B, h w, D), (B, h w)
+    return vectors.transpose(1, 2).reshape(features.shape), codes, commitment.sum()
+
+
+def nearest(features: Tensor, vectors: Tensor) -> Tensor:
+    """The code of every position: features (B, D, h, w), code vectors (K, D) -> (B, h * w) int64."""
+    flat = features.flatten(2).transpose(1, 2).float()  # (B, h w, D)
+    if math.prod(flat.shape[:2]) * len(vectors) > PIECE:
+        return _nearest(flat.flatten(0, 1), vectors.float()).view(flat.shape[:2])
+    return torch.cdist(flat, vectors.float()).argmin(-1)  # (B, h w)
+
+
+def vectors_at(codes: Tensor, vectors: Tensor, width: int) -> Tensor:
+    """The inverse of `nearest`: codes (B, h * w) in rows of `width`, code vectors (K, D) -> (B, D, h, w)."""
+    return vectors[codes].transpose(1, 2).unflatten(2, (-1, width))
