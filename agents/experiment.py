@@ -31,8 +31,8 @@ from ral_gym.stages.fork import fork_run
 from ral_gym.stages.generator_metrics import MEASUREMENT, GeneratorMetrics
 from ral_gym.stages.levels import load_generator, load_vqvae
 from ral_gym.stages.train_prior import continue_prior
+from ral_gym.tokenizers.base import Tokenizer
 from ral_gym.tokenizers.code_set import CodeSet
-from ral_gym.tokenizers.vqvae import VQVAE
 
 ROWS = "rows.json"
 CPU = "_cpu"
@@ -68,7 +68,7 @@ class Experiment:
         self._measuring.config = replace(base.config, evaluation=evaluation or base.config.evaluation)
 
     @functools.cached_property
-    def vqvae(self) -> VQVAE:
+    def vqvae(self) -> Tokenizer:
         """The base run's VQ-VAE."""
         return load_vqvae(self.base, self.device)
 

@@ -32,8 +32,8 @@ from ral_gym.rewards.scorer import encoder_features
 from ral_gym.runs.run import Run, random_state, read_config, seed_everything, set_random_state
 from ral_gym.stages.common import resolve_device
 from ral_gym.stages.levels import load_generator, load_vqvae
+from ral_gym.tokenizers.base import Tokenizer
 from ral_gym.tokenizers.code_set import CodeSet, decode_codes
-from ral_gym.tokenizers.vqvae import VQVAE
 
 SAMPLE_EVERY = 20
 """Updates between sample grids."""
@@ -62,7 +62,7 @@ def make_agent(run: Run, env: CodeVecEnv, prior: Prior, device: torch.device) ->
     return algorithm.cls(algorithm.policy, env, **arguments)  # type: ignore[return-value]
 
 
-def reward_features(run: Run, vqvae: VQVAE) -> Extractor | None:
+def reward_features(run: Run, vqvae: Tokenizer) -> Extractor | None:
     """What critics and terms see that see features, `ral.reward_features`; None where the tokenizer has none."""
     if run.config.ral.reward_features == "pyramid":
         return PyramidFeatures()
@@ -71,7 +71,7 @@ def reward_features(run: Run, vqvae: VQVAE) -> Extractor | None:
 
 def make_critic(
     run: Run,
-    vqvae: VQVAE,
+    vqvae: Tokenizer,
     codes: CodeSet,
     device: torch.device,
     prior: Prior | None = None,
@@ -146,7 +146,7 @@ class Stage:
 
 
 def make_stage(
-    run: Run, vqvae: VQVAE, prior: Prior, codes: CodeSet, device: torch.device, progress: bool = True
+    run: Run, vqvae: Tokenizer, prior: Prior, codes: CodeSet, device: torch.device, progress: bool = True
 ) -> Stage:
     """Environment, algorithm, rewards and callbacks of a run, before their first step."""
     config = run.config.ral
@@ -187,7 +187,7 @@ def make_stage(
 
 
 def train_ral(
-    run: Run, vqvae: VQVAE, prior: Prior, codes: CodeSet, device: torch.device, progress: bool = True
+    run: Run, vqvae: Tokenizer, prior: Prior, codes: CodeSet, device: torch.device, progress: bool = True
 ) -> tuple[Prior, Prior]:
     """Train, or continue, or load what is there.
 
@@ -279,7 +279,7 @@ def _save_average(run: Run, model: OnPolicyAlgorithm, run_callback: RunCallback,
     save_prior(run.file(name), policy.prior, weights, updates=run_callback.updates)
 
 
-def _draw_samples(run: Run, model: OnPolicyAlgorithm, vqvae: VQVAE, updates: int, board: RunEventLog) -> None:
+def _draw_samples(run: Run, model: OnPolicyAlgorithm, vqvae: Tokenizer, updates: int, board: RunEventLog) -> None:
     """A grid of the live policy's samples, in the run folder and in TensorBoard, without touching any random state."""
     if updates % SAMPLE_EVERY:
         return

@@ -21,9 +21,8 @@ from ral_gym.rewards.making import build_critic, critic_class, load_critic, row_
 from ral_gym.rewards.scorer import CriticScorer
 from ral_gym.runs.run import read_config
 from ral_gym.runs.storage import load_module
+from ral_gym.tokenizers.base import Tokenizer, load_tokenizer
 from ral_gym.tokenizers.code_set import CodeSet, decode_codes
-from ral_gym.tokenizers.vqvae import VQVAE
-from ral_gym.tokenizers.vqvae2 import vqvae_class
 
 
 def run_world(
@@ -56,7 +55,7 @@ def run_world(
     where = check_device(device)
     folder = Path(run)
     config = read_config(folder)
-    vqvae = load_frozen(folder / "vqvae.safetensors", vqvae_class(config.vqvae.levels), device)
+    vqvae: Tokenizer = _load(folder / "vqvae.safetensors", load_tokenizer, device)
     grid = vqvae.grid
     codes = load_real_codes(folder / "codes.safetensors", grid)
     make_prior = partial(run_prior, folder, config.vqvae.levels, device)
@@ -80,14 +79,14 @@ def run_world(
     )
 
 
-def _row_multiple(config: Config, vqvae: VQVAE, make_prior: Callable[[], Prior]) -> int:
+def _row_multiple(config: Config, vqvae: Tokenizer, make_prior: Callable[[], Prior]) -> int:
     """Code rows per score-map row of the run's critic, trained or not."""
     if config.critic.kind == "patch":
-        return max(1, vqvae.height // (vqvae.image_size // 2**config.critic.layers))
+        return max(1, vqvae.grid.height // (vqvae.image_size // 2**config.critic.layers))
     if not config.ral.uses_critic or not hasattr(critic_class(config.critic.kind), "row_multiple"):
         return 1
     with torch.random.fork_rng(devices=[]):
-        return row_multiple(build_critic(config.critic, vqvae, make_prior=make_prior), vqvae.height)
+        return row_multiple(build_critic(config.critic, vqvae, make_prior=make_prior), vqvae.grid.height)
 
 
 def run_prior(folder: Path, levels: int, device: str) -> Prior:
@@ -138,7 +137,7 @@ def _load_codes(path: Path, grid: CodeGrid) -> np.ndarray:
     return codes.train[: codes.clean]
 
 
-def _load_critic(path: Path, what: tuple[VQVAE, Path, int, str]) -> Any:
+def _load_critic(path: Path, what: tuple[Tokenizer, Path, int, str]) -> Any:
     """The critic, the scale it was saved with, and the extractor of what it sees."""
     vqvae, folder, levels, device = what
     return load_critic(path, vqvae, device, partial(run_prior, folder, levels, device))

@@ -21,7 +21,7 @@ from ral_gym.runs.run import Run
 from ral_gym.runs.storage import load_module, save_module
 from ral_gym.stages.levels import load_generator, load_vqvae, prior_of
 from ral_gym.stages.train_prior import continue_prior
-from ral_gym.stages.train_vqvae import vqvae_of
+from ral_gym.tokenizers.base import tokenizer_of
 from ral_gym.tokenizers.code_set import CodeSet
 from tests.tiny import make_tiny_run
 
@@ -40,7 +40,7 @@ def run(tmp_path: Path) -> Path:
 def two_level_run(path: Path, config: Config = TWO) -> Path:
     """A run of two levels with random weights."""
     run = Run(path, config)
-    vqvae = vqvae_of(config, 32, 1)
+    vqvae = tokenizer_of(config, 32, 1)
     with torch.no_grad():
         vqvae.train()(torch.rand(64, 1, 32, 32) * 2 - 1)  # k-means
     save_module(run.file("vqvae.safetensors"), vqvae)

@@ -25,7 +25,7 @@ from ral_gym.stages.completion import (
     visible_code_rows,
 )
 from ral_gym.stages.levels import prior_of
-from ral_gym.stages.train_vqvae import vqvae_of
+from ral_gym.tokenizers.base import tokenizer_of
 from ral_gym.tokenizers.code_set import decode_codes
 from ral_gym.tokenizers.vqvae import VQVAE
 
@@ -37,7 +37,7 @@ TWO = dataclasses.replace(SMOKE, vqvae=dataclasses.replace(SMOKE.vqvae, layers=2
 def models(request: Any) -> tuple[VQVAE, dict[str, Prior]]:
     """An untrained VQ-VAE of 32 x 32 grey images, 4 x 4 (top) codes, and two generators."""
     config = request.param
-    vqvae = vqvae_of(config, 32, 1)
+    vqvae = tokenizer_of(config, 32, 1)
     with torch.no_grad():
         vqvae.train()(torch.rand(64, 1, 32, 32) * 2 - 1)  # k-means
         for weights in vqvae.decoder.parameters():
@@ -103,12 +103,12 @@ def test_seeds_do_not_depend_on_how_many_there_are(models) -> None:
 
 def test_the_samplers_agree_with_continuing_nothing_given() -> None:
     # The same uniforms from the first row on: completion is sampling with a start.
-    vqvae = vqvae_of(TWO, 32, 1)
+    vqvae = tokenizer_of(TWO, 32, 1)
     prior = join_priors([prior_of(TWO, vqvae.grid, level).eval() for level in range(2)])
     uniforms = seeded_uniforms(0, 3, vqvae.grid.n_codes)
     whole = TwoLevelSampler(prior).sample(3, uniforms=uniforms)[0]  # type: ignore[arg-type]
     assert torch.equal(continue_codes(prior, vqvae.grid.crop(whole, 2), uniforms), whole)
-    single = prior_of(ONE, vqvae_of(ONE, 32, 1).grid).eval()
+    single = prior_of(ONE, tokenizer_of(ONE, 32, 1).grid).eval()
     uniforms = uniforms[:, :16]
     whole = CachedSampler(single).sample(3, uniforms=uniforms)[0]
     assert torch.equal(continue_codes(single, whole[:, :8], uniforms), whole)
@@ -164,15 +164,15 @@ def write(path: Path, width: int, height: int, mode: str = "RGB") -> Path:
 )
 def test_what_is_done_to_an_image_is_said(tmp_path, size, mode, data, said) -> None:
     path = write(tmp_path / "a.png", *size, mode)
-    image, words = read_image(path, vqvae_of(ONE, 32, 1), data)
+    image, words = read_image(path, tokenizer_of(ONE, 32, 1), data)
     assert image.shape == (1, 32, 32) and image.dtype == torch.uint8
     assert words.endswith(said) and bool(words) == bool(said)
-    colour, words = read_image(path, vqvae_of(ONE, 32, 3), data)
+    colour, words = read_image(path, tokenizer_of(ONE, 32, 3), data)
     assert colour.shape == (3, 32, 32) and "grey" not in words
 
 
 def test_no_image_is_refused(tmp_path) -> None:
-    vqvae = vqvae_of(ONE, 32, 1)
+    vqvae = tokenizer_of(ONE, 32, 1)
     with pytest.raises(DataError, match=r"no\.png does not exist"):
         read_image(tmp_path / "no.png", vqvae, DataConfig())
     (tmp_path / "text.png").write_text("text")

@@ -15,7 +15,7 @@ from ral_gym.presets import PRESETS, SMOKE, get_preset
 from ral_gym.rewards.critic import PatchCritic, gradient_penalty
 from ral_gym.stages.levels import prior_of
 from ral_gym.stages.processes import Compute
-from ral_gym.stages.train_vqvae import vqvae_of
+from ral_gym.tokenizers.base import tokenizer_of
 
 TWO = dataclasses.replace(
     SMOKE,
@@ -57,16 +57,16 @@ def test_the_papers_sizes(name, length, sides) -> None:
 def test_parameters_are_those_of_the_models() -> None:
     config = get_preset("demo")
     costs = dry_run(config).stages
-    vqvae = vqvae_of(config, 64, 1)
+    vqvae = tokenizer_of(config, 64, 1)
     assert costs[0].parameters == parameters(vqvae)
     assert costs[1].parameters == costs[2].parameters == parameters(prior_of(config, vqvae.grid))
     colour = dataclasses.replace(config, data=dataclasses.replace(config.data, source="folder:x"))
-    assert stage(colour, 0).parameters == parameters(vqvae_of(colour, 64, 3))
+    assert stage(colour, 0).parameters == parameters(tokenizer_of(colour, 64, 3))
 
 
 def test_operations_of_a_prior_are_those_of_a_real_step() -> None:
     config = TWO
-    grid = vqvae_of(config, 32, 1).grid
+    grid = tokenizer_of(config, 32, 1).grid
     for level in range(2):
         prior = prior_of(config, grid, level)
         codes = [torch.zeros(16, size, dtype=torch.int64) for size in grid.level_sizes]
@@ -78,7 +78,7 @@ def test_operations_of_a_prior_are_those_of_a_real_step() -> None:
 
 @pytest.mark.parametrize("config", [SMOKE, TWO], ids=["one level", "two levels"])
 def test_operations_of_the_vq_vae_are_encoder_lookup_and_decoder(config) -> None:
-    vqvae, cost = vqvae_of(config, 32, 1), stage(config, 0)
+    vqvae, cost = tokenizer_of(config, 32, 1), stage(config, 0)
     images = torch.zeros(1, 1, 32, 32)
     with FlopCounterMode(display=False) as counter:
         vqvae.encode_features(images)
@@ -138,7 +138,7 @@ def test_ral_tunes_the_levels_it_is_told_to() -> None:
 
 def test_the_estimate_is_near_what_autograd_keeps() -> None:
     config = dataclasses.replace(SMOKE, prior=dataclasses.replace(SMOKE.prior, batch_size=32))
-    prior = prior_of(config, vqvae_of(config, 32, 1).grid)
+    prior = prior_of(config, tokenizer_of(config, 32, 1).grid)
     kept: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,7 @@ from ral_gym.stages.given_rows import measure_given_rows
 from ral_gym.stages.levels import load_generator
 from ral_gym.stages.pictures import sample_codes
 from ral_gym.stages.rejection import diversity
-from ral_gym.stages.train_vqvae import vqvae_of
+from ral_gym.tokenizers.base import tokenizer_of
 from ral_gym.tokenizers.code_set import CodeSet, decode_codes, encode_set
 from tests.tiny import make_tiny_run
 
@@ -40,7 +40,7 @@ def evaluation(tmp_path_factory: pytest.TempPathFactory) -> GeneratorMetrics:
     squares = torch.rand(100, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     pixels = (F.interpolate(squares, 32) * 255).byte()
     images = ImageSet(*(part.numpy() for part in pixels.split([60, 32, 8])), "random squares", ())
-    run, vqvae = Run(path, config), vqvae_of(config, 32, 1)
+    run, vqvae = Run(path, config), tokenizer_of(config, 32, 1)
     with torch.no_grad():
         vqvae.train()(to_float(pixels[:60]))  # k-means
     vqvae.eval().requires_grad_(False)

@@ -20,7 +20,7 @@ from ral_gym.data.files import Decoding, as_image, to_square
 from ral_gym.data.opening import Limits, check_regular, open_image, read_file, read_zip_entry
 from ral_gym.errors import DataError
 from ral_gym.stages.completion import read_image
-from ral_gym.stages.train_vqvae import vqvae_of
+from ral_gym.tokenizers.base import tokenizer_of
 from tests.image_folders import encoded, load, message_of, small, write_images, write_lmdb
 from tests.test_completion import ONE
 
@@ -55,7 +55,7 @@ def test_postscript_is_never_run_wherever_it_comes_from(tmp_path: Path, ghostscr
             "lsun" in source
         )
     with pytest.raises(DataError, match="cannot be read as an image"):
-        read_image(tmp_path / "images" / "photo.png", vqvae_of(ONE, 32, 1), DataConfig())
+        read_image(tmp_path / "images" / "photo.png", tokenizer_of(ONE, 32, 1), DataConfig())
     assert not ghostscript.exists()
 
 
@@ -104,7 +104,7 @@ def test_a_file_that_is_no_file_is_refused_at_every_entrance(tmp_path: Path) -> 
         assert "FIFO" in message_of(small(f"{source}:{tmp_path / 'fifo'}"))
     assert "x.parquet" in message_of(small(f"hf:{tmp_path / 'set'}"))
     with pytest.raises(DataError, match="a FIFO"):
-        read_image(tmp_path / "fifo", vqvae_of(ONE, 32, 1), DataConfig())
+        read_image(tmp_path / "fifo", tokenizer_of(ONE, 32, 1), DataConfig())
     with pytest.raises(ValueError, match="a device"):
         read_file("/dev/zero")
     with pytest.raises(ValueError, match="a folder"):

@@ -19,7 +19,7 @@ from ral_gym.grid import CodeGrid
 from ral_gym.presets import get_preset
 from ral_gym.priors.pixelcnn_cache import SamplingCache
 from ral_gym.priors.two_level import TwoLevelSampler
-from ral_gym.stages.train_vqvae import vqvae_of
+from ral_gym.tokenizers.base import tokenizer_of
 
 PATH = Path(__file__).parents[1] / "benchmarks" / "partial_generation.py"
 CPU = torch.device("cpu")
@@ -131,7 +131,7 @@ def test_the_networks_are_the_presets_on_cuda_and_small_on_a_cpu() -> None:
     for size, side in (("celeba128", 16), ("celeba256", 32)):
         preset = get_preset(size)
         with torch.device("meta"):
-            assert vqvae_of(preset, preset.data.image_size, 3).height == side
+            assert tokenizer_of(preset, preset.data.image_size, 3).height == side
         assert bench().settings_of(size, torch.device("cuda"), quick=False) == (preset, side)
         config, cpu_side = bench().settings_of(size, CPU, quick=False)
         assert cpu_side == side

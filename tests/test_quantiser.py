@@ -22,7 +22,7 @@ def train(model: Quantiser, steps: int, parts: int = 1) -> list[Tensor]:
     """Codes, losses and gradients of some training steps, and the state at the end."""
     torch.manual_seed(5)
     seen: list[Tensor] = []
-    for step in range(steps):
+    for _ in range(steps):
         for part in range(parts):
             x = torch.randn(6, 20, 4, requires_grad=True)
             vectors, codes, loss = model(x, accum_ema_update=part < parts - 1)

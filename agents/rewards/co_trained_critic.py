@@ -21,7 +21,7 @@ from ral_gym.rewards.critic import critic_loss
 from ral_gym.rewards.score_map import Normalization, RewardKind, ScoreNormalizer
 from ral_gym.rewards.scorer import CriticScorer
 from ral_gym.rewards.view import FinishedImages, View
-from ral_gym.tokenizers.vqvae import VQVAE
+from ral_gym.tokenizers.base import Tokenizer
 
 if TYPE_CHECKING:
     from ral_gym.metrics import Extractor
@@ -54,7 +54,7 @@ class CoTrainedCritic:
 
     def __init__(
         self,
-        vqvae: VQVAE,
+        vqvae: Tokenizer,
         critic: nn.Module,
         real_codes: np.ndarray,
         held_out_codes: np.ndarray,

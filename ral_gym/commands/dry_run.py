@@ -27,7 +27,8 @@ from ral_gym.rewards.making import build_critic
 from ral_gym.rewards.scorer import CriticScorer
 from ral_gym.stages.levels import SECTIONS, prior_of
 from ral_gym.stages.processes import Compute
-from ral_gym.stages.train_vqvae import vqvae_of
+from ral_gym.tokenizers.base import Tokenizer, tokenizer_of
+from ral_gym.tokenizers.quantiser import PIECE
 from ral_gym.tokenizers.vqvae import VQVAE
 
 META = torch.device("meta")
@@ -95,8 +96,8 @@ def dry_run(config: Config, compute: Compute | None = None, processes: int = 1) 
     compute.check()
     channels = channels_of(config.data)
     with META:
-        vqvae = vqvae_of(config, config.data.image_size, channels)
-        grid = CodeGrid(vqvae.height, vqvae.width, vqvae.codebook_size, vqvae.levels)
+        vqvae = tokenizer_of(config, config.data.image_size, channels)
+        grid = vqvae.grid
         priors = [prior_of(config, grid, level) for level in range(grid.levels)]
     stages = [_vqvae_cost(config, vqvae, compute, processes)]
     for level, prior in enumerate(priors):
@@ -105,10 +106,12 @@ def dry_run(config: Config, compute: Compute | None = None, processes: int = 1) 
     return DryRun(grid, channels, stages)
 
 
-def _vqvae_cost(config: Config, vqvae: VQVAE, compute: Compute, processes: int) -> StageCost:
+def _vqvae_cost(config: Config, vqvae: Any, compute: Compute, processes: int) -> StageCost:
     """Stage 1: encoder, lookup and decoder, forward and backward."""
     settings, shares = config.vqvae, processes * compute.gradient_accumulation
     images = torch.empty(_share(settings.batch_size, shares), *_image_shape(vqvae), device=META)
+    if not isinstance(vqvae, VQVAE):
+        return _own_tokenizer_cost(config, vqvae, images, compute, shares)
     vectors = [0]
     with _without_lookup(vqvae, vectors):
         once = _count(lambda: _sum(vqvae(images)[0]))
@@ -122,9 +125,57 @@ def _vqvae_cost(config: Config, vqvae: VQVAE, compute: Compute, processes: int) 
         batch_size=settings.batch_size,
         steps=settings.training_steps,
         flops_per_step=shares * (once.flops + lookup),
-        memory=_trained(vqvae) + _activations(once, compute),
+        memory=_trained(vqvae) + _activations(once, compute) + _lookup_memory(vqvae, n),
         parts={"encoder": (forward.flops - painted) // n, "lookup": lookup // n, "decoder": painted // n},
     )
+
+
+def _lookup_memory(vqvae: VQVAE, n: int) -> int:
+    """Bytes that the distances of n images to a codebook take on the way; the levels' one after the other.
+
+    The library holds them as distances, as one-hot integers and as one-hot numbers at once (4 + 8 + 4 bytes); in
+    pieces, distances and one-hot numbers of a quarter of `PIECE`.
+    """
+    most = max(n * size * vqvae.codebook_size for size in vqvae.grid.level_sizes)
+    return 16 * most if most <= PIECE else 8 * PIECE // 4
+
+
+def _own_tokenizer_cost(config: Config, tokenizer: Any, images: Tensor, compute: Compute, shares: int) -> StageCost:
+    """Stage 1 of another tokenizer: what its loss takes, where it can be counted without computing."""
+    settings, once = config.vqvae, _Count()
+    learns = hasattr(tokenizer, "training_loss")
+    if learns:
+        try:
+            once = _count(lambda: _loss(tokenizer, images))
+        except Exception:  # somebody else's code may look at values, which are not there
+            once = _Count()
+    return StageCost(
+        stage=f"1 {type(tokenizer).__name__}",
+        parameters=_parameters(tokenizer),
+        batch_size=settings.batch_size if learns else len(images),
+        steps=settings.training_steps if learns else 0,
+        flops_per_step=shares * once.flops,
+        memory=_trained(tokenizer) + _activations(once, compute),
+    )
+
+
+def _loss(tokenizer: Any, images: Tensor) -> Tensor:
+    loss = tokenizer.training_loss(images)
+    return loss[0] if isinstance(loss, tuple) else loss
+
+
+def _decoding_flops(tokenizer: Any) -> int:
+    """Operations of decoding one image; 0 where they cannot be counted without computing."""
+    if isinstance(tokenizer, VQVAE):
+        with _without_lookup(tokenizer, [0]):
+            one = torch.empty(1, *_image_shape(tokenizer), device=META)
+            both = _count(lambda: tokenizer(one), backward=False)
+        return sum(count for name, count in both.by_module.items() if name in DECODER_PARTS)
+    codes = torch.zeros(1, tokenizer.grid.n_codes, dtype=torch.int64, device=META)
+    try:
+        return _count(lambda: tokenizer.decode(codes), backward=False).flops
+    except Exception:  # see `_own_tokenizer_cost`
+        return 0
 
 
 def _prior_cost(
@@ -148,7 +199,7 @@ def _prior_cost(
     )
 
 
-def _ral_cost(config: Config, vqvae: VQVAE, priors: list[nn.Module], grid: CodeGrid) -> StageCost:
+def _ral_cost(config: Config, vqvae: Any, priors: list[nn.Module], grid: CodeGrid) -> StageCost:
     """Stage 3: whole images drawn, one pass of the policy gradient, the critic's steps if there is one."""
     ral, settings = config.ral, config.critic
     features = PyramidFeatures() if ral.reward_features == "pyramid" else None
@@ -171,10 +222,7 @@ def _ral_cost(config: Config, vqvae: VQVAE, priors: list[nn.Module], grid: CodeG
     once = _critic_count(lambda: critic(_seen(scorer, settings.batch_size)), backward=False)
     penalised = settings.loss == "wgan_gp" and not hasattr(critic, "loss")
     critic_flops = step.flops + (PENALTY_PASSES * once.flops if penalised else 0)
-    with _without_lookup(vqvae, [0]):
-        one = torch.empty(1, *_image_shape(vqvae), device=META)
-        both = _count(lambda: vqvae(one), backward=False)
-    decoded = sum(count for name, count in both.by_module.items() if name in DECODER_PARTS)  # one image
+    decoded = _decoding_flops(vqvae)
     scored = _critic_count(lambda: critic(_seen(scorer, 1)), backward=False).flops
     per_update = drawn.flops + update.flops + ral.n_envs * decoded
     if ral.uses_critic:
@@ -266,7 +314,7 @@ def _share(batch_size: int, shares: int) -> int:
     return max(1, batch_size // shares)
 
 
-def _image_shape(vqvae: VQVAE) -> tuple[int, int, int]:
+def _image_shape(vqvae: Tokenizer) -> tuple[int, int, int]:
     return (vqvae.channels, vqvae.image_size, vqvae.image_size)
 
 

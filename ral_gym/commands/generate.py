@@ -11,6 +11,7 @@ from rich.console import Console
 
 from ral_gym.commands.arguments import CompleteArguments, SampleArguments
 from ral_gym.errors import ConfigError, RunError, printable
+from ral_gym.grid import CodeGrid
 from ral_gym.pictures import save_grid
 from ral_gym.runs.run import Run, read_config
 from ral_gym.runs.storage import write_atomic
@@ -77,7 +78,7 @@ def sample(arguments: SampleArguments, console: Console) -> Path:
     save_grid(path, decode_codes(vqvae, codes), columns=columns, title=title, caption=caption)
     _say(console, f"{name}: {GENERATORS[name]}", f"  {path}")
     if arguments.codes is not None:
-        _save_codes(Path(arguments.codes), codes.numpy().astype(np.int16), run)
+        _save_codes(Path(arguments.codes), codes.numpy().astype(np.int16), vqvae.grid)
         _say(console, f"  {arguments.codes}")
     return path
 
@@ -103,7 +104,8 @@ def complete_image(arguments: CompleteArguments, console: Console) -> Path:
     completion = complete(
         vqvae, generators, image, arguments.visible_rows, arguments.seeds, arguments.seed, arguments.temperature
     )
-    share = f"{completion.rows} of {vqvae.height} rows of codes are visible ({completion.rows / vqvae.height:.0%})"
+    height = vqvae.grid.height
+    share = f"{completion.rows} of {height} rows of codes are visible ({completion.rows / height:.0%})"
     path = Path(arguments.output or run.file(f"samples/complete_{Path(arguments.image).stem}.png"))
     last = arguments.seed + arguments.seeds - 1
     caption = f"{share}; not selected; temperature {arguments.temperature:g}, seeds {arguments.seed} to {last}"
@@ -113,10 +115,9 @@ def complete_image(arguments: CompleteArguments, console: Console) -> Path:
     return path
 
 
-def _save_codes(path: Path, codes: np.ndarray, run: Run) -> None:
+def _save_codes(path: Path, codes: np.ndarray, grid: CodeGrid) -> None:
     """Codes and what they fit, as a compressed npz file."""
-    config = run.config
-    facts = {"codebook_size": config.vqvae.codebook_size, "height": config.grid_size, "levels": config.vqvae.levels}
+    facts = {"codebook_size": grid.codebook_size, "height": grid.height, "levels": grid.levels}
 
     def write(temporary: Path) -> None:
         with temporary.open("wb") as file:

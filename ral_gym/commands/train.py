@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from ral_gym.data.images import ImageSet
     from ral_gym.grid import CodeGrid
     from ral_gym.runs.run import Run
+    from ral_gym.tokenizers.base import Tokenizer
     from ral_gym.tokenizers.code_set import CodeSet
-    from ral_gym.tokenizers.vqvae import VQVAE
 
 WEIGHTS = ("vqvae", "codes", "prior", "prior_ema", "prior_continued", "policy", "policy_ema", "critic")
 FINISHED = ("results.json", *(f"{name}.safetensors" for name in WEIGHTS))
@@ -174,7 +174,7 @@ class Pipeline:
         return images
 
     @functools.cached_property
-    def vqvae(self) -> VQVAE:
+    def vqvae(self) -> Tokenizer:
         """The trained VQ-VAE."""
         from ral_gym.stages.levels import load_vqvae
 

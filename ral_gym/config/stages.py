@@ -325,7 +325,8 @@ class Config:
         check_reward_weights(self.ral.reward_weights)
         for name in SECTIONS:
             check_section(name, getattr(self.ral, name))
-        sides = [("vqvae.layers", self.vqvae.layers, self.strided_layers)]
+        # Of a tokenizer of one's own only the tokenizer knows what fits it.
+        sides = [("vqvae.layers", self.vqvae.layers, self.strided_layers)] if self.vqvae.kind == "vqvae" else []
         if self.critic.kind == "patch":
             sides += [("critic.layers", self.critic.layers, self.critic.layers)]
         for name, value, layers in sides:

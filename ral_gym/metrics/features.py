@@ -222,7 +222,9 @@ def make_extractor(name: str, encoder: Extractor | None = None, device: str | to
     part = EXTRACTORS.get(name)
     if part is EncoderFeatures:
         if encoder is None:
-            raise ConfigError("extractor encoder needs a trained VQ-VAE: train one first, or choose lite0")
+            raise ConfigError(
+                "extractor encoder needs a trained tokenizer with encode_features: choose lite0, or train one"
+            )
         return encoder
     if isinstance(part, type):
         try:

@@ -16,31 +16,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ral_gym.errors import ConfigError
+from ral_gym.residual import ResidualBlock
 
 
 def upsample(x: Tensor, factor: int) -> Tensor:
     """Repeat rows and columns: (B, h, w, C) to (B, factor h, factor w, C)."""
     return x.repeat_interleave(factor, dim=1).repeat_interleave(factor, dim=2)
-
-
-class ResidualBlock(nn.Module):
-    """x + 1x1(relu(3x3(relu(x)))) on grids (B, C, H, W).
-
-    Args:
-        hidden_units: C.
-        residual_units: channels between the two convolutions.
-        dropout: probability, before the second one.
-    """
-
-    def __init__(self, hidden_units: int, residual_units: int, dropout: float):
-        super().__init__()
-        self.inner = nn.Conv2d(hidden_units, residual_units, 3, padding=1)
-        self.dropout = nn.Dropout(dropout)
-        self.out = nn.Conv2d(residual_units, hidden_units, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) to the same."""
-        return x + self.out(self.dropout(F.relu(self.inner(F.relu(x)))))
 
 
 class ConditioningStack(nn.Module):

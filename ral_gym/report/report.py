@@ -55,8 +55,8 @@ from ral_gym.runs.storage import write_text
 from ral_gym.stages.completion import complete
 from ral_gym.stages.levels import load_generator, load_vqvae
 from ral_gym.stages.pictures import sample_codes
+from ral_gym.tokenizers.base import Tokenizer
 from ral_gym.tokenizers.code_set import CodeSet, decode_codes, encode_images
-from ral_gym.tokenizers.vqvae import VQVAE
 
 N_SHOWN = 16
 """Images of a kind among the samples."""
@@ -92,7 +92,7 @@ class Report:
         self.seed = run.config.seed * 1000 + 8  # the seed of the run's own pictures
 
     @functools.cached_property
-    def vqvae(self) -> VQVAE | None:
+    def vqvae(self) -> Tokenizer | None:
         """The VQ-VAE, if it has been trained."""
         return load_vqvae(self.run, self.device) if self.run.has("vqvae.safetensors") else None
 
@@ -220,7 +220,7 @@ class Report:
             for label, images in done.completed.items():
                 alt = f"{COMPLETIONS} completions of held-out image {number} by {label}"
                 parts[label] = strip(images, alt, COMPLETIONS)
-            share = f"{done.rows} of {self.vqvae.height} rows of codes are given"
+            share = f"{done.rows} of {self.vqvae.grid.height} rows of codes are given"
             last = self.seed + COMPLETIONS - 1
             caption = f"{share}; not selected; seeds {self.seed} to {last}, temperature 1."
             figures.append(figure(f"completion-{number}", strips(parts.items()), f"Image {number}.", caption))
@@ -290,7 +290,7 @@ class Report:
     def header(self) -> Markup:
         """What this run is, and how far it has come."""
         config, seconds = self.run.config, self.run.seconds()
-        side = config.grid_size
+        side = self.vqvae.grid.height if self.vqvae is not None else config.grid_size
         grids = f"{side} x {side}" + (f" + {2 * side} x {2 * side}" if config.vqvae.levels == 2 else "")
         done = {
             "vqvae": self.vqvae is not None,

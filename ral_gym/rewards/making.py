@@ -33,7 +33,7 @@ from ral_gym.settings import constructor_parameters, part_arguments
 
 if TYPE_CHECKING:
     from ral_gym.metrics import Extractor
-    from ral_gym.tokenizers.vqvae import VQVAE
+    from ral_gym.tokenizers.base import Tokenizer
 
 TRAINING = (
     "learning_rate",
@@ -53,7 +53,7 @@ MakePrior = Callable[[], Any]
 
 def build_critic(
     settings: CriticConfig,
-    vqvae: VQVAE,
+    vqvae: Tokenizer,
     *,
     extractor: Extractor | None = None,
     make_prior: MakePrior | None = None,
@@ -111,7 +111,7 @@ def critic_class(kind: str) -> type[nn.Module]:
     return cls
 
 
-def _facts(cls: type[nn.Module], vqvae: VQVAE) -> dict[str, Any]:
+def _facts(cls: type[nn.Module], vqvae: Tokenizer) -> dict[str, Any]:
     """What a tokenizer tells a critic's constructor: of its images, or of its codes, whatever the critic sees."""
     grid = vqvae.grid
     if getattr(cls, "sees", "pixels") == "codes":
@@ -149,7 +149,7 @@ def save_critic(path: Path, scorer: CriticScorer, kind: str) -> None:
 
 
 def load_critic(
-    path: Path, vqvae: VQVAE, device: torch.device | str = "cpu", make_prior: MakePrior | None = None
+    path: Path, vqvae: Tokenizer, device: torch.device | str = "cpu", make_prior: MakePrior | None = None
 ) -> tuple[nn.Module, ScoreNormalizer, Extractor | None]:
     """The critic of a file, frozen, the scale it was saved with, and the extractor it saw features of.
 
@@ -177,7 +177,7 @@ def load_critic(
 
 
 def load_scorer(
-    path: Path, vqvae: VQVAE, device: torch.device | str = "cpu", make_prior: MakePrior | None = None
+    path: Path, vqvae: Tokenizer, device: torch.device | str = "cpu", make_prior: MakePrior | None = None
 ) -> CriticScorer:
     """The frozen critic of a file, ready to score codes; errors as `load_critic`."""
     critic, normalizer, extractor = load_critic(path, vqvae, device, make_prior)

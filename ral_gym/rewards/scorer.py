@@ -30,7 +30,7 @@ from ral_gym.rewards.view import Sees, View, sees_of
 
 if TYPE_CHECKING:  # the quantiser's library takes seconds to import
     from ral_gym.metrics import Extractor
-    from ral_gym.tokenizers.vqvae import VQVAE
+    from ral_gym.tokenizers.base import Tokenizer
 
 
 class CriticScorer:
@@ -50,7 +50,7 @@ class CriticScorer:
 
     def __init__(
         self,
-        vqvae: VQVAE,
+        vqvae: Tokenizer,
         critic: nn.Module,
         reward: RewardKind = "single",
         normalizer: ScoreNormalizer | None = None,

@@ -14,8 +14,8 @@ from ral_gym.data.subsets import subset
 from ral_gym.priors.base import Prior
 from ral_gym.priors.sampler import make_sampler
 from ral_gym.priors.two_level import join_priors
+from ral_gym.tokenizers.base import Tokenizer
 from ral_gym.tokenizers.code_set import decode_codes, encode_images
-from ral_gym.tokenizers.vqvae import VQVAE
 
 N_GRIDS = 5
 """Grids of a stage, at equal distances; the last one at its end."""
@@ -38,7 +38,7 @@ def add_grid(writer: SummaryWriter, tag: str, images: Tensor | np.ndarray, step:
     writer.add_image(tag, picture, step)
 
 
-def add_reconstructions(writer: SummaryWriter, tag: str, vqvae: VQVAE, images: np.ndarray, step: int) -> None:
+def add_reconstructions(writer: SummaryWriter, tag: str, vqvae: Tokenizer, images: np.ndarray, step: int) -> None:
     """Add some images of uint8 (N, C, S, S), always the same ones, above their reconstructions."""
     real = images[subset(len(images), N_IMAGES, seed=0)]
     rebuilt = decode_codes(vqvae, encode_images(vqvae, real, progress=False))  # (B, C, S, S) uint8
@@ -49,7 +49,7 @@ def add_samples(
     writer: SummaryWriter,
     tag: str,
     prior: Prior,
-    vqvae: VQVAE,
+    vqvae: Tokenizer,
     step: int,
     top: Prior | None = None,
     seed: int = 0,

@@ -23,8 +23,8 @@ from ral_gym.errors import ConfigError, DataError
 from ral_gym.pictures import _array, _Panel, _scale, _tile, _write_panels
 from ral_gym.priors.base import Prior
 from ral_gym.priors.sampler import make_sampler
+from ral_gym.tokenizers.base import Tokenizer, device_of
 from ral_gym.tokenizers.code_set import decode_codes
-from ral_gym.tokenizers.vqvae import VQVAE
 
 HIDDEN = 127
 """Grey value that stands for hidden pixels in the picture."""
@@ -46,7 +46,7 @@ class Completion:
     """Generator -> (n, C, S, S), decoded from visible and drawn codes, one per seed."""
 
 
-def read_image(path: Path, vqvae: VQVAE, data: DataConfig) -> tuple[Tensor, str]:
+def read_image(path: Path, vqvae: Tokenizer, data: DataConfig) -> tuple[Tensor, str]:
     """One image, cut as the run's images were.
 
     Args:
@@ -125,7 +125,7 @@ def continue_codes(prior: Prior, given: Tensor, uniforms: Tensor, temperature: f
 
 @torch.no_grad()
 def complete(
-    vqvae: VQVAE,
+    vqvae: Tokenizer,
     generators: Mapping[str, Prior],
     image: Tensor,
     visible_share: float,
@@ -147,7 +147,7 @@ def complete(
     Raises:
         ConfigError: the share is not between 0 and 1, n is below 1, or the temperature is not above 0.
     """
-    rows = visible_code_rows(visible_share, vqvae.height)
+    rows = visible_code_rows(visible_share, vqvae.grid.height)
     if n < 1 or not 0 < temperature < math.inf:
         raise ConfigError(f"{n} completions at temperature {temperature}: give 1 or more, and a temperature above 0")
     if tuple(image.shape) != (vqvae.channels, vqvae.image_size, vqvae.image_size):
@@ -155,8 +155,8 @@ def complete(
             f"an image of shape {tuple(image.shape)}: it must be "
             f"{(vqvae.channels, vqvae.image_size, vqvae.image_size)}; read it with read_image"
         )
-    shown = rows * vqvae.image_size // vqvae.height  # pixel rows
-    device = next(vqvae.parameters()).device
+    shown = rows * vqvae.image_size // vqvae.grid.height  # pixel rows
+    device = device_of(vqvae)
     levels = vqvae.encode(to_float(image[None, :, :shown]).to(device))
     given = torch.cat(levels, 1).expand(n, -1)  # (n, codes_of(r))
     uniforms = seeded_uniforms(seed, n, vqvae.grid.n_codes)

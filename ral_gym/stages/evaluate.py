@@ -31,8 +31,8 @@ from ral_gym.stages.given_rows import measure_given_rows
 from ral_gym.stages.levels import load_generator
 from ral_gym.stages.pictures import draw_pictures
 from ral_gym.stages.rejection import critic_judge
+from ral_gym.tokenizers.base import Tokenizer
 from ral_gym.tokenizers.code_set import CodeSet
-from ral_gym.tokenizers.vqvae import VQVAE
 
 __all__ = ["ROW_FILES", "SWEPT", "check_images", "check_measuring", "evaluate", "measure", "results_of"]
 
@@ -54,7 +54,7 @@ TEMPERATURE_STEP = 0.1
 
 
 def evaluate(
-    run: Run, vqvae: VQVAE, codes: CodeSet, images: ImageSet, device: torch.device, progress: bool = True
+    run: Run, vqvae: Tokenizer, codes: CodeSet, images: ImageSet, device: torch.device, progress: bool = True
 ) -> dict[str, Any]:
     """Fill the table, write ``results.json`` and the pictures.
 

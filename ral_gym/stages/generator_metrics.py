@@ -24,7 +24,6 @@ from ral_gym.data.images import ImageSet
 from ral_gym.data.subsets import subset
 from ral_gym.errors import RunError
 from ral_gym.metrics import (
-    EncoderFeatures,
     Estimate,
     FeatureDistance,
     ImageDistance,
@@ -47,8 +46,8 @@ from ral_gym.priors.base import Prior
 from ral_gym.runs.run import Run
 from ral_gym.stages.pictures import sample_codes
 from ral_gym.stages.rejection import Judge, rejection_sample
+from ral_gym.tokenizers.base import Tokenizer, encoder_features
 from ral_gym.tokenizers.code_set import CodeSet, decode_codes, encode_images
-from ral_gym.tokenizers.vqvae import VQVAE
 
 REJECTION_SHARE = 0.25
 LOGITS_PER_PASS = 2**24
@@ -97,7 +96,7 @@ class GeneratorMetrics:
     def __init__(
         self,
         run: Run,
-        vqvae: VQVAE,
+        vqvae: Tokenizer,
         codes: CodeSet,
         images: ImageSet,
         device: torch.device,
@@ -113,8 +112,8 @@ class GeneratorMetrics:
         config = run.config.evaluation
         self.own_metrics = own_metrics(config.metrics)
         self.n_samples, self.seed = config.n_samples, run.config.seed * 1000 + 6
-        self.batch_size = max(1, LOGITS_PER_PASS // (vqvae.grid.n_codes * vqvae.codebook_size))
-        encoder = EncoderFeatures(vqvae.encode_features, vqvae.num_features)
+        self.batch_size = max(1, LOGITS_PER_PASS // (vqvae.grid.n_codes * vqvae.grid.codebook_size))
+        encoder = encoder_features(vqvae)
         self.extractor = make_extractor(config.extractor, encoder, device)
         self._order = torch.randperm(len(codes.train), generator=torch.Generator().manual_seed(self.seed)).numpy()
         self.reference = decode_codes(vqvae, codes.train[self._order[: self.n_samples]])  # (N, C, S, S)

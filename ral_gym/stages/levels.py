@@ -23,10 +23,8 @@ from ral_gym.priors.base import KIND, build_prior, prior_class
 from ral_gym.priors.check import check_prior
 from ral_gym.priors.two_level import load_levels
 from ral_gym.runs.run import Run
-from ral_gym.runs.storage import load_module
 from ral_gym.settings import constructor_parameters, part_arguments
-from ral_gym.tokenizers.vqvae import VQVAE
-from ral_gym.tokenizers.vqvae2 import vqvae_class
+from ral_gym.tokenizers.base import Tokenizer, load_tokenizer
 
 SECTIONS = ("prior", "bottom")
 """The settings of each level's prior."""
@@ -134,13 +132,18 @@ def held_out_nll(prior: Any, data: LevelCodes) -> float:
     return total / len(data.codes)
 
 
-def load_vqvae(run: Run, device: torch.device | str = "cpu") -> VQVAE:
-    """The run's trained VQ-VAE, of one level or two.
+def load_vqvae(run: Run, device: torch.device | str = "cpu") -> Tokenizer:
+    """The run's trained tokenizer, of one level or two.
 
     Raises:
-        RunError: the file is missing or damaged.
+        ConfigError: its file names a kind that is unknown here, or code that nobody has allowed.
+        RunError: the file is missing, damaged or of another number of levels.
     """
-    return load_module(run.file("vqvae.safetensors"), vqvae_class(run.config.vqvae.levels), device)
+    file = run.file("vqvae.safetensors")
+    tokenizer: Tokenizer = load_tokenizer(file, device)
+    if tokenizer.grid.levels != run.config.vqvae.levels:
+        raise RunError(f"{file} has {tokenizer.grid.levels} levels of codes, not {run.config.vqvae.levels}; remove it")
+    return tokenizer
 
 
 def load_generator(run: Run, name: str, device: torch.device | str = "cpu") -> Any:

@@ -14,8 +14,8 @@ from ral_gym.pictures import save_comparison, save_curves, save_frontier, save_n
 from ral_gym.priors.base import Prior
 from ral_gym.priors.sampler import make_sampler
 from ral_gym.runs.run import Run
+from ral_gym.tokenizers.base import Tokenizer
 from ral_gym.tokenizers.code_set import CodeSet, decode_codes
-from ral_gym.tokenizers.vqvae import VQVAE
 
 SAMPLE_BATCH = 500
 N_SHOWN = 16
@@ -38,7 +38,7 @@ def sample_codes(prior: Prior, n: int, seed: int, temperature: float = 1.0) -> T
 
 def draw_pictures(
     run: Run,
-    vqvae: VQVAE,
+    vqvae: Tokenizer,
     codes: CodeSet,
     images: ImageSet,
     priors: dict[str, Prior],

@@ -17,7 +17,7 @@ from ral_gym.stages.boards import add_samples
 from ral_gym.stages.common import WeightAverage
 from ral_gym.stages.levels import LevelCodes, held_out_nll, load_vqvae
 from ral_gym.stages.processes import process_index
-from ral_gym.tokenizers.vqvae import VQVAE
+from ral_gym.tokenizers.base import Tokenizer
 
 
 @dataclass
@@ -95,7 +95,7 @@ class HeldOut:
 class Board:
     """Shows in TensorBoard what the prior draws, decoded; no random state is touched."""
 
-    vqvae: VQVAE
+    vqvae: Tokenizer
     top: Prior | None
 
     @classmethod

@@ -19,8 +19,8 @@ from torch import Tensor
 from ral_gym.data.images import to_float
 from ral_gym.errors import ConfigError
 from ral_gym.rewards.scorer import CriticScorer
+from ral_gym.tokenizers.base import Tokenizer, device_of
 from ral_gym.tokenizers.code_set import decode_codes
-from ral_gym.tokenizers.vqvae import VQVAE
 
 Judge = Callable[[Tensor], Tensor]
 """Codes (B, T) int64 -> (B,) float, higher is better."""
@@ -87,18 +87,18 @@ def diversity(codes: Tensor) -> Diversity:
 
 def critic_judge(scorer: CriticScorer) -> Judge:
     """Judge by the mean score of a run's critic."""
-    device = next(scorer.vqvae.parameters()).device
+    device = device_of(scorer.vqvae)
     return lambda codes: scorer.image_scores(scorer.score(codes.to(device)))
 
 
-def classifier_judge(vqvae: VQVAE, classifier: Callable[[Tensor], Tensor]) -> Judge:
+def classifier_judge(vqvae: Tokenizer, classifier: Callable[[Tensor], Tensor]) -> Judge:
     """Judge by a classifier's confidence, its highest class probability, as VQ-VAE-2 does.
 
     Args:
         vqvae: decodes the codes.
         classifier: images (B, C, S, S) in [-1, 1] -> logits (B, classes).
     """
-    device = next(vqvae.parameters()).device
+    device = device_of(vqvae)
 
     @torch.no_grad()
     def confidence(codes: Tensor) -> Tensor:

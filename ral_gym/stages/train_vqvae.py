@@ -2,63 +2,61 @@
 
 from __future__ import annotations
 
+import inspect
+from typing import Any
+
 import torch
-from torch import Tensor
-from torch.nn import functional as F
+from accelerate import Accelerator
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from ral_gym.config import Config
 from ral_gym.data.images import ImageSet, augment, to_float
 from ral_gym.grid import CodeGrid
 from ral_gym.metrics import perplexity
 from ral_gym.runs.event_log import open_event_log
 from ral_gym.runs.run import Run, seed_everything
-from ral_gym.runs.storage import config_arguments, load_module, save_module
+from ral_gym.runs.storage import config_arguments
 from ral_gym.stages.boards import add_reconstructions, due
 from ral_gym.stages.common import Clock, check_finite, check_weights, restore_optimizer, step_of
 from ral_gym.stages.processes import Compute, JointBatches, make_accelerator, partners
-from ral_gym.tokenizers.vqvae import VQVAE
-from ral_gym.tokenizers.vqvae2 import vqvae_class
+from ral_gym.tokenizers.base import LOOP, load_tokenizer, save_tokenizer, tokenizer_of
 
 STAGE = "vqvae"
 LOG_EVERY = 10
+SHOWN = ("reconstruction_error", "perplexity", "loss")
+"""What the progress bar shows."""
 REMEDY = "lower vqvae.learning_rate"
 
 
-def build_vqvae(run: Run, images: ImageSet) -> VQVAE:
-    """The untrained model of the run's configuration."""
-    return vqvae_of(run.config, images.image_size, images.channels)
+def build_vqvae(run: Run, images: ImageSet) -> Any:
+    """The untrained tokenizer of the run's configuration."""
+    return tokenizer_of(run.config, images.image_size, images.channels)
 
 
-def vqvae_of(config: Config, image_size: int, channels: int) -> VQVAE:
-    """The untrained model of a configuration, for such images."""
-    names = (
-        "codebook_size",
-        "codebook_dim",
-        "hidden_units",
-        "residual_units",
-        "residual_blocks",
-        "layers",
-        "beta",
-        "encoder_filter_size",
-        "decoder_filter_size",
-        "decay",
-        "threshold_ema_dead_code",
-    )
-    cls = vqvae_class(config.vqvae.levels)
-    return cls(image_size, channels, **config_arguments(config.vqvae, names))
+class _Step(nn.Module):
+    """A tokenizer whose forward pass is its training loss, which is what several processes share."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer
+
+    def forward(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Images (B, C, S, S) in [-1, 1] -> loss, and what is logged."""
+        loss = self.tokenizer.training_loss(images)
+        return loss if isinstance(loss, tuple) else (loss, {})
 
 
 @partners()
 def train_vqvae(
     run: Run, images: ImageSet, device: torch.device, progress: bool = True, compute: Compute | None = None
-) -> VQVAE:
+) -> Any:
     """Train, or continue, or load what is there; all processes together where there are several.
 
-    The loss is the mean squared error plus the commitment loss (weight beta); the codebook moves by its own
+    A VQ-VAE's loss is the mean squared error plus the commitment loss (weight beta); the codebook moves by its own
     exponential average. Logged every 10 steps: `loss`, `reconstruction_error` (mean squared error), `perplexity` and
     `code_usage` (share of the codebook used; of both, with two levels) of the batch. TensorBoard also has held-out
-    images above their reconstructions.
+    images above their reconstructions. A tokenizer without `training_loss` is fitted by its own
+    loop, or taken as it is.
 
     Raises:
         ConfigError: the batch cannot be shared out evenly.
@@ -66,15 +64,16 @@ def train_vqvae(
         RunError: another process is gone.
     """
     file, config, compute = run.file("vqvae.safetensors"), run.config.vqvae, compute or Compute()
-    cls = vqvae_class(config.levels)
     if file.exists():
-        return load_module(file, cls, device, build_vqvae(run, images).config)
+        return load_tokenizer(file, device, build_vqvae(run, images).config)
     seed_everything(run.config.seed * 1000 + 1)
     accelerator = make_accelerator(device, compute)  # before the model: a codebook asks whether there are processes
     main = accelerator.is_main_process
     vqvae = build_vqvae(run, images)
+    if not hasattr(vqvae, "training_loss"):
+        return _fit(run, vqvae, images, accelerator, progress)
     optimizer = torch.optim.Adam(vqvae.parameters(), lr=config.learning_rate)
-    model, optimizer = accelerator.prepare(vqvae, optimizer)
+    model, optimizer = accelerator.prepare(_Step(vqvae), optimizer)
     n_parts = compute.gradient_accumulation
     batches = JointBatches(accelerator, len(images.train), config.batch_size, n_parts, "vqvae.batch_size")
     batches.join_codebooks(vqvae)
@@ -96,19 +95,17 @@ def train_vqvae(
     vqvae.train()
     for step in steps:
         optimizer.zero_grad()
-        parts: list[tuple[Tensor, Tensor, Tensor]] = []
+        parts: list[tuple[Tensor, dict[str, Tensor]]] = []
         for number, rows in enumerate(batches.draw()):
             batch = to_float(torch.from_numpy(images.train[rows.numpy()]))  # (B, C, S, S)
             if config.augment:
                 batch = augment(batch, torch.default_generator)
             batch = batch.to(accelerator.device)
             with batches.part(model, number):
-                reconstruction, codes, commitment = model(batch)
-                error = F.mse_loss(reconstruction, batch)
-                loss = error + commitment
+                loss, logged = model(batch)
                 check_finite(loss, STAGE, step, REMEDY)
                 accelerator.backward(loss / n_parts)
-            parts.append((loss.detach(), error.detach(), codes))
+            parts.append((loss.detach(), logged))
         optimizer.step()
         if step % LOG_EVERY == 0:
             figures = _figures(batches, parts, vqvae.grid)
@@ -116,8 +113,7 @@ def train_vqvae(
                 run.log(STAGE, step, figures)
                 for name, figure in figures.items():
                     writer.add_scalar(f"vqvae/{name}", figure, step)
-                error_text = f"{figures['reconstruction_error']:.4f}"
-                steps.set_postfix(error=error_text, perplexity=f"{figures['perplexity']:.0f}")
+                steps.set_postfix({name: f"{figures[name]:.4g}" for name in SHOWN if name in figures})
         if writer is not None and due(step, config.training_steps):
             add_reconstructions(writer, "vqvae/real_and_reconstruction", vqvae, shown, step)
         if main and clock.due():
@@ -128,23 +124,41 @@ def train_vqvae(
     if writer is not None:
         writer.close()
         check_weights(vqvae, STAGE, config.training_steps, REMEDY)
-        save_module(file, vqvae, images=images.description)
+        save_tokenizer(file, vqvae, images=images.description)
         clock.book()
     accelerator.wait_for_everyone()
-    return load_module(file, cls, device)
+    return load_tokenizer(file, device)
 
 
-def _figures(batches: JointBatches, parts: list[tuple[Tensor, Tensor, Tensor]], grid: CodeGrid) -> dict[str, float]:
-    """What is logged of a step: the means of (loss, reconstruction error, codes (B, T)), of all parts and processes."""
-    losses, errors, codes = zip(*parts, strict=True)
-    levels = grid.split(batches.gather(list(codes)))
-    size, n = grid.codebook_size, grid.levels
-    return {
-        "loss": batches.mean(list(losses)),
-        "reconstruction_error": batches.mean(list(errors)),
-        "perplexity": sum(perplexity(level, size) for level in levels) / n,
-        "code_usage": sum(level.unique().numel() for level in levels) / (n * size),
-    }
+def _fit(run: Run, tokenizer: Any, images: ImageSet, accelerator: Accelerator, progress: bool) -> Any:
+    """Let a tokenizer train itself, by the first process alone, or take it as it is."""
+    file, clock = run.file("vqvae.safetensors"), Clock(run, STAGE)
+    if accelerator.is_main_process:
+        tokenizer.to(accelerator.device)
+        if hasattr(tokenizer, "fit"):
+            given = {"seed": run.config.seed, "progress": progress}
+            given |= config_arguments(run.config.vqvae, LOOP)
+            taken = inspect.signature(tokenizer.fit).parameters
+            tokenizer.fit(images.train, **{name: value for name, value in given.items() if name in taken})
+        check_weights(tokenizer, STAGE, 1, "check the tokenizer's own training")
+        save_tokenizer(file, tokenizer, images=images.description)
+        clock.book()
+    accelerator.wait_for_everyone()
+    return load_tokenizer(file, accelerator.device)
+
+
+def _figures(batches: JointBatches, parts: list[tuple[Tensor, dict[str, Tensor]]], grid: CodeGrid) -> dict[str, float]:
+    """What is logged of a step: means over all parts and processes, and how the codes (B, T) are used."""
+    found = {"loss": batches.mean([loss for loss, _ in parts])}
+    for name in parts[0][1]:
+        values = [logged[name] for _, logged in parts]
+        if name != "codes":
+            found[name] = batches.mean(values)
+            continue
+        levels, size, n = grid.split(batches.gather(values)), grid.codebook_size, grid.levels
+        found["perplexity"] = sum(perplexity(level, size) for level in levels) / n
+        found["code_usage"] = sum(level.unique().numel() for level in levels) / (n * size)
+    return found
 
 
 def _save(run: Run, step: int, vqvae: torch.nn.Module, optimizer: torch.optim.Optimizer, batches: JointBatches) -> None:

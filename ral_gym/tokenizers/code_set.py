@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,9 +17,7 @@ from ral_gym.data.images import ImageSet, augment, to_float, to_uint8
 from ral_gym.errors import RunError
 from ral_gym.grid import CodeGrid
 from ral_gym.runs.storage import load_tensors, save_tensors
-
-if TYPE_CHECKING:  # its quantiser's library takes seconds to import, which the toy environment has no use for
-    from ral_gym.tokenizers.vqvae import VQVAE
+from ral_gym.tokenizers.base import Tokenizer, device_of
 
 
 @dataclass(frozen=True)
@@ -87,7 +84,7 @@ def _fits(codes: Tensor, grid: CodeGrid) -> bool:
 
 @torch.no_grad()
 def encode_images(
-    vqvae: VQVAE,
+    vqvae: Tokenizer,
     images: np.ndarray,
     *,
     passes: int = 1,
@@ -110,7 +107,7 @@ def encode_images(
     Returns:
         (passes * N, T) int16.
     """
-    device = next(vqvae.parameters()).device
+    device = device_of(vqvae)
     batch_size = batch_size or _default_batch_size(vqvae)
     codes = np.empty((passes * len(images), vqvae.grid.n_codes), np.int16)
     generator = torch.Generator().manual_seed(seed)
@@ -124,7 +121,7 @@ def encode_images(
     return codes
 
 
-def encode_set(vqvae: VQVAE, images: ImageSet, *, passes: int, seed: int, progress: bool = True) -> CodeSet:
+def encode_set(vqvae: Tokenizer, images: ImageSet, *, passes: int, seed: int, progress: bool = True) -> CodeSet:
     """Encode the training images (in `passes` passes) and the held-out ones (as they are)."""
     train = encode_images(vqvae, images.train, passes=passes, seed=seed, progress=progress)
     test = encode_images(vqvae, images.test, progress=False)
@@ -133,9 +130,9 @@ def encode_set(vqvae: VQVAE, images: ImageSet, *, passes: int, seed: int, progre
 
 
 @torch.no_grad()
-def decode_codes(vqvae: VQVAE, codes: np.ndarray | Tensor, batch_size: int | None = None) -> Tensor:
+def decode_codes(vqvae: Tokenizer, codes: np.ndarray | Tensor, batch_size: int | None = None) -> Tensor:
     """Codes (N, codes_of(r)) of r rows -> images (N, C, r * S / H, S) uint8 on the CPU; `batch_size` as above."""
-    device = next(vqvae.parameters()).device
+    device = device_of(vqvae)
     batch_size = batch_size or _default_batch_size(vqvae)
     codes = torch.as_tensor(codes).long()
     batches = [
@@ -144,6 +141,6 @@ def decode_codes(vqvae: VQVAE, codes: np.ndarray | Tensor, batch_size: int | Non
     return torch.cat(batches)
 
 
-def _default_batch_size(vqvae: VQVAE) -> int:
+def _default_batch_size(vqvae: Tokenizer) -> int:
     """At most as many pixels as 256 images of 64x64 have, since activations grow with them."""
     return max(1, min(256, 256 * 64**2 // vqvae.image_size**2))

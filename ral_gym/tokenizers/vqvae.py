@@ -14,28 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from vector_quantize_pytorch import VectorQuantize
 
 from ral_gym.errors import ConfigError
 from ral_gym.grid import CodeGrid
+from ral_gym.residual import ResidualBlock
 from ral_gym.tokenizers.quantiser import Quantiser, nearest, quantise, vectors_at
-
-
-class ResidualBlock(nn.Module):
-    """``x + conv1x1(relu(conv3x3(relu(x))))``, `residual_units` channels in the middle."""
-
-    def __init__(self, hidden_units: int, residual_units: int) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.ReLU(),
-            nn.Conv2d(hidden_units, residual_units, 3, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(residual_units, hidden_units, 1),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Shape (B, hidden_units, H, W) in and out."""
-        return x + self.body(x)
 
 
 class VQVAE(nn.Module):
@@ -159,6 +144,12 @@ class VQVAE(nn.Module):
         """
         vectors, codes, commitment = quantise(self.quantiser, self.encode_features(images))
         return self.paint([vectors]), codes, commitment
+
+    def training_loss(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean squared error plus commitment loss of images (B, C, S, S), and what is logged of a step."""
+        reconstruction, codes, commitment = self(images)
+        error = F.mse_loss(reconstruction, images)
+        return error + commitment, {"reconstruction_error": error.detach(), "codes": codes}
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> list[Tensor]:
