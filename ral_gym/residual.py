@@ -32,8 +32,18 @@ class ResidualBlock(nn.Module):
         return x + self.out(self.dropout(F.relu(self.inner(F.relu(x)))))
 
 
+def present_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of a whole network, older names replaced by today's."""
+    renamed = {}
+    for name, tensor in state.items():
+        for old, new in _OLD_NAMES.items():
+            name = name.replace(f".{old}", f".{new}")
+        renamed[name] = tensor
+    return renamed
+
+
 def _rename(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
-    """Let an older file's names stand for today's."""
+    """The same for one block, whatever loads it, such as a stage's checkpoint."""
     for old, new in _OLD_NAMES.items():
         for part in ("weight", "bias"):
             if (name := f"{prefix}{old}{part}") in state:

@@ -7,8 +7,10 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from ral_gym.commands.cli import main
 from ral_gym.errors import ConfigError
@@ -67,10 +69,24 @@ def parts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 def test_the_examples_tokenizer_through_all_stages_and_commands(
     parts: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = parts / "runs" / "own"
+    run, photo = parts / "runs" / "own", parts / "photo.png"
+    flags = [*TINY, "--runs", str(run.parent), "--name", "own", "--vqvae.kind", NAME, "--vqvae.options", "patch", "4"]
+    assert main(["train", "--dry-run", *flags]) == 0 and "Patches" in capsys.readouterr().out
+    assert main(["train", *flags]) == 0
+    tokenizer = load_tokenizer(run / "vqvae.safetensors")
+    assert tokenizer.grid.height == 8 and tokenizer.patches.abs().sum() > 0
+    assert main(["train", *flags]) == 0  # it is finished: the table again
+    assert main(["sample", str(run), "--n", "4", "--plugin", NAME]) == 0
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40), np.uint8)).save(photo)
+    assert main(["complete", str(run), str(photo), "--plugin", NAME]) == 0
+    assert main(["verify", str(run), "--plugin", NAME]) == 0
+    assert main(["report", str(run), "--plugin", NAME]) == 0
+
+
+def test_a_loss_of_its_own_is_minimised_by_stage_1(parts: Path) -> None:
     flags = [*TINY, "--runs", str(parts), "--name", "r", "--vqvae.kind", "more_tokenizers:Learning"]
-    flags += ["--stages", "vqvae"]
-    assert main(["train", *flags, "--vqvae.learning-rate", "0.1", "--vqvae.training-steps", "40"]) == 0
+    flags += ["--stages", "vqvae", "--vqvae.learning-rate", "0.1", "--vqvae.training-steps", "40"]
+    assert main(["train", *flags]) == 0
     assert float(load_tokenizer(parts / "r" / "vqvae.safetensors").bias) < 1
     lines = [json.loads(line) for line in (parts / "r" / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["step"] == 40 and lines[-1]["loss"] < lines[0]["loss"]

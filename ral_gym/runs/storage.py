@@ -194,6 +194,7 @@ def rebuild_module(
     if others:
         raise RunError(f"{path} belongs to another model ({'; '.join(others[:3])}); remove it to make it again")
     try:
+        tensors = getattr(cls, "present_names", dict)(tensors)  # of an older version's file
         arguments = {name: value for name, value in check_arguments(found).items() if name not in left_out}
         with torch.random.fork_rng(devices=[]):  # what comes after must not depend on whether a file was read before
             module = build(cls, arguments, {name: tensor.shape for name, tensor in tensors.items()})

@@ -135,7 +135,7 @@ def tokenizer_of(config: Config, image_size: int, channels: int) -> Any:
     arguments = part_arguments(cls, config.vqvae, "vqvae", training=(*LOOP, "levels"), given=GIVEN, untouched=untouched)
     _check_loop(cls, config.vqvae, untouched)
     try:
-        tokenizer = cls(image_size=image_size, channels=channels, **arguments)
+        tokenizer: Any = cls(image_size=image_size, channels=channels, **arguments)
     except RalGymError:
         raise
     except Exception as error:  # code of somebody else's
@@ -144,8 +144,8 @@ def tokenizer_of(config: Config, image_size: int, channels: int) -> Any:
             f"tokenizer {kind!r} cannot be built ({type(error).__name__}: {reason}); check the settings of vqvae"
         ) from error
     check_tokenizer(tokenizer, kind)
-    if tokenizer.grid.levels != config.vqvae.levels:
-        levels = tokenizer.grid.levels
+    levels = tokenizer.grid.levels
+    if levels != config.vqvae.levels:
         raise ConfigError(f"tokenizer {kind!r} has {levels} levels of codes: give --vqvae.levels {levels}")
     found = {"image_size": tokenizer.image_size, "channels": tokenizer.channels}
     others = differences(found, {"image_size": image_size, "channels": channels})
@@ -192,7 +192,7 @@ def check_tokenizer(tokenizer: Any, kind: str) -> None:
 
 def save_tokenizer(path: Path, tokenizer: Any, **facts: Any) -> None:
     """Write a tokenizer's weights, its kind and its constructor's arguments; see `save_module`."""
-    save_module(path, tokenizer, **{KIND: kind_of(tokenizer)}, **facts)
+    save_module(path, tokenizer, kind=kind_of(tokenizer), **facts)
 
 
 def load_tokenizer(path: Path, device: torch.device | str = "cpu", config: Mapping[str, Any] | None = None) -> Any:

@@ -19,7 +19,7 @@ from vector_quantize_pytorch import VectorQuantize
 
 from ral_gym.errors import ConfigError
 from ral_gym.grid import CodeGrid
-from ral_gym.residual import ResidualBlock
+from ral_gym.residual import ResidualBlock, present_names
 from ral_gym.tokenizers.quantiser import Quantiser, nearest, quantise, vectors_at
 
 
@@ -51,6 +51,8 @@ class VQVAE(nn.Module):
     """
 
     levels = 1
+    present_names = staticmethod(present_names)
+    """What `rebuild_module` makes of an older file's names."""
 
     def __init__(
         self,
