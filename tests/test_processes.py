@@ -134,7 +134,7 @@ def test_a_process_that_dies_is_told_and_leaves_no_half_run(tmp_path) -> None:
     assert lines[-1].startswith("error: process 0 of 2 lost another one") and "Traceback" not in errors, errors
     left = {path.name for path in (tmp_path / "smoke").iterdir()}
     # On a slow machine a whole checkpoint may have been due.
-    assert left - {"checkpoints", "seconds.json"} == {"config.json", "metrics.jsonl", "tensorboard"}
+    assert left - {"checkpoints", "seconds.json", ".lock"} == {"config.json", "metrics.jsonl", "tensorboard"}
     assert not list(tmp_path.rglob(".*.tmp"))
     assert figures(tmp_path / "smoke")
 
