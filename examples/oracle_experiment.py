@@ -34,7 +34,7 @@ from ral_gym.commands.ending import run_command
 from ral_gym.commands.train import base_run
 from ral_gym.config import Config
 from ral_gym.errors import RunError
-from ral_gym.metrics import EncoderFeatures, FeatureDistance, entropy, extract, make_extractor, oracle_metrics
+from ral_gym.metrics import FeatureDistance, entropy, extract, make_extractor, oracle_metrics
 from ral_gym.priors.pixelcnn import PixelCNN
 from ral_gym.runs.run import Run
 from ral_gym.runs.storage import differences, load_json, load_module, save_json
@@ -42,6 +42,7 @@ from ral_gym.stages.fork import fork_run
 from ral_gym.stages.levels import load_generator, load_vqvae
 from ral_gym.stages.pictures import sample_codes
 from ral_gym.stages.train_prior import train_prior
+from ral_gym.tokenizers.base import encoder_features
 from ral_gym.tokenizers.code_set import CodeSet, decode_codes
 
 CPU = torch.device("cpu")
@@ -217,7 +218,7 @@ class Measurement:
         self.of, self.settings, self.file = of, of.settings, of.folder / "rows.json"
         self.kept: Figures = load_json(self.file) if self.file.exists() else {"rows": {}, "entropy": {}, "curve": {}}
         self._distances: dict[str, FeatureDistance] = {}
-        encoder = EncoderFeatures(of.vqvae.encode_features, of.vqvae.num_features)
+        encoder = encoder_features(of.vqvae)
         self.extractor = make_extractor(of.base.config.evaluation.extractor, encoder, CPU)
 
     def row(self, name: str, prior: Any, temperature: float = 1.0) -> Figures:

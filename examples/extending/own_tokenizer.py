@@ -15,6 +15,8 @@ from ral_gym.grid import CodeGrid
 class Patches(nn.Module):
     """Images -> the nearest of K patches at every position -> images."""
 
+    patches: Tensor
+
     def __init__(self, image_size: int, channels: int, codebook_size: int = 16, patch: int = 8) -> None:
         super().__init__()
         self.config = dict(image_size=image_size, channels=channels, codebook_size=codebook_size, patch=patch)
@@ -26,13 +28,12 @@ class Patches(nn.Module):
         """Take K random patches of uint8 images (N, C, S, S)."""
         rng = np.random.default_rng(seed)
         real = to_float(torch.from_numpy(images[rng.permutation(len(images))[:500]])).to(self.patches.device)
-        vectors = F.unfold(real, self.patch, stride=self.patch).transpose(1, 2).flatten(0, 1)  # (N, C p p)
+        vectors = F.unfold(real, self.patch, stride=self.patch).mT.flatten(0, 1)  # (N, C p p)
         self.patches.copy_(vectors[rng.permutation(len(vectors))[: len(self.patches)]])
 
     def encode(self, images: Tensor) -> list[Tensor]:
         """(B, C, S, S) -> [(B, T)]."""
-        vectors = F.unfold(images, self.patch, stride=self.patch).transpose(1, 2)  # (B, T, C p p)
-        return [torch.cdist(vectors, self.patches).argmin(-1)]
+        return [torch.cdist(F.unfold(images, self.patch, stride=self.patch).mT, self.patches).argmin(-1)]
 
     def decode(self, codes: Tensor) -> Tensor:
         """(B, r * W) -> (B, C, r * patch, S)."""

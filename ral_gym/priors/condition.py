@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ral_gym.errors import ConfigError
-from ral_gym.residual import ResidualBlock
+from ral_gym.tokenizers.residual import ResidualBlock
 
 
 def upsample(x: Tensor, factor: int) -> Tensor:

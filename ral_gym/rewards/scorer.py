@@ -17,7 +17,7 @@ What a critic may be (all but `forward` is optional):
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -27,10 +27,10 @@ from ral_gym.errors import ConfigError
 from ral_gym.grid import CodeGrid
 from ral_gym.rewards.score_map import RewardKind, ScoreNormalizer, step_rewards
 from ral_gym.rewards.view import Sees, View, sees_of
+from ral_gym.tokenizers.base import Tokenizer, device_of
 
 if TYPE_CHECKING:  # the quantiser's library takes seconds to import
     from ral_gym.metrics import Extractor
-    from ral_gym.tokenizers.base import Tokenizer
 
 
 class CriticScorer:
@@ -72,7 +72,7 @@ class CriticScorer:
     def device(self) -> torch.device:
         """Where the critic is."""
         weights = next(self.critic.parameters(), None)
-        return next(self.vqvae.parameters()).device if weights is None else weights.device
+        return device_of(self.vqvae) if weights is None else weights.device
 
     @property
     def dense(self) -> bool:
@@ -178,7 +178,7 @@ def _as_map(scores: Tensor) -> Tensor:
     return scores
 
 
-def encoder_features(vqvae: nn.Module) -> Extractor:
+def encoder_features(vqvae: Any) -> Extractor:
     """The tokenizer's own encoder, averaged over space.
 
     Raises:
@@ -190,4 +190,4 @@ def encoder_features(vqvae: nn.Module) -> Extractor:
         raise ConfigError(
             f"{type(vqvae).__name__} has no encode_features to take features from: choose --ral.reward-features pyramid"
         )
-    return EncoderFeatures(vqvae.encode_features, int(vqvae.num_features))  # type: ignore[arg-type]
+    return EncoderFeatures(vqvae.encode_features, int(vqvae.num_features))

@@ -16,7 +16,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,11 +24,13 @@ from torch import Tensor, nn
 from ral_gym.config import Config, VQVAEConfig
 from ral_gym.errors import ConfigError, RalGymError, RunError
 from ral_gym.grid import CodeGrid
-from ral_gym.metrics.features import EncoderFeatures
 from ral_gym.presets import PRESETS
 from ral_gym.registry import TOKENIZERS
 from ral_gym.runs.storage import differences, load_tensors, rebuild_module, save_module
 from ral_gym.settings import part_arguments
+
+if TYPE_CHECKING:
+    from ral_gym.metrics.features import EncoderFeatures
 
 KIND = "kind"
 MEMBERS = ("grid", "image_size", "channels", "config", "encode", "decode")
@@ -93,6 +95,8 @@ def encoder_features(tokenizer: Any) -> EncoderFeatures | None:
     """The extractor `encoder`: ``encode_features(images) -> (B, num_features, h, w)``; None where it offers none."""
     if not hasattr(tokenizer, "encode_features") or not hasattr(tokenizer, "num_features"):
         return None
+    from ral_gym.metrics.features import EncoderFeatures  # takes a second, which environments need not wait for
+
     return EncoderFeatures(tokenizer.encode_features, int(tokenizer.num_features))
 
 

@@ -19,8 +19,8 @@ from vector_quantize_pytorch import VectorQuantize
 
 from ral_gym.errors import ConfigError
 from ral_gym.grid import CodeGrid
-from ral_gym.residual import ResidualBlock, present_names
 from ral_gym.tokenizers.quantiser import Quantiser, nearest, quantise, vectors_at
+from ral_gym.tokenizers.residual import ResidualBlock, present_names
 
 
 class VQVAE(nn.Module):
