@@ -87,6 +87,7 @@ SIZES: dict[int, str] = {
         """,
     1_000_000_000: """
         vqvae.training_steps prior.training_steps prior.evaluate_every ral.n_updates ral.checkpoint_every
+        prior.held_out evaluation.held_out
         critic.warmup_steps data.limit data.memory_budget_mb
         ral.reinforce.batch_size ral.grpo.batch_size ral.ppo.batch_size ral.maskable_ppo.batch_size ral.trpo.batch_size
         """,
