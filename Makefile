@@ -14,7 +14,7 @@ PIP := $(PY) -m pip --quiet --quiet --no-input --disable-pip-version-check
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo results assets test test-slow test-cuda check format bench clean distclean
+.PHONY: help venv demo results assets test test-slow test-cuda test-faults soak check format bench clean distclean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -31,13 +31,19 @@ assets: $(STAMP) ## Make the models that come with the package again, from the r
 	$(PY) examples/make_assets.py $(ARGS)
 
 test: $(STAMP) ## The fast tests; options: JOBS=4 ARGS="-k sampler"
-	OMP_NUM_THREADS=1 $(PY) -P -m pytest -m "not slow and not cuda" -n $(JOBS) $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -P -m pytest -m "not slow and not cuda and not faults" -n $(JOBS) $(ARGS)
 
 test-slow: $(STAMP) ## The tests that train for minutes
-	$(PY) -P -m pytest -m "slow and not cuda" $(ARGS)
+	$(PY) -P -m pytest -m "slow and not cuda and not faults" $(ARGS)
 
 test-cuda: $(STAMP) ## The tests that need a CUDA device
 	$(PY) -P -m pytest -m cuda $(ARGS)
+
+test-faults: $(STAMP) ## Kills, full disks, damaged files, a 3-minute soak (20 minutes at most)
+	OMP_NUM_THREADS=1 $(PY) -P -m pytest -m faults -n $(JOBS) --dist loadfile $(ARGS)
+
+soak: $(STAMP) ## 30 minutes of environment, stage 3 and sample; memory must stay flat
+	RAL_GYM_SOAK_SECONDS=1800 OMP_NUM_THREADS=1 $(PY) -P -m pytest -m faults -s tests/test_soak.py $(ARGS)
 
 check: $(STAMP) ## Lint, formatting, types
 	$(PY) -m ruff check .
