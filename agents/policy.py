@@ -25,7 +25,7 @@ from ral_gym.agents.episodes import Episodes
 from ral_gym.agents.step_cache import StepCache, first_not_drawn
 from ral_gym.errors import ConfigError
 from ral_gym.grid import CodeGrid
-from ral_gym.priors.base import Prior, build_prior, config_of, load_config
+from ral_gym.priors.base import Prior, build_prior, config_of, load_prior
 from ral_gym.priors.check import check_prior
 from ral_gym.priors.sampler import CachedSampler, draw
 from ral_gym.priors.two_level import load_levels
@@ -74,8 +74,7 @@ class PriorWeights:
             path = Path(prior)
             if path.is_dir():
                 return cls.of(load_levels(path, "prior", 1 + (path / "prior_bottom.safetensors").exists()))
-            weights, config = load_config(path)
-            return cls(config, weights)
+            return cls.of(load_prior(path))
         check_prior(prior)
         return cls(config_of(prior), weights_of(prior))  # type: ignore[arg-type]
 

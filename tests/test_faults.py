@@ -230,7 +230,9 @@ def odd_images(seed: int) -> list[tuple[str, bytes]]:
             buffer = io.BytesIO()
             array = np.random.default_rng(seed).integers(0, 255, (40, 40), dtype=np.uint8)
             try:
-                Image.fromarray(array).convert("I" if mode == "I;16" else mode).save(buffer, kind)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    Image.fromarray(array).convert("I" if mode == "I;16" else mode).save(buffer, kind)
             except (OSError, ValueError, KeyError):
                 continue
             whole = buffer.getvalue()

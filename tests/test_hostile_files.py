@@ -11,10 +11,13 @@ from typing import Any
 import pytest
 import torch
 
+from ral_gym.agents.policy import PriorWeights
 from ral_gym.commands.cli import main
 from ral_gym.commands.generate import open_run
 from ral_gym.errors import RalGymError, RunError
 from ral_gym.metrics.table import results_table
+from ral_gym.priors.base import save_prior
+from ral_gym.priors.pixelcnn import PixelCNN
 from ral_gym.rewards.critic import PatchCritic
 from ral_gym.rewards.score_map import ScoreNormalizer
 from ral_gym.runs.results import check_rows, load_results
@@ -181,3 +184,22 @@ def test_text_from_files_reaches_no_terminal_raw(tmp_path, smoke_run, capsys) ->
     captured = capsys.readouterr()
     assert "\x1b" not in captured.out + captured.err and "\x07" not in captured.out + captured.err
     assert r"\x1b]0;gotcha\x07" in captured.out and r"\x1b]0;gotcha\x07" in captured.err
+
+
+def test_a_prior_of_another_grid_is_refused(tmp_path, smoke_run, capsys) -> None:
+    folder = shutil.copytree(smoke_run, tmp_path / "run")
+    save_prior(folder / "prior.safetensors", PixelCNN(8, 3, 3, hidden_units=8, residual_units=8, layers=1))
+    assert main(["sample", str(folder), "--generator", "prior"]) == 2
+    assert "prior.safetensors draws CodeGrid(height=3, width=3, codebook_size=8" in capsys.readouterr().err
+
+
+def test_a_policy_does_not_start_from_a_damaged_file(tmp_path, smoke_run) -> None:
+    path = tmp_path / "prior.safetensors"
+    shutil.copy(smoke_run / "prior.safetensors", path)
+    PriorWeights.of(path)
+    edit_tensors(path, lambda t: {name: tensor * float("inf") for name, tensor in t.items()}, same)
+    with pytest.raises(RunError, match="has NaN or infinite numbers"):
+        PriorWeights.of(path)
+    edit_tensors(path, same, lambda facts: {})
+    with pytest.raises(RunError, match=r"prior\.safetensors"):
+        PriorWeights.of(path)

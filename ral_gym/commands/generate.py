@@ -47,6 +47,19 @@ def need(run: Run, names: list[str], remedy: str) -> None:
         raise RunError(f"{run.path} has no {', '.join(missing)}: {remedy}")
 
 
+def check_fits(run: Run, name: str, prior: Any, vqvae: Any) -> None:
+    """Refuse a generator that draws other codes than the run's VQ-VAE decodes.
+
+    Raises:
+        RunError: which file, and the two grids.
+    """
+    if prior.grid != vqvae.grid:
+        raise RunError(
+            f"{run.file(name + '.safetensors')} draws {prior.grid}, but vqvae.safetensors beside it decodes "
+            f"{vqvae.grid}; one of them is another run's"
+        )
+
+
 def generator_files(run: Run, name: str) -> list[str]:
     """The files of a generator."""
     bottom = [f"{name}_bottom.safetensors"] if run.config.vqvae.levels == 2 and name.startswith("prior") else []
@@ -70,6 +83,7 @@ def sample(arguments: SampleArguments, console: Console) -> Path:
     need(run, ["vqvae.safetensors", *generator_files(run, name)], f"train it ({GENERATORS[name]}) with ral-gym train")
     vqvae = load_vqvae(run, device)
     prior: Any = load_generator(run, name, device)
+    check_fits(run, name, prior, vqvae)
     codes = sample_codes(prior, arguments.n, arguments.seed, arguments.temperature)  # (n, T)
     path = Path(arguments.output or run.file(f"samples/sample_{name}.png"))
     caption = f"{GENERATORS[name]}; not selected; temperature {arguments.temperature:g}, seed {arguments.seed}"
@@ -101,6 +115,8 @@ def complete_image(arguments: CompleteArguments, console: Console) -> Path:
     if said:
         _say(console, said)
     generators = {label: load_generator(run, name, device) for label, name in COMPLETED_BY.items()}
+    for label, name in COMPLETED_BY.items():
+        check_fits(run, name, generators[label], vqvae)
     completion = complete(
         vqvae, generators, image, arguments.visible_rows, arguments.seeds, arguments.seed, arguments.temperature
     )

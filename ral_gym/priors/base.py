@@ -271,16 +271,6 @@ def load_prior(path: Path, device: torch.device | str = "cpu", config: dict[str,
     return prior
 
 
-def load_config(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The weights in a prior's file, and what `build_prior` takes.
-
-    Raises:
-        RunError: missing or damaged.
-    """
-    tensors, metadata = load_tensors(path)
-    return tensors, _stored_config(metadata)
-
-
 def _stored_config(metadata: dict[str, Any]) -> Any:
     """The `config_of` of the prior that a file holds; what is no dict is left for `rebuild_module` to refuse."""
     config = metadata.get("config")
