@@ -17,10 +17,11 @@ from ral_gym.config import SECTIONS, Config
 from ral_gym.config.flags import flags, parts_named
 from ral_gym.errors import ConfigError
 from ral_gym.presets import PRESETS, SMOKE, get_preset
+from ral_gym.registry import REWARDS
 from ral_gym.report.text import stage_command
 from ral_gym.runs.run import Run
 from ral_gym.schema import type_hints
-from ral_gym.settings import REWARD_TERMS, _parse_options, option_words
+from ral_gym.settings import _parse_options, option_words
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\x00"), max_size=12).filter(lambda text: text != "None")
 """Of an optional setting, None would be None."""
@@ -30,7 +31,7 @@ OPTIONS = st.dictionaries(
     st.one_of(st.none(), st.booleans(), st.integers(-5, 5), st.floats(allow_nan=False), st.just("4"), TEXT),
     max_size=3,
 )
-WEIGHTS = st.dictionaries(st.sampled_from(REWARD_TERMS), st.floats(1e-6, 1e6), min_size=1, max_size=4)
+WEIGHTS = st.dictionaries(st.sampled_from(sorted(REWARDS)), st.floats(1e-6, 1e6), min_size=1, max_size=4)
 
 
 def values(hint: Any, name: str) -> st.SearchStrategy[Any]:
@@ -50,7 +51,7 @@ def values(hint: Any, name: str) -> st.SearchStrategy[Any]:
 
 
 def names(config: Config) -> list[tuple[str, Any]]:
-    """Every setting that a command line can give, with its type; of the algorithms' sections the own one's."""
+    """Every setting but names of parts, which must be known ones; of the algorithms' sections the own one's."""
 
     def walk(section: Any, path: str) -> Any:
         for name, hint in type_hints(type(section)).items():
@@ -58,7 +59,7 @@ def names(config: Config) -> list[tuple[str, Any]]:
             if dataclasses.is_dataclass(getattr(section, name)):
                 if full.removeprefix("ral.") not in SECTIONS or full == f"ral.{config.ral.algo}":
                     yield from walk(getattr(section, name), f"{full}.")
-            elif full not in ("preset", "ral.algo", "evaluation.extractor", "evaluation.metrics"):
+            elif name != "kind" and full not in ("preset", "ral.algo", "evaluation.extractor", "evaluation.metrics"):
                 yield full, hint
 
     return list(walk(config, ""))
