@@ -50,6 +50,12 @@ class CriticCallback(RolloutReward):
         self._pool: FinishedImages | None = None
         self._warned = False
 
+    def _init_callback(self) -> None:
+        super()._init_callback()
+        distribution = self.code_env.core.distribution
+        if distribution.mode in ("scratch", "mixed"):
+            self.critic.scorer.check_rows(self.critic.real_codes[:1], distribution.row_multiple)
+
     def write(self, buffer: EpisodeRolloutBuffer, codes: Tensor) -> np.ndarray:
         """Train and score; returns (n,) the sums of the rewards that were written."""
         rewards = self.earn(self.critic.finished(codes), buffer.mask)

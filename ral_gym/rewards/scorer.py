@@ -107,6 +107,26 @@ class CriticScorer:
         self.critic.eval()
         return torch.cat([self.critic(batch) for batch in seen.split(self.batch_size)])
 
+    def check_rows(self, codes: Tensor, rows: int) -> None:
+        """Refuse a critic that cannot see short images, before an episode is drawn.
+
+        Args:
+            codes: (1, T) integer, of any image.
+            rows: how few rows an image may have.
+
+        Raises:
+            ConfigError: its `forward` fails on the first `rows` rows.
+        """
+        seen = self.seen(self.view(self.grid.crop(codes, rows)))
+        try:
+            self.scores_of(seen)
+        except RuntimeError as error:
+            name, reason = type(self.critic).__name__, (str(error).strip() or "no reason given").splitlines()[0]
+            raise ConfigError(
+                f"critic {name} fails on what it sees of {rows} of {self.grid.height} rows ({reason}): give it a "
+                f"row_multiple that returns code_rows, or choose --ral.reset-mode full"
+            ) from error
+
     def image_scores(self, scores: Tensor) -> Tensor:
         """Scores (B, ...) -> one per image (B,)."""
         own = getattr(self.critic, "image_scores", None)
