@@ -59,7 +59,7 @@ def test_every_algorithm_trains_it_and_no_weight_stays_behind(algo: str) -> None
     assert isinstance(model.policy.prior, GPT)
 
 
-@pytest.mark.parametrize("algo", ["ppo", "reinforce", "maskable_ppo"])
+@pytest.mark.parametrize("algo", POLICY_ALGORITHMS)
 def test_the_ratio_is_1_on_the_first_pass(algo: str) -> None:
     model = make_model(algo, toy_gpt(dropout=0.2))
     seen: list[float] = []
