@@ -22,6 +22,7 @@ from ral_gym.agents.algorithms.reinforce import Reinforce
 from ral_gym.agents.features import CodeFeatures
 from ral_gym.agents.maskable import MaskableEpisodeRolloutBuffer, MaskablePriorPolicy
 from ral_gym.agents.policy import PriorWeights
+from ral_gym.agents.vec_env import check_code_env
 from ral_gym.config import RALConfig
 from ral_gym.priors.base import Prior
 from ral_gym.registry import ALGORITHMS as REGISTRY
@@ -130,6 +131,7 @@ def algorithm_defaults(
         ConfigError: an algorithm that is unknown, or that cannot draw codes.
     """
     algorithm = find_algorithm(algo)
+    check_code_env(env)
     arguments = algorithm.keywords(env)
     if prior is not None and algorithm.trains_prior:
         arguments["policy_kwargs"] = arguments["policy_kwargs"] | {"prior": PriorWeights.of(prior)}

@@ -200,7 +200,7 @@ class EpisodeStorage(RolloutBuffer):
         if not (grids == self.not_drawn).any(1).all():
             raise ConfigError(
                 f"an episode begins with nothing to draw (no token {self.not_drawn} in its observation): take away "
-                "wrappers that change observations, such as DelayObservation"
+                "wrappers that change observations, and make VecNormalize with norm_obs=False"
             )
         self._start_grids.append(grids.astype(np.int32))
         self._expected[envs] = grids

@@ -152,7 +152,7 @@ class PriorPolicy(ActorCriticPolicy):
         optimizer_kwargs: its arguments, such as ``{"betas": (0.5, 0.999)}``.
 
     Raises:
-        ConfigError: the prior's K or T is not the environment's.
+        ConfigError: no prior, or its K or T is not the environment's.
     """
 
     def __init__(
@@ -161,7 +161,7 @@ class PriorPolicy(ActorCriticPolicy):
         action_space: spaces.Space,
         lr_schedule: Schedule,
         *,
-        prior: PriorWeights | Prior | Path | str,
+        prior: PriorWeights | Prior | Path | str | None = None,
         levels: Sequence[int] | None = None,
         train_levels: Literal["both", "top", "bottom"] = "both",
         value_units: int = 64,
@@ -171,6 +171,11 @@ class PriorPolicy(ActorCriticPolicy):
         optimizer_class: type[torch.optim.Optimizer] = torch.optim.Adam,
         optimizer_kwargs: dict[str, Any] | None = None,
     ) -> None:
+        if prior is None:
+            raise ConfigError(
+                f"{type(self).__name__} needs a network to start from: give policy_kwargs={{'prior': ...}}, a prior, "
+                "its file or a run folder, as algorithm_defaults(algo, env, prior=...) does"
+            )
         self._start = PriorWeights.of(prior)
         self.levels, self.train_levels = None if levels is None else tuple(levels), train_levels
         self._value_units, self._detach_features = value_units, detach_features

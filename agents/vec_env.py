@@ -9,9 +9,10 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
+from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec, load_env_creator
 from stable_baselines3.common.monitor import Monitor
-from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
+from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, unwrap_vec_normalize
 from torch import Tensor
 
 from ral_gym.envs.core import Finished, GenerationCore
@@ -227,10 +228,39 @@ def unwrap_code_env(env: VecEnv) -> CodeVecEnv | None:
     return env if isinstance(env, CodeVecEnv) else None
 
 
+def check_code_env(env: Any) -> None:
+    """Refuse an environment that cannot show whole images to an on-policy algorithm.
+
+    Args:
+        env: a `VecEnv`, with or without wrappers.
+
+    Raises:
+        ConfigError: not a `VecEnv` of ral_gym's codes, or episodes that a time limit ends before their last code.
+    """
+    if not isinstance(env, VecEnv):
+        raise ConfigError(f"{type(env).__name__} is no Stable-Baselines3 VecEnv: make the environments by make_sb3_env")
+    space = env.observation_space
+    whole = isinstance(space, spaces.Box) and len(space.shape) == 1 and env.has_attr("levels")
+    if not whole or sum(env.get_attr("levels", 0)[0]) != space.shape[0]:  # type: ignore[index]
+        raise ConfigError(
+            f"observations {space} are not the codes of a ral_gym environment: make it by make_sb3_env, and take away "
+            "wrappers that change observations, such as VecFrameStack"
+        )
+    normalised = unwrap_vec_normalize(env)
+    if normalised is not None and normalised.norm_obs:
+        raise ConfigError("VecNormalize changes the codes: make it with norm_obs=False, or leave it out")
+    limit = env.get_attr("_max_episode_steps", 0)[0] if env.has_attr("_max_episode_steps") else None
+    if limit is not None and limit < space.shape[0]:
+        raise ConfigError(
+            f"a time limit of {limit} steps ends episodes of {space.shape[0]} codes before there is an image: leave "
+            "max_episode_steps and TimeLimit out"
+        )
+
+
 def real_codes(env: VecEnv) -> np.ndarray | None:
     """The codes of real images behind an environment, (N, T), or None."""
     found = unwrap_code_env(env)
     return None if found is None else found.world.real_codes
 
 
-__all__: list[str] = ["CodeVecEnv", "make_sb3_env", "real_codes", "unwrap_code_env"]
+__all__: list[str] = ["CodeVecEnv", "check_code_env", "make_sb3_env", "real_codes", "unwrap_code_env"]

@@ -92,8 +92,8 @@ class GenerationCore:
         lockstep: bool = False,
         paired: bool = False,
     ) -> None:
-        if num_envs < 1:
-            raise ValueError(f"num_envs={num_envs}: at least 1 environment is needed")
+        if not isinstance(num_envs, int | np.integer) or num_envs < 1:
+            raise ValueError(f"num_envs={num_envs!r}: give how many environments there are, 1 or more")
         self.world, self.grid, self.num_envs, self.lockstep = world, world.grid, num_envs, lockstep
         n_images = 0 if world.real_codes is None else len(world.real_codes)
         self.distribution = StartDistribution(

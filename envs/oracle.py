@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from ral_gym.assets import asset_path
+from ral_gym.device import resolve_device
 from ral_gym.envs.generation import GenerationEnv
 from ral_gym.envs.run_world import load_frozen, load_frozen_prior, load_real_codes
 from ral_gym.envs.vector import RegisteredVectorEnv
-from ral_gym.envs.worlds import World, check_device, check_reward, make_masks
+from ral_gym.envs.worlds import World, check_reward, make_masks
 from ral_gym.grid import CodeGrid
 from ral_gym.priors.pixelcnn import PixelCNN
 from ral_gym.rewards.score_map import RewardKind, step_rewards
@@ -43,7 +44,7 @@ def oracle_world(
         DeviceError: a device that does not exist here.
     """
     check_reward(reward, ORACLE_REWARDS)
-    where = check_device(device)
+    where = resolve_device(device, auto=False)
     vqvae = load_frozen(asset_path("faces/vqvae.safetensors"), VQVAE, device)
     oracle = load_oracle(device)
     grid = CodeGrid(oracle.height, oracle.width, oracle.codebook_size)

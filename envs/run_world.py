@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from ral_gym.config import Config
-from ral_gym.envs.worlds import CRITIC_REWARDS, Scorer, World, check_device, check_reward, make_masks, term_scorer
+from ral_gym.device import resolve_device
+from ral_gym.envs.worlds import CRITIC_REWARDS, Scorer, World, check_reward, make_masks, term_scorer
 from ral_gym.grid import CodeGrid
 from ral_gym.priors.base import Prior, load_prior
 from ral_gym.priors.two_level import load_levels
@@ -52,7 +53,7 @@ def run_world(
     """
     load_plugins(plugins)
     check_reward(reward, registered=True)
-    where = check_device(device)
+    where = resolve_device(device, auto=False)
     folder = Path(run)
     config = read_config(folder)
     vqvae: Tokenizer = _load(folder / "vqvae.safetensors", load_tokenizer, device)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ral_gym.errors import DeviceError
+from ral_gym.device import resolve_device
 from ral_gym.grid import CodeGrid
 from ral_gym.priors.base import Prior
 from ral_gym.registry import REWARDS as TERMS
@@ -145,22 +145,6 @@ def term_scorer(reward: str, grid: CodeGrid, decode: Callable[[Tensor], Tensor],
     return score
 
 
-def check_device(name: str) -> torch.device:
-    """The device called `name`.
-
-    Raises:
-        DeviceError: there is no such device here.
-    """
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise DeviceError(f"device {name!r} is unknown: choose cpu, cuda or cuda:N") from error
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device.type == "cuda" and (device.index or 0) >= count:
-        raise DeviceError(f"device {name!r} asked for, but {count} CUDA devices are visible: choose cpu")
-    return device
-
-
 TOY_GRID = CodeGrid(height=4, width=4, codebook_size=8)
 TOY_TILE = 8
 """Pixels per tile."""
@@ -191,7 +175,7 @@ def toy_world(reward: str = "single", device: str = "cpu", forbidden_codes: Sequ
         DeviceError: a device that does not exist here.
     """
     check_reward(reward, registered=True)
-    where = check_device(device)
+    where = resolve_device(device, auto=False)
     scorer: Scorer | None = None
     if reward in CRITIC_REWARDS:
         kind: RewardKind = "intermediate" if reward == "intermediate" else "single"

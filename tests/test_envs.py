@@ -281,7 +281,7 @@ def test_every_environment_has_its_page(spec: EnvSpec) -> None:
     [
         ({"reward": "loss"}, ValueError, "reward 'loss' is unknown: choose one of .*single, intermediate, none"),
         ({"reset_mode": "half"}, ValueError, "reset_mode='half' is unknown: choose one of full"),
-        ({"device": "gpu"}, DeviceError, "device 'gpu' is unknown: choose cpu, cuda or cuda:N"),
+        ({"device": "gpu"}, DeviceError, "unknown device 'gpu': choose cpu, cuda or cuda:N"),
         ({"device": "cuda:99"}, DeviceError, "device 'cuda:99' asked for, but . CUDA devices are visible"),
     ],
 )

@@ -6,34 +6,81 @@ Stable-Baselines3 algorithms: callbacks, loggers, save and load work as they do 
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self, TypedDict
 
 import numpy as np
 import torch
 from gymnasium import spaces
+from gymnasium.vector import VectorEnv
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.type_aliases import GymEnv, Schedule
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
 from ral_gym.agents.episodes import EpisodeRolloutBuffer
 from ral_gym.agents.policy import PriorPolicy, PriorWeights, episode_logits
-from ral_gym.agents.vec_env import CodeVecEnv, real_codes
+from ral_gym.agents.vec_env import CodeVecEnv, check_code_env, real_codes
 from ral_gym.errors import ConfigError
 from ral_gym.priors.base import Prior, maximum_likelihood_loss
 
 Figures = dict[str, float]
 
 
+class EpisodeArguments(TypedDict, total=False):
+    """The keyword arguments that `Reinforce` and `GRPO` hand on to `EpisodeAlgorithm`, which explains them."""
+
+    gamma: float
+    mle_coef: float
+    kl_coef: float
+    ent_coef: float
+    max_grad_norm: float
+    batch_size: int | None
+    fast_path: bool
+    rollout_buffer_class: type[EpisodeRolloutBuffer] | None
+    rollout_buffer_kwargs: dict[str, Any] | None
+    stats_window_size: int
+    tensorboard_log: str | None
+    policy_kwargs: dict[str, Any] | None
+    verbose: int
+    seed: int | None
+    device: torch.device | str
+    _init_setup_model: bool
+
+
 class EpisodeAlgorithm(OnPolicyAlgorithm):
-    """The base of `Reinforce` and `GRPO`; their pages explain the arguments. `train` makes `n_epochs` steps.
+    """The base of `Reinforce` and `GRPO`: one round of whole episodes per update, `n_epochs` optimizer steps on it.
 
     An algorithm of your own defines `advantages`, and `policy_loss` where it is not REINFORCE's.
 
+    Args:
+        policy: `PixelCNNPolicy` (the class or its name).
+        env: a `ral_gym` environment, best from `make_sb3_env`.
+        learning_rate: Adam's.
+        n_steps: capacity of the buffer per environment; None: T. A round is one finished episode per environment.
+        gamma: discount; 1 lets the first code see a terminal reward as well as the last.
+        mle_coef: weight of a maximum-likelihood loss on real codes, a batch as large as the round, in every update.
+        kl_coef: weight of KL(policy || the policy's starting weights), mean over drawn codes: exact over K, or an
+            estimate where the algorithm says so.
+        ent_coef: weight of the entropy bonus.
+        vf_coef: weight of the value loss, where the algorithm has one.
+        max_grad_norm: gradient clipping.
+        batch_size: transitions per forward and backward pass; gradients are summed over passes. None: all at once.
+        fast_path: draw whole images at once where all environments stand alike; False: step by step. Both give the
+            same codes, rewards and update from the same seed.
+        rollout_buffer_class: `EpisodeRolloutBuffer`.
+        rollout_buffer_kwargs: its arguments.
+        stats_window_size: episodes in the rollout averages.
+        tensorboard_log: folder.
+        policy_kwargs: `PixelCNNPolicy`'s arguments, such as ``{"prior": "runs/demo"}``.
+        verbose: SB3's.
+        seed: seeds everything.
+        device: SB3's.
+        _init_setup_model: SB3's.
+
     Raises:
-        ConfigError: a maximum-likelihood share without real codes.
+        ConfigError: a maximum-likelihood share without real codes, or an environment that cannot show whole episodes.
     """
 
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {"PriorPolicy": PriorPolicy, "PixelCNNPolicy": PriorPolicy}
@@ -58,9 +105,17 @@ class EpisodeAlgorithm(OnPolicyAlgorithm):
         batch_size: int | None = None,
         fast_path: bool = True,
         rollout_buffer_class: type[EpisodeRolloutBuffer] | None = None,
+        rollout_buffer_kwargs: dict[str, Any] | None = None,
+        stats_window_size: int = 100,
+        tensorboard_log: str | None = None,
+        policy_kwargs: dict[str, Any] | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: torch.device | str = "auto",
         _init_setup_model: bool = True,
-        **kwargs: Any,
     ) -> None:
+        if isinstance(env, VectorEnv):
+            raise ConfigError(f"{type(env).__name__} is no Stable-Baselines3 VecEnv: use make_sb3_env(id, n_envs)")
         self.mle_coef, self.kl_coef = mle_coef, kl_coef
         self.batch_size, self.fast_path = batch_size, fast_path
         self._reference: Prior | None = None
@@ -77,14 +132,22 @@ class EpisodeAlgorithm(OnPolicyAlgorithm):
             use_sde=False,
             sde_sample_freq=-1,
             rollout_buffer_class=rollout_buffer_class or EpisodeRolloutBuffer,
+            rollout_buffer_kwargs=rollout_buffer_kwargs,
+            stats_window_size=stats_window_size,
+            tensorboard_log=tensorboard_log,
+            policy_kwargs=policy_kwargs,
+            verbose=verbose,
+            seed=seed,
+            device=device,
             supported_action_spaces=(spaces.Discrete,),
             _init_setup_model=False,
-            **kwargs,
         )
         if _init_setup_model:
             self._setup_model()
 
     def _setup_model(self) -> None:
+        if self.env is not None:
+            check_code_env(self.env)
         self.n_steps = self.n_steps or int(self.observation_space.shape[0])  # type: ignore[index]
         super()._setup_model()
         self._real_codes: np.ndarray | None = None
@@ -116,7 +179,7 @@ class EpisodeAlgorithm(OnPolicyAlgorithm):
         if not left.all():
             raise ConfigError(
                 f"environment {left.argmin()} shows nothing to draw (no token {rollout_buffer.not_drawn}): take away "
-                "wrappers that change observations"
+                "wrappers that change observations, and make VecNormalize with norm_obs=False"
             )
         if self.fast_path and isinstance(env, CodeVecEnv) and bool((to_draw == to_draw[0]).all()):
             went_on = self._collect_round(env, callback, rollout_buffer)
@@ -214,6 +277,19 @@ class EpisodeAlgorithm(OnPolicyAlgorithm):
             self.logger.record(f"train/{name}", sum(figures[name] for figures in epochs) / len(epochs))
         self.logger.record("train/advantage_std", float(advantages.std()))
         self.logger.record("train/n_updates", self._n_updates)
+
+    def learn(
+        self,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int = 1,
+        tb_log_name: str | None = None,
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> Self:
+        """Train for at least `total_timesteps` drawn codes; SB3's arguments. TensorBoard shows the class's name."""
+        name = tb_log_name or type(self).__name__
+        return super().learn(total_timesteps, callback, log_interval, name, reset_num_timesteps, progress_bar)
 
     def _epoch(self, advantages: np.ndarray) -> Figures:
         """One optimizer step on all episodes; gradients are summed over chunks of them."""

@@ -14,17 +14,17 @@ What differs from those, and why:
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Unpack
 
 import numpy as np
 import torch
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
+from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from stable_baselines3.common.utils import FloatSchedule
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
-from ral_gym.agents.algorithms.base import EpisodeAlgorithm, Figures
+from ral_gym.agents.algorithms.base import EpisodeAlgorithm, EpisodeArguments, Figures
 from ral_gym.agents.algorithms.reinforce import batch_baseline
 from ral_gym.agents.episodes import EpisodeRolloutBuffer
 from ral_gym.agents.policy import PriorPolicy
@@ -32,8 +32,6 @@ from ral_gym.agents.regularizers import AdaptiveEntropy
 from ral_gym.agents.vec_env import CodeVecEnv, unwrap_code_env
 from ral_gym.envs.core import GenerationCore
 from ral_gym.errors import ConfigError
-
-SelfGRPO = TypeVar("SelfGRPO", bound="GRPO")
 
 
 def start_groups(buffer: EpisodeRolloutBuffer) -> np.ndarray:
@@ -74,12 +72,14 @@ def clipped_surrogate(
 class GRPO(EpisodeAlgorithm):
     """Group-relative policy optimisation with one round of episodes per update.
 
+    With `kl_coef`, KL(policy || start) is the k3 estimator exp(d) - d - 1 with d = log prior - log policy of the drawn
+    codes (Schulman, 2020): never negative.
+
     Args:
-        policy: `PriorPolicy` (the class or its name).
-        env: a `ral_gym` environment, best from `make_sb3_env`.
-        learning_rate: Adam's.
-        n_steps: capacity of the buffer per environment; None: T. A round is one finished episode per environment.
-        gamma: discount.
+        policy: see `EpisodeAlgorithm`; so are the next three.
+        env: see there.
+        learning_rate: see there.
+        n_steps: see there.
         group_size: environments that continue the same real image from the same row, and divides their number. From
             an empty grid all episodes have the same start, so the group is the batch. Where rows of a group were reset
             with options of their own, rows of the whole batch that start alike are compared.
@@ -88,24 +88,9 @@ class GRPO(EpisodeAlgorithm):
         ratio: `sequence` or `token`, see `clipped_surrogate`.
         clip_range: see `clipped_surrogate`.
         target_kl: make no further epoch once the mean KL per code from the round's policy exceeds 1.5 times this.
-        kl_coef: weight of KL(policy || the policy's starting weights), by the k3 estimator exp(d) - d - 1 with
-            d = log prior - log policy of the drawn codes (Schulman, 2020): never negative.
-        mle_coef: weight of a maximum-likelihood loss on real codes, a batch as large as the round, in every update.
-        ent_coef: weight of the entropy bonus.
         entropy_target: steer the bonus by `AdaptiveEntropy` around `ent_coef`: a share of ln K or `start`; None: fixed.
         entropy_schedule: `AdaptiveEntropy`'s `schedule`.
-        max_grad_norm: gradient clipping.
-        batch_size: transitions per forward and backward pass; gradients are summed over passes. None: all at once.
-        fast_path: draw whole images at once where all environments stand alike; False: step by step.
-        rollout_buffer_class: `EpisodeRolloutBuffer`.
-        rollout_buffer_kwargs: its arguments.
-        stats_window_size: episodes in the rollout averages.
-        tensorboard_log: folder.
-        policy_kwargs: `PriorPolicy`'s arguments, such as ``{"prior": "runs/demo"}``.
-        verbose: SB3's.
-        seed: seeds everything.
-        device: SB3's.
-        _init_setup_model: SB3's.
+        **shared: `EpisodeArguments`, see `EpisodeAlgorithm`.
 
     Raises:
         ConfigError: unknown `ratio` or `scale_advantage`, groups that do not fit the environments, a maximum-likelihood
@@ -118,30 +103,16 @@ class GRPO(EpisodeAlgorithm):
         env: GymEnv | str,
         learning_rate: float | Schedule = 1e-4,
         n_steps: int | None = None,
-        gamma: float = 1.0,
+        *,
         group_size: int = 8,
         scale_advantage: Literal["batch", "none"] = "batch",
         n_epochs: int = 2,
         ratio: Literal["sequence", "token"] = "sequence",
         clip_range: float | Schedule = 0.2,
         target_kl: float | None = None,
-        kl_coef: float = 0.0,
-        mle_coef: float = 0.0,
-        ent_coef: float = 0.0,
         entropy_target: float | Literal["start"] | None = None,
         entropy_schedule: bool = False,
-        max_grad_norm: float = 1.0,
-        batch_size: int | None = None,
-        fast_path: bool = True,
-        rollout_buffer_class: type[EpisodeRolloutBuffer] | None = None,
-        rollout_buffer_kwargs: dict[str, Any] | None = None,
-        stats_window_size: int = 100,
-        tensorboard_log: str | None = None,
-        policy_kwargs: dict[str, Any] | None = None,
-        verbose: int = 0,
-        seed: int | None = None,
-        device: torch.device | str = "auto",
-        _init_setup_model: bool = True,
+        **shared: Unpack[EpisodeArguments],
     ) -> None:
         if ratio not in ("sequence", "token"):
             raise ConfigError(f"ratio {ratio!r} is unknown: choose sequence or token")
@@ -151,28 +122,7 @@ class GRPO(EpisodeAlgorithm):
         self.n_epochs, self.clip_range, self.target_kl = n_epochs, clip_range, target_kl
         self.entropy_target, self.entropy_schedule = entropy_target, entropy_schedule
         self.entropy_rule: AdaptiveEntropy | None = None
-        super().__init__(
-            policy,
-            env,
-            learning_rate,
-            n_steps,
-            gamma=gamma,
-            mle_coef=mle_coef,
-            kl_coef=kl_coef,
-            ent_coef=ent_coef,
-            max_grad_norm=max_grad_norm,
-            batch_size=batch_size,
-            fast_path=fast_path,
-            rollout_buffer_class=rollout_buffer_class,
-            rollout_buffer_kwargs=rollout_buffer_kwargs,
-            stats_window_size=stats_window_size,
-            tensorboard_log=tensorboard_log,
-            policy_kwargs=policy_kwargs,
-            verbose=verbose,
-            seed=seed,
-            device=device,
-            _init_setup_model=_init_setup_model,
-        )
+        super().__init__(policy, env, learning_rate, n_steps, **shared)
 
     def _setup_model(self) -> None:
         super()._setup_model()
@@ -280,15 +230,3 @@ class GRPO(EpisodeAlgorithm):
             self.logger.record("train/ent_coef", self.ent_coef)
         super().train()
         self.logger.record("train/clip_range", self._clip_range)
-
-    def learn(
-        self: SelfGRPO,
-        total_timesteps: int,
-        callback: MaybeCallback = None,
-        log_interval: int = 1,
-        tb_log_name: str = "GRPO",
-        reset_num_timesteps: bool = True,
-        progress_bar: bool = False,
-    ) -> SelfGRPO:
-        """Train for at least `total_timesteps` drawn codes; SB3's arguments."""
-        return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)

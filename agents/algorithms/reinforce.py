@@ -8,22 +8,19 @@ Adam only its ratio to other loss terms differs.
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypeVar
+from typing import Literal, Unpack
 
 import numpy as np
-import torch
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
+from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from torch import Tensor
 from torch.nn import functional as F
 
-from ral_gym.agents.algorithms.base import EpisodeAlgorithm
-from ral_gym.agents.episodes import EpisodeRolloutBuffer
+from ral_gym.agents.algorithms.base import EpisodeAlgorithm, EpisodeArguments
 from ral_gym.agents.policy import PriorPolicy
 from ral_gym.errors import ConfigError
 
 Baseline = Literal["none", "mean", "leave_one_out", "value"]
 BASELINES = ("none", "mean", "leave_one_out", "value")
-SelfReinforce = TypeVar("SelfReinforce", bound="Reinforce")
 
 
 def batch_baseline(returns: np.ndarray, mask: np.ndarray, group: np.ndarray, leave_one_out: bool) -> np.ndarray:
@@ -54,31 +51,15 @@ class Reinforce(EpisodeAlgorithm):
     """Policy gradient with one round of episodes per update.
 
     Args:
-        policy: `PriorPolicy` (the class or its name).
-        env: a `ral_gym` environment, best from `make_sb3_env`.
-        learning_rate: Adam's.
-        n_steps: capacity of the buffer per environment; None: T. A round is one finished episode per environment.
-        gamma: discount; 1 lets the first code see a terminal reward as well as the last.
+        policy: see `EpisodeAlgorithm`; so are the next three.
+        env: see there.
+        learning_rate: see there.
+        n_steps: see there.
         baseline: `none` (as the paper), `mean` or `leave_one_out` over the batch's episodes of the same start and
             stop, or `value` (the value head, trained alongside).
         normalize_advantage: divide the advantages by their standard deviation over the batch.
-        mle_coef: weight of a maximum-likelihood loss on real codes, a batch as large as the round, in every update.
-        kl_coef: weight of KL(policy || the policy's starting weights), exact over K, mean over drawn codes.
-        ent_coef: weight of the entropy bonus.
         vf_coef: weight of the value loss (baseline `value` only).
-        max_grad_norm: gradient clipping.
-        batch_size: transitions per forward and backward pass; gradients are summed over passes. None: all at once.
-        fast_path: draw whole images at once where all environments stand alike; False: step by step. Both give the
-            same codes, rewards and update from the same seed.
-        rollout_buffer_class: `EpisodeRolloutBuffer`.
-        rollout_buffer_kwargs: its arguments.
-        stats_window_size: episodes in the rollout averages.
-        tensorboard_log: folder.
-        policy_kwargs: `PriorPolicy`'s arguments, such as ``{"prior": "runs/demo"}``.
-        verbose: SB3's.
-        seed: seeds everything.
-        device: SB3's.
-        _init_setup_model: SB3's.
+        **shared: `EpisodeArguments`, see `EpisodeAlgorithm`.
 
     Raises:
         ConfigError: an unknown baseline, or a maximum-likelihood share without real codes.
@@ -90,52 +71,16 @@ class Reinforce(EpisodeAlgorithm):
         env: GymEnv | str,
         learning_rate: float | Schedule = 1e-4,
         n_steps: int | None = None,
-        gamma: float = 1.0,
+        *,
         baseline: Baseline = "leave_one_out",
         normalize_advantage: bool = True,
-        mle_coef: float = 0.0,
-        kl_coef: float = 0.0,
-        ent_coef: float = 0.0,
         vf_coef: float = 0.5,
-        max_grad_norm: float = 1.0,
-        batch_size: int | None = None,
-        fast_path: bool = True,
-        rollout_buffer_class: type[EpisodeRolloutBuffer] | None = None,
-        rollout_buffer_kwargs: dict[str, Any] | None = None,
-        stats_window_size: int = 100,
-        tensorboard_log: str | None = None,
-        policy_kwargs: dict[str, Any] | None = None,
-        verbose: int = 0,
-        seed: int | None = None,
-        device: torch.device | str = "auto",
-        _init_setup_model: bool = True,
+        **shared: Unpack[EpisodeArguments],
     ) -> None:
         if baseline not in BASELINES:
             raise ConfigError(f"baseline {baseline!r} is unknown: choose one of {', '.join(BASELINES)}")
         self.baseline, self.normalize_advantage = baseline, normalize_advantage
-        super().__init__(
-            policy,
-            env,
-            learning_rate,
-            n_steps,
-            gamma=gamma,
-            mle_coef=mle_coef,
-            kl_coef=kl_coef,
-            ent_coef=ent_coef,
-            vf_coef=vf_coef,
-            max_grad_norm=max_grad_norm,
-            batch_size=batch_size,
-            fast_path=fast_path,
-            rollout_buffer_class=rollout_buffer_class,
-            rollout_buffer_kwargs=rollout_buffer_kwargs,
-            stats_window_size=stats_window_size,
-            tensorboard_log=tensorboard_log,
-            policy_kwargs=policy_kwargs,
-            verbose=verbose,
-            seed=seed,
-            device=device,
-            _init_setup_model=_init_setup_model,
-        )
+        super().__init__(policy, env, learning_rate, n_steps, vf_coef=vf_coef, **shared)
 
     @property
     def needs_values(self) -> bool:  # type: ignore[override]
@@ -164,15 +109,3 @@ class Reinforce(EpisodeAlgorithm):
         if self.baseline != "value":
             return None
         return F.mse_loss(self.policy._values(features, position, stop).flatten(), returns, reduction="none")
-
-    def learn(
-        self: SelfReinforce,
-        total_timesteps: int,
-        callback: MaybeCallback = None,
-        log_interval: int = 1,
-        tb_log_name: str = "Reinforce",
-        reset_num_timesteps: bool = True,
-        progress_bar: bool = False,
-    ) -> SelfReinforce:
-        """Train for at least `total_timesteps` drawn codes; SB3's arguments."""
-        return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)

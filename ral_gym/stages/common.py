@@ -1,4 +1,4 @@
-"""What the training loops share: the device, the NaN stop, checkpoints by the clock, the exponential average.
+"""What the training loops share: the NaN stop, checkpoints by the clock, the exponential average.
 
 Several processes are `ral_gym.stages.processes`' subject.
 """
@@ -6,7 +6,6 @@ Several processes are `ral_gym.stages.processes`' subject.
 from __future__ import annotations
 
 import math
-import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,30 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ral_gym.errors import DeviceError, DivergedError
+from ral_gym.errors import DivergedError
 from ral_gym.runs.run import Run
 from ral_gym.runs.storage import weights_of
 
 CHECKPOINT_SECONDS = 30.0
 """Time between two checkpoints of a running stage."""
-
-
-def resolve_device(name: str) -> torch.device:
-    """`auto`: CUDA when present, else the CPU; `cpu`, `cuda` or `cuda:N`: that one.
-
-    Raises:
-        DeviceError: a device that does not exist here.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cpu":
-        return torch.device("cpu")
-    if not re.fullmatch(r"cuda(:[0-9]+)?", name):
-        raise DeviceError(f"unknown device '{name}': choose auto, cpu, cuda or cuda:N")
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if int(name[5:] or 0) >= count:
-        raise DeviceError(f"device '{name}' asked for, but {count} CUDA devices are visible; use --device cpu or auto")
-    return torch.device(name)
 
 
 def check_finite(loss: Tensor | float, stage: str, step: int, remedy: str) -> float:
