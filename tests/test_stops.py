@@ -20,6 +20,7 @@ from ral_gym.agents import (
     policy_for,
 )
 from ral_gym.agents.regularizers import EntropyReward, PriorKLReward
+from ral_gym.agents.rewards.rollout_reward import RolloutReward
 from ral_gym.envs.worlds import toy_score_map
 from ral_gym.priors.pixelcnn import PixelCNN
 
@@ -143,6 +144,35 @@ def test_a_rollout_without_a_finished_episode_teaches_nothing() -> None:
     model.learn(T * 3, reset_num_timesteps=False)
     assert len(model.rollout_buffer.codes) == 3
     assert not all(torch.equal(old, new) for old, new in zip(before, prior.parameters(), strict=True))
+
+
+class NumberedReward(RolloutReward):
+    """Pays every episode another number."""
+
+    paid = 0
+
+    def write(self, buffer: EpisodeRolloutBuffer, codes: torch.Tensor) -> np.ndarray:
+        totals = np.arange(self.paid, self.paid + len(codes), dtype=np.float32)
+        self.paid += len(codes)
+        rewards = np.zeros(buffer.mask.shape, np.float32)
+        rewards[np.arange(len(codes)), buffer.stop - 1] = totals
+        buffer.write_rewards(rewards)
+        return totals
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+
+@pytest.mark.parametrize("step", [5, T - 1, T, T + 3])
+def test_written_rewards_are_shown_with_their_own_episodes(step: int) -> None:
+    model, reward = make("ppo", 1), NumberedReward()
+    model.learn(10**9, callback=[reward, StopAt(step)])
+    model.learn(4 * T, callback=reward, reset_num_timesteps=False)
+    shown = [episode["r"] for episode in model.ep_info_buffer]
+    assert reward.paid >= 3 and shown[-3:] == [reward.paid - 3, reward.paid - 2, reward.paid - 1]
 
 
 def test_new_environments_after_a_stop_lose_nothing() -> None:

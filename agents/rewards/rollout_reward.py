@@ -67,11 +67,16 @@ class RolloutReward(BaseCallback):
 
     def _on_rollout_end(self) -> None:
         buffer: EpisodeRolloutBuffer = self.model.rollout_buffer  # type: ignore[attr-defined]
+        if not len(buffer.codes):  # a rollout after a stop, in which no episode ended
+            return
         totals = self.write(buffer, torch.from_numpy(buffer.codes.astype(np.int64)))
         buffer.compute_returns_and_advantage()
-        for env, total in zip(buffer.episode_envs, totals, strict=True):
+        # From the last on: after a stop the buffer leaves out the episodes that ended first.
+        for env, total in zip(buffer.episode_envs[::-1], totals[::-1], strict=True):
             if self._episodes[env]:
-                self._episodes[env].pop(0)["r"] = float(total)
+                self._episodes[env].pop()["r"] = float(total)
+        for left_out in self._episodes:
+            left_out.clear()
 
     @abstractmethod
     def write(self, buffer: EpisodeRolloutBuffer, codes: Tensor) -> np.ndarray:
