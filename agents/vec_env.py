@@ -240,8 +240,8 @@ def check_code_env(env: Any) -> None:
     if not isinstance(env, VecEnv):
         raise ConfigError(f"{type(env).__name__} is no Stable-Baselines3 VecEnv: make the environments by make_sb3_env")
     space = env.observation_space
-    whole = isinstance(space, spaces.Box) and len(space.shape) == 1 and env.has_attr("levels")
-    if not whole or sum(env.get_attr("levels", 0)[0]) != space.shape[0]:  # type: ignore[index]
+    n_codes = space.shape[0] if isinstance(space, spaces.Box) and len(space.shape) == 1 else 0
+    if not env.has_attr("levels") or sum(env.get_attr("levels", 0)[0]) != n_codes:  # type: ignore[index]
         raise ConfigError(
             f"observations {space} are not the codes of a ral_gym environment: make it by make_sb3_env, and take away "
             "wrappers that change observations, such as VecFrameStack"
@@ -250,9 +250,9 @@ def check_code_env(env: Any) -> None:
     if normalised is not None and normalised.norm_obs:
         raise ConfigError("VecNormalize changes the codes: make it with norm_obs=False, or leave it out")
     limit = env.get_attr("_max_episode_steps", 0)[0] if env.has_attr("_max_episode_steps") else None
-    if limit is not None and limit < space.shape[0]:
+    if limit is not None and limit < n_codes:
         raise ConfigError(
-            f"a time limit of {limit} steps ends episodes of {space.shape[0]} codes before there is an image: leave "
+            f"a time limit of {limit} steps ends episodes of {n_codes} codes before there is an image: leave "
             "max_episode_steps and TimeLimit out"
         )
 
