@@ -241,7 +241,7 @@ def check_code_env(env: Any) -> None:
         raise ConfigError(f"{type(env).__name__} is no Stable-Baselines3 VecEnv: make the environments by make_sb3_env")
     space = env.observation_space
     n_codes = space.shape[0] if isinstance(space, spaces.Box) and len(space.shape) == 1 else 0
-    if not env.has_attr("levels") or sum(env.get_attr("levels", 0)[0]) != n_codes:  # type: ignore[index]
+    if not env.has_attr("levels") or sum(env.get_attr("levels", 0)[0]) != n_codes:
         raise ConfigError(
             f"observations {space} are not the codes of a ral_gym environment: make it by make_sb3_env, and take away "
             "wrappers that change observations, such as VecFrameStack"
