@@ -22,11 +22,11 @@ from typing import Any
 from ral_gym.agents.train_ral import train_ral
 from ral_gym.config import Config, EvaluationConfig
 from ral_gym.data.images import ImageSet, load_images
-from ral_gym.device import resolve_device
 from ral_gym.errors import RunError
 from ral_gym.priors.base import Prior
 from ral_gym.runs.run import Run
 from ral_gym.runs.storage import differences, load_json, save_json
+from ral_gym.stages.device import resolve_device
 from ral_gym.stages.fork import fork_run
 from ral_gym.stages.generator_metrics import MEASUREMENT, GeneratorMetrics
 from ral_gym.stages.levels import load_generator, load_vqvae

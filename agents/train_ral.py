@@ -20,7 +20,6 @@ from ral_gym.agents.rewards.composite import CompositeReward
 from ral_gym.agents.rewards.critic_callback import CriticCallback
 from ral_gym.agents.vec_env import CodeVecEnv, make_sb3_env
 from ral_gym.config import CriticConfig
-from ral_gym.device import resolve_device
 from ral_gym.errors import RunError
 from ral_gym.metrics import Extractor, PyramidFeatures
 from ral_gym.pictures import save_grid
@@ -31,6 +30,7 @@ from ral_gym.registry import load_plugins
 from ral_gym.rewards.making import build_critic, save_critic
 from ral_gym.rewards.scorer import encoder_features
 from ral_gym.runs.run import Run, random_state, read_config, seed_everything, set_random_state
+from ral_gym.stages.device import resolve_device
 from ral_gym.stages.levels import load_generator, load_vqvae
 from ral_gym.tokenizers.base import Tokenizer
 from ral_gym.tokenizers.code_set import CodeSet, decode_codes

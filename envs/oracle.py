@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ral_gym.assets import asset_path
-from ral_gym.device import resolve_device
 from ral_gym.envs.generation import GenerationEnv
 from ral_gym.envs.run_world import load_frozen, load_frozen_prior, load_real_codes
 from ral_gym.envs.vector import RegisteredVectorEnv
@@ -18,6 +17,7 @@ from ral_gym.envs.worlds import World, check_reward, make_masks
 from ral_gym.grid import CodeGrid
 from ral_gym.priors.pixelcnn import PixelCNN
 from ral_gym.rewards.score_map import RewardKind, step_rewards
+from ral_gym.stages.device import resolve_device
 from ral_gym.tokenizers.code_set import decode_codes
 from ral_gym.tokenizers.vqvae import VQVAE
 

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from ral_gym.config import Config
-from ral_gym.device import resolve_device
 from ral_gym.envs.worlds import CRITIC_REWARDS, Scorer, World, check_reward, make_masks, term_scorer
 from ral_gym.grid import CodeGrid
 from ral_gym.priors.base import Prior, load_prior
@@ -22,6 +21,7 @@ from ral_gym.rewards.making import build_critic, critic_class, load_critic, row_
 from ral_gym.rewards.scorer import CriticScorer
 from ral_gym.runs.run import read_config
 from ral_gym.runs.storage import load_module
+from ral_gym.stages.device import resolve_device
 from ral_gym.tokenizers.base import Tokenizer, load_tokenizer
 from ral_gym.tokenizers.code_set import CodeSet, decode_codes
 

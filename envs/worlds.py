@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ral_gym.device import resolve_device
 from ral_gym.grid import CodeGrid
 from ral_gym.priors.base import Prior
 from ral_gym.registry import REWARDS as TERMS
@@ -24,6 +23,7 @@ from ral_gym.registry import is_path
 from ral_gym.rewards.score_map import RewardKind, step_rewards
 from ral_gym.rewards.terms import RewardTerm
 from ral_gym.rewards.view import View
+from ral_gym.stages.device import resolve_device
 
 Scorer = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Drawn codes (B, r * W) int64 -> score map (B, h, w), step rewards (B, r * W), all on the world's device."""

@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from ral_gym.device import resolve_device
 from ral_gym.errors import DeviceError, DivergedError
 from ral_gym.presets import SMOKE
 from ral_gym.runs.run import Run
 from ral_gym.stages import common
 from ral_gym.stages.common import Clock, WeightAverage, check_finite, check_weights
+from ral_gym.stages.device import resolve_device
 
 
 def test_auto_is_the_best_device_there_is(monkeypatch) -> None:

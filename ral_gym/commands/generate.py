@@ -10,13 +10,13 @@ import numpy as np
 from rich.console import Console
 
 from ral_gym.commands.arguments import CompleteArguments, SampleArguments
-from ral_gym.device import resolve_device
 from ral_gym.errors import ConfigError, RunError, printable
 from ral_gym.grid import CodeGrid
 from ral_gym.pictures import save_grid
 from ral_gym.runs.run import Run, read_config
 from ral_gym.runs.storage import write_atomic
 from ral_gym.stages.completion import complete, read_image, save_completion
+from ral_gym.stages.device import resolve_device
 from ral_gym.stages.levels import GENERATORS, load_generator, load_vqvae
 from ral_gym.stages.pictures import sample_codes
 from ral_gym.tokenizers.code_set import decode_codes

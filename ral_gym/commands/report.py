@@ -8,9 +8,9 @@ from rich.console import Console
 
 from ral_gym.commands.arguments import ReportArguments
 from ral_gym.commands.generate import open_run
-from ral_gym.device import resolve_device
 from ral_gym.errors import printable
 from ral_gym.report.report import write_report
+from ral_gym.stages.device import resolve_device
 
 
 def report_run(arguments: ReportArguments, console: Console) -> Path:

@@ -64,9 +64,9 @@ def train(arguments: TrainArguments, console: Console) -> dict[str, Any]:
     """
     from ral_gym.agents.algorithm import check_stage
     from ral_gym.commands.extras import check_extras
-    from ral_gym.device import resolve_device
     from ral_gym.runs.results import load_results
     from ral_gym.runs.run import Run
+    from ral_gym.stages.device import resolve_device
     from ral_gym.stages.evaluate import check_measuring
     from ral_gym.stages.levels import check_prior_settings
     from ral_gym.stages.processes import process_index

@@ -20,10 +20,10 @@ from rich.table import Table
 from ral_gym.commands.arguments import VerifyArguments
 from ral_gym.commands.generate import open_run
 from ral_gym.data.images import load_images
-from ral_gym.device import resolve_device
 from ral_gym.errors import ConfigError, RunError, printable
 from ral_gym.runs.results import load_results
 from ral_gym.runs.run import Run
+from ral_gym.stages.device import resolve_device
 from ral_gym.stages.evaluate import check_measuring, load_priors, measure, results_of
 from ral_gym.stages.generator_metrics import MEASUREMENT, GeneratorMetrics
 from ral_gym.stages.levels import load_vqvae
