@@ -15,14 +15,12 @@ from ral_gym.grid import CodeGrid
 class Patches(nn.Module):
     """Images -> the nearest of K patches at every position -> images."""
 
-    patches: Tensor
-
     def __init__(self, image_size: int, channels: int, codebook_size: int = 16, patch: int = 8) -> None:
         super().__init__()
         self.config = dict(image_size=image_size, channels=channels, codebook_size=codebook_size, patch=patch)
         self.image_size, self.channels, self.patch = image_size, channels, patch
         self.grid = CodeGrid(image_size // patch, image_size // patch, codebook_size)
-        self.register_buffer("patches", torch.zeros(codebook_size, channels * patch**2))
+        self.patches = nn.Parameter(torch.zeros(codebook_size, channels * patch**2), requires_grad=False)
 
     def fit(self, images: np.ndarray, seed: int) -> None:
         """Take K random patches of uint8 images (N, C, S, S)."""
