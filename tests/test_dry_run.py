@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from ral_gym.commands.dry_run import PENALTY_PASSES, StageCost, dry_run
@@ -150,6 +151,43 @@ def test_the_estimate_is_near_what_autograd_keeps() -> None:
         logits = prior(torch.zeros(32, 16, dtype=torch.int64))
     assert stage(config, 1).memory - 20 * parameters(prior) == pytest.approx(sum(kept.values()), rel=0.2)
     assert logits.requires_grad
+
+
+def allocated(step: Any) -> int:
+    """The most bytes that torch's allocator had given out at once during a call."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    now = peak = 0
+    for event in profiler.profiler.kineto_results.events():  # type: ignore[union-attr]
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            peak = max(peak, now)
+    return peak
+
+
+@pytest.mark.parametrize(
+    ("codebook_size", "layers", "batch_size", "levels"),
+    [(128, 3, 32, 1), (1024, 2, 8, 1), (4096, 2, 8, 1), (16_384, 2, 10, 1), (512, 2, 16, 2)],
+)
+def test_the_memory_of_stage_1_is_what_a_step_allocates(
+    codebook_size: int, layers: int, batch_size: int, levels: int
+) -> None:
+    sizes = {"codebook_size": codebook_size, "layers": layers, "batch_size": batch_size, "levels": levels}
+    settings = dataclasses.replace(SMOKE.vqvae, **sizes, hidden_units=32, residual_units=16)
+    config = dataclasses.replace(SMOKE, data=dataclasses.replace(SMOKE.data, image_size=64), vqvae=settings)
+    model = tokenizer_of(config, 64, 1)
+    for quantiser in model.quantisers:  # k-means comes once, at the first step
+        quantiser._codebook.initted.fill_(True)
+        quantiser._codebook.embed.normal_()
+    images, optimizer = torch.rand(batch_size, 1, 64, 64), torch.optim.Adam(model.parameters())
+
+    def step() -> None:
+        model.training_loss(images)[0].backward()
+        optimizer.step()
+
+    model.train()
+    fixed = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+    assert stage(config, 0).memory == pytest.approx(fixed + allocated(step), rel=0.3)
 
 
 def test_settings_that_do_not_fit_are_refused() -> None:

@@ -133,11 +133,11 @@ def _vqvae_cost(config: Config, vqvae: Any, compute: Compute, processes: int) ->
 def _lookup_memory(vqvae: VQVAE, n: int) -> int:
     """Bytes that the distances of n images to a codebook take on the way; the levels' one after the other.
 
-    The library holds them as distances, as one-hot integers and as one-hot numbers at once (4 + 8 + 4 bytes); in
-    pieces, distances and one-hot numbers of a quarter of `PIECE`.
+    The library holds distances, copies of them, one-hot integers and one-hot numbers at once (24 bytes, measured); in
+    pieces it is distances and one-hot numbers of a quarter of `PIECE`.
     """
     most = max(n * size * vqvae.codebook_size for size in vqvae.grid.level_sizes)
-    return 16 * most if most <= PIECE else 8 * PIECE // 4
+    return 24 * most if most <= PIECE else 8 * PIECE // 4
 
 
 def _own_tokenizer_cost(config: Config, tokenizer: Any, images: Tensor, compute: Compute, shares: int) -> StageCost:
