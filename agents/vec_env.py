@@ -189,7 +189,8 @@ def make_sb3_env(
         id: such as ``ral_gym/Toy-v0``.
         n_envs: E.
         reset_mode: `full`, `continue`, `scratch` or `mixed`; None: what the id was registered with, `full` by default.
-        lockstep: one mode and row count per round for all rows alike (needed for the fast path and for `n_steps = T`).
+        lockstep: one mode and row count per round for all rows alike, as the fast path and `n_steps = T` need, and so
+            the default here; `gym.make_vec` has False, since there row i must do what a single environment does.
         paired: complementary pairs for `mixed`, so that ``n_steps = T`` always ends on an episode's end; None: yes for
             lockstep `mixed`.
         seed: row i is seeded with seed + i.

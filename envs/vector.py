@@ -46,7 +46,7 @@ class GenerationVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         render_mode: `rgb_array`, `ansi` or None.
         autoreset_mode: a `gymnasium.vector.AutoresetMode` or its value.
         lockstep: one mode and row count per round for all rows alike (the paper's "during each roll-out"); False: each
-            row draws its own.
+            row draws its own, as single environments do; `make_sb3_env` has True, for its fast path.
         paired: for `mixed`, complementary pairs of episodes: continue after n rows, then n rows from scratch.
 
     Raises:

@@ -51,6 +51,7 @@ from ral_gym.envs.oracle import load_oracle
 from ral_gym.errors import ConfigError, RunError
 from ral_gym.metrics import entropy, sequence_kl
 from ral_gym.priors.pixelcnn import PixelCNN
+from ral_gym.registry import allow_given
 from ral_gym.report.tables import markdown_table, mean_and_interval, plain_table
 from ral_gym.runs.storage import differences, load_json, save_json, write_text
 
@@ -92,7 +93,7 @@ class Arguments:
     """What to compare, on what."""
 
     algos: tuple[str, ...] = ("reinforce", "ppo", "a2c", "trpo", "grpo")
-    """Algorithms to compare; maskable_ppo too, and dqn and qrdqn, which are slow."""
+    """Algorithms to compare; maskable_ppo too, dqn and qrdqn, which are slow, and your own `module:Class`."""
     env: tuple[str, ...] = ("ral_gym/Toy-v0", ORACLE)
     """Registered environments."""
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -176,6 +177,7 @@ class Task:
 
 def main(argv: Sequence[str], console: Console) -> None:
     """Train every pair that has not been, then print the tables and draw the curves."""
+    allow_given(argv)
     arguments = tyro.cli(Arguments, args=list(argv), description=__doc__)
     arguments.check()
     torch.set_num_threads(1)  # small networks: more threads would wait for each other

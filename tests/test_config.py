@@ -109,6 +109,7 @@ def test_layers_that_do_not_fit_the_image_are_refused_before_training(name) -> N
 
 def test_the_second_level_needs_one_more_halving() -> None:
     two = dataclasses.replace(SMOKE, vqvae=dataclasses.replace(SMOKE.vqvae, layers=4, levels=2))
+    two = changed("ral.reset_mode", "full", two)  # one row of top codes
     two.check()
     assert two.grid_size == 1
     wrong = dataclasses.replace(two, vqvae=dataclasses.replace(two.vqvae, layers=5))
@@ -161,3 +162,20 @@ def test_an_unknown_preset_is_named_with_the_known_ones() -> None:
     message = r"preset 'celebahq' is unknown \(.*celebahq512\?\): choose one of demo, .*, smoke, or give module:NAME"
     with pytest.raises(ConfigError, match=message):
         get_preset("celebahq")
+
+
+def test_images_that_a_later_stage_would_refuse_are_refused_before_the_first() -> None:
+    small = changed("data.image_size", 8)  # one row of codes
+    with pytest.raises(ConfigError, match=r"ral.reset_mode is mixed, but 8 pixels give one row of codes"):
+        small.check()
+    changed("ral.reset_mode", "full", small).check()
+    changed("vqvae.layers", 2, small).check()
+    for size, fits in ((8, False), (12, False), (16, True)):
+        config = changed("vqvae.layers", 2, changed("data.image_size", size, changed("critic.layers", 2)))
+        lite0 = changed("evaluation.extractor", "lite0", config)
+        config.check()
+        if fits:
+            lite0.check()
+        else:
+            with pytest.raises(ConfigError, match="lite0 needs images of 16 pixels or more"):
+                lite0.check()

@@ -24,6 +24,9 @@ from ral_gym.errors import ConfigError
 from ral_gym.schema import check_types, config_from
 from ral_gym.settings import CRITIC_ALONE, Options, RewardWeights, check_reward_weights
 
+LITE0_PIXELS = 16
+"""The smallest images that the extractor lite0 takes: its last convolutions are larger than what is left of others."""
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -336,6 +339,7 @@ class Config:
                     f"{name} is {value}{levels}: data.image_size {self.data.image_size} must be a multiple of "
                     f"2**{layers}; change one of them"
                 )
+        self._check_small_images()
         for name, prior in (("prior", self.prior), ("bottom", self.bottom)):
             if prior.attention_layers > prior.layers:
                 raise ConfigError(
@@ -346,6 +350,19 @@ class Config:
                     f"{name}.attention_heads is {prior.attention_heads}: it must divide {name}.hidden_units, "
                     f"{prior.hidden_units}; change one of them"
                 )
+
+    def _check_small_images(self) -> None:
+        """Refuse images that stage 3 or the evaluation would refuse, after hours."""
+        if self.ral.reset_mode in ("continue", "mixed") and self.grid_size < 2:
+            raise ConfigError(
+                f"ral.reset_mode is {self.ral.reset_mode}, but {self.data.image_size} pixels give one row of codes, "
+                "which cannot be continued: give ral.reset_mode full, larger images or fewer vqvae.layers"
+            )
+        if self.evaluation.extractor == "lite0" and self.data.image_size < LITE0_PIXELS:
+            raise ConfigError(
+                f"evaluation.extractor lite0 needs images of {LITE0_PIXELS} pixels or more, data.image_size is "
+                f"{self.data.image_size}: give larger images, or evaluation.extractor encoder"
+            )
 
     def to_json(self) -> str:
         """The configuration as indented JSON."""
