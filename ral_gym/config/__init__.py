@@ -14,6 +14,7 @@ from ral_gym.config.algorithms import (
     TRPOConfig,
     changed_settings,
 )
+from ral_gym.config.flags import settings
 from ral_gym.config.ranges import RANGES
 from ral_gym.config.stages import (
     Config,
@@ -23,7 +24,6 @@ from ral_gym.config.stages import (
     PriorConfig,
     RALConfig,
     VQVAEConfig,
-    settings,
 )
 
 __all__ = [

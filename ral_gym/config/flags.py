@@ -71,3 +71,25 @@ def _texts(value: Any) -> Iterator[str]:
     elif isinstance(value, dict | list | tuple):
         for item in [*value.keys(), *value.values()] if isinstance(value, dict) else value:
             yield from _texts(item)
+
+
+def settings(config: Config) -> dict[str, Any]:
+    """Every setting by its name on the command line; the bottom prior's and an algorithm's only where there is one."""
+    unused = {
+        f"ral.{name}"
+        for name in SECTIONS
+        if name != config.ral.algo and not changed_settings(getattr(config.ral, name))
+    }
+    unused |= {"bottom"} if config.vqvae.levels == 1 else set()
+    return _settings(config, "", unused)
+
+
+def _settings(section: Any, path: str, unused: set[str]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for one in dataclasses.fields(section):
+        value, name = getattr(section, one.name), f"{path}{one.name}"
+        if not dataclasses.is_dataclass(value):
+            found[name] = value
+        elif name not in unused:
+            found |= _settings(value, f"{name}.", unused)
+    return found

@@ -15,7 +15,6 @@ from ral_gym.config.algorithms import (
     PPOConfig,
     ReinforceConfig,
     TRPOConfig,
-    changed_settings,
     check_section,
     upgraded,
 )
@@ -393,25 +392,3 @@ def limits_training_only(values: Any) -> bool:
 
 
 _ALWAYS_WRITTEN = ("preset", "data", "vqvae", "prior", "critic", "ral", "evaluation", "seed")
-
-
-def settings(config: Config) -> dict[str, Any]:
-    """Every setting by its name on the command line; the bottom prior's and an algorithm's only where there is one."""
-    unused = {
-        f"ral.{name}"
-        for name in SECTIONS
-        if name != config.ral.algo and not changed_settings(getattr(config.ral, name))
-    }
-    unused |= {"bottom"} if config.vqvae.levels == 1 else set()
-    return _settings(config, "", unused)
-
-
-def _settings(section: Any, path: str, unused: set[str]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for one in dataclasses.fields(section):
-        value, name = getattr(section, one.name), f"{path}{one.name}"
-        if not dataclasses.is_dataclass(value):
-            found[name] = value
-        elif name not in unused:
-            found |= _settings(value, f"{name}.", unused)
-    return found
