@@ -43,6 +43,7 @@ from ral_gym.tokenizers.code_set import CodeSet
 from tests.tiny import make_tiny_run
 
 CPU = torch.device("cpu")
+EXAMPLES = Path(__file__).parents[1] / "examples" / "extending"
 
 
 class TopHalf(Reinforce):
@@ -194,6 +195,15 @@ def test_the_command_line_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert arguments.config.ral.algo == MINE and arguments.config.ral.options == {"share": 0.25}
     assert arguments.name == "smoke-TopHalf"
     check_stage(arguments.config.ral)
+
+
+@pytest.mark.parametrize("name", ["own_algorithm:TopHalf", "own_algorithm:PatientPPO"])
+def test_the_example_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    allow(name)
+    run = stage_2(tmp_path / "run", algo=name, n_updates=2)
+    train_ral(*parts(run), progress=False)
+    assert run.has("policy.safetensors")
 
 
 # Sections -----------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from ral_gym.presets import SMOKE, get_preset
 from ral_gym.registry import PRESETS, Registry, _allowed, allow
 
 CPU = torch.device("cpu")
+EXAMPLES = Path(__file__).parents[1] / "examples" / "extending"
 OWN = replace(SMOKE, preset="whatever", seed=7)
 
 
@@ -95,3 +96,13 @@ def test_two_presets_cannot_have_one_name() -> None:
     registry.register("a")(replace(SMOKE))  # the same settings, as a module that runs twice gives
     with pytest.raises(ConfigError, match="called 'a' is registered already"):
         registry.register("a")(OWN)
+
+
+def test_the_examples_give_the_same_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    allow("own_preset:SHORT")
+    module, data = get_preset("own_preset:SHORT"), get_preset(str(EXAMPLES / "own_preset.json"))
+    assert replace(module, preset="own_preset") == data and data.ral.grpo.group_size == 4
+    assert get_preset("short-faces") == replace(data, preset="short-faces")
+    data.check()
+    check_stage(data.ral)
