@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from PIL import UnidentifiedImageError
 from torch import Tensor
 
 from ral_gym.config import DataConfig
@@ -71,6 +72,10 @@ def read_image(path: Path, vqvae: Tokenizer, data: DataConfig) -> tuple[Tensor, 
             square = to_square(image, Decoding("", crop, vqvae.image_size, grey, limits=limits))
     except FileNotFoundError as error:
         raise DataError(f"{path} does not exist: give an image file") from error
+    except UnidentifiedImageError as error:
+        raise DataError(
+            f"{path} cannot be read as an image: give a png, jpg, webp, bmp, pgm, ppm, tif or gif"
+        ) from error
     except Exception as error:  # damaged files make Pillow's readers raise nearly anything
         raise DataError(f"{path} cannot be read as an image ({error}): give a png, jpg or the like") from error
     done, side = [], crop or min(width, height)
