@@ -308,3 +308,12 @@ def test_cuda_scores_as_the_cpu_does(coarse_run: Path, mode: str) -> None:
         one, other = results
         assert (one.codes == other.codes).all()
         np.testing.assert_allclose(one.rewards[row], other.rewards[row], rtol=1e-3, atol=1e-3)
+
+
+def test_rows_that_share_a_start_share_all_of_it() -> None:
+    core = seeded(toy_world())
+    core.reset(np.arange(2), [{"prefix_rows": 1, "image_index": 0}, {"prefix_rows": 1, "stop_rows": 3}])
+    core.share_starts(np.array([1, 1, 2, 3, 4, 5]))
+    for name in ("codes", "start", "position", "stop", "image_rows", "to_draw"):
+        np.testing.assert_array_equal(getattr(core, name)[0], getattr(core, name)[1])
+    assert core.image_rows[0] == 3 and core.to_draw[0].sum() == 8 and core.asked[0] == core.asked[1]
