@@ -6,6 +6,9 @@ VENV := .venv
 PY := $(VENV)/bin/python
 JOBS ?= 2
 ARGS ?=
+LOWEST := .venv-lowest
+# What touches the libraries most: saved files, tokenizer, networks, environments, SB3, metrics.
+LOWEST_TESTS := $(addprefix tests/test_,vqvae.py storage.py envs.py old_files.py policy.py metrics.py sampler.py)
 
 # One stamp per folder and per content of the two files that decide what is installed, so that a
 # moved or copied .venv, or a changed version, is noticed whatever the files' dates say.
@@ -14,10 +17,10 @@ PIP := $(PY) -m pip --quiet --quiet --no-input --disable-pip-version-check
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo results assets test test-slow test-cuda test-faults soak check format bench clean distclean
+.PHONY: help venv demo results assets test test-slow test-cuda test-faults soak test-lowest check format bench clean distclean
 
 help: ## List these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
 
 venv: $(STAMP) ## Build .venv and install the package with its development tools (a few minutes, once)
 
@@ -45,6 +48,15 @@ test-faults: $(STAMP) ## Kills, full disks, damaged files, a 3-minute soak (20 m
 soak: $(STAMP) ## 30 minutes of environment, stage 3 and sample; memory must stay flat
 	RAL_GYM_SOAK_SECONDS=1800 OMP_NUM_THREADS=1 $(PY) -P -m pytest -m faults -s tests/test_soak.py $(ARGS)
 
+# torch is the version of constraints.txt, see constraints-lowest.txt. Old releases warn of Python's and of each other's
+# new ones, so that warnings are no errors here.
+test-lowest: $(STAMP) ## A part of the fast tests with the lowest versions allowed, in .venv-lowest
+	$(PY) -m venv --clear $(LOWEST)
+	$(LOWEST)/bin/python -m pip --quiet --no-input --disable-pip-version-check install -c constraints-lowest.txt \
+	    "$$(grep '^torch==' constraints.txt)" -e '.[demo,lsun,hf]' pytest pytest-xdist hypothesis pygame
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -P -m pytest -W default -m "not slow and not cuda and not faults" -n $(JOBS) \
+	    $(LOWEST_TESTS) $(ARGS)
+
 check: $(STAMP) ## Lint, formatting, types
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -66,8 +78,8 @@ clean: ## Remove caches and build products (keeps .venv and runs/)
 	rm -rf build dist *.egg-info .check .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find ral_gym envs agents examples benchmarks tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
-distclean: clean ## Remove .venv too
-	rm -rf $(VENV)
+distclean: clean ## Remove .venv and .venv-lowest too
+	rm -rf $(VENV) $(LOWEST)
 
 $(STAMP):
 	@if ! $(PY) -c 'import pip; $(NEW_ENOUGH)' 2>/dev/null; then \

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = {"ral_gym": ROOT / "ral_gym", "ral_gym.envs": ROOT / "envs", "ral_gym.agents": ROOT / "agents"}
@@ -339,6 +340,17 @@ def test_every_dependency_has_a_tested_version() -> None:
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pinned = names([line for line in lines if re.fullmatch(r"[\w.-]+==[\w.]+", line)])
     assert declared <= pinned, declared - pinned
+
+
+def test_the_lowest_versions_are_the_bounds() -> None:
+    extras = project()["optional-dependencies"]
+    installed = [*project()["dependencies"], *extras["demo"], *extras["lsun"], *extras["hf"]]
+    installed += [name for name in extras["test"] if name.startswith(("pytest", "hypothesis", "pygame"))]
+    bounds = dict(re.fullmatch(r"([\w.-]+)>=([\d.]+)", requirement).groups() for requirement in installed)  # type: ignore[union-attr]
+    assert bounds.pop("torch"), "its lowest version is tried by hand"
+    lines = (ROOT / "constraints-lowest.txt").read_text(encoding="utf-8").splitlines()
+    pins = dict(line.split("==") for line in lines if not line.startswith("#"))
+    assert {name: Version(bound) for name, bound in bounds.items()} == {name: Version(v) for name, v in pins.items()}
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
