@@ -235,7 +235,11 @@ TOKENIZERS = Registry(
 PRIORS = Registry(
     "prior",
     "ral_gym.priors",
-    {"pixelcnn": "ral_gym.priors.pixelcnn:PixelCNN", "two_level": "ral_gym.priors.two_level:TwoLevelPrior"},
+    {
+        "pixelcnn": "ral_gym.priors.pixelcnn:PixelCNN",
+        "two_level": "ral_gym.priors.two_level:TwoLevelPrior",
+        "transformer": "ral_gym.priors.transformer:Transformer",
+    },
 )
 CRITICS = Registry("critic", "ral_gym.critics", {"patch": "ral_gym.rewards.critic:PatchCritic"})
 REWARDS = Registry(

@@ -1,0 +1,189 @@
+"""What sampling from a `Transformer` keeps: the keys and values of every slot so far.
+
+Slot 0 is the class token, slot 1 + t is code t. The features of code t come out of slot t, which reads the label for
+t = 0 and code t - 1 else: a step runs one slot through all blocks, writes its key and value, and attends to the slots
+up to its own. Slots behind a row's own may hold anything: they are not attended to, and written before they are.
+
+Shapes: B batch rows, L blocks, C units, N heads of size h, T slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ral_gym.priors.transformer import Transformer
+
+
+class PackedTransformer:
+    """The live weights of a transformer: a product per weight and step, so there is nothing to prepare.
+
+    Args:
+        prior: the network.
+    """
+
+    def __init__(self, prior: Transformer) -> None:
+        self.prior = prior
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.prior.output.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Their type."""
+        return self.prior.output.weight.dtype
+
+    def refresh(self) -> None:
+        """The weights are the live ones; a cache that was filled before holds what the old ones gave."""
+
+    def make_cache(self, batch: int) -> KVCache:
+        """A cache for B batch rows."""
+        return KVCache(self.prior, batch)
+
+
+class KVCache:
+    """Keys and values of a batch whose images each stand at some position of their grid.
+
+    Dropout is never applied, whatever the network's mode.
+
+    Args:
+        prior: the network; its weights are read live.
+        batch: B.
+
+    Attributes:
+        use_cuda_graphs: without meaning here.
+        features: (B, C), written by `step` and `step_at`.
+        logits: (B, K), written by `step` and `step_at`.
+    """
+
+    @torch.inference_mode(False)
+    def __init__(self, prior: Transformer, batch: int) -> None:
+        self.prior, self.batch, self.use_cuda_graphs = prior, batch, False
+        like = prior.output.weight.detach()
+        slots, heads = prior.height * prior.width, prior.attention_heads
+        shape = (len(prior.layers), batch, heads, slots, prior.hidden_units // heads)
+        self._keys, self._values = like.new_zeros(shape), like.new_zeros(shape)  # (L, B, N, T, h)
+        self._codes = torch.zeros(batch, slots, dtype=torch.int64, device=like.device)
+        self._labels = torch.full((batch,), prior.classes, dtype=torch.int64, device=like.device)
+        self._rows = torch.arange(batch, device=like.device)
+        self._slots = torch.arange(slots, device=like.device)
+        self.features = like.new_zeros(batch, prior.hidden_units)
+        self.logits = like.new_zeros(batch, prior.codebook_size)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the cache's own tensors, without the weights."""
+        return sum(x.untyped_storage().nbytes() for x in vars(self).values() if isinstance(x, Tensor))
+
+    def fill(self, rows: Tensor | slice, codes: Tensor, positions: np.ndarray, condition: Tensor | None = None) -> None:
+        """Run the slots before each position, for some batch rows or all, in one pass up to the last of them.
+
+        Args:
+            rows: (n,) int64 or slice(None), batch rows.
+            codes: (n, T') int64; those from each position on are not read.
+            positions: (n,) int64 on the host, 0..T'.
+            condition: (n, 1) int64, labels, for a network with classes.
+        """
+        given = torch.as_tensor(positions, device=codes.device)[:, None] > self._slots[: codes.shape[1]]  # (n, T')
+        codes = codes.clamp(max=self.prior.codebook_size - 1).masked_fill(~given, 0)
+        self._codes[rows, : codes.shape[1]] = codes
+        labels = self._labels.new_full((len(codes),), self.prior.classes)
+        if condition is not None:
+            labels = condition[:, 0]
+        self._labels[rows] = labels
+        # The slot of a position is the step's to run, so that the last one here is that of the position before.
+        count = min(int(positions.max()), codes.shape[1])
+        if count == 0:
+            return
+        x = self.prior.embed(codes[:, : count - 1], labels)  # (n, count, C)
+        cosine, sine = self.prior.cosine[:count], self.prior.sine[:count]
+        for layer, block in enumerate(self.prior.layers):
+            queries, keys, values = block.qkv(x, cosine, sine)  # type: ignore[operator]
+            self._keys[layer, rows, :, :count] = keys
+            self._values[layer, rows, :, :count] = values
+            if layer + 1 < len(self.prior.layers):
+                x = block.finish(x, self.prior._attend(queries, keys, values))  # type: ignore[operator]
+
+    def step(self, row: int, column: int) -> None:
+        """Features and logits of all batch rows at one position."""
+        slot = row * self.prior.width + column
+        first = slot == 0
+        x = self.prior.cls_embedding(self._labels) if first else self.prior.tok_embeddings(self._codes[:, slot - 1])
+        cosine, sine = self.prior.cosine[slot], self.prior.sine[slot]  # (h / 2,)
+        seen = slice(0, slot + 1)
+
+        def write(cache: Tensor, new: Tensor) -> Tensor:
+            cache[:, :, slot] = new
+            return cache[:, :, seen]
+
+        self._run(x, cosine, sine, write, None)
+
+    def step_at(self, grid_rows: np.ndarray, columns: np.ndarray) -> None:
+        """Features and logits of the batch rows, each at a position of its own (B,)."""
+        slots = torch.as_tensor(grid_rows * self.prior.width + columns, device=self._codes.device)  # (B,)
+        last = int((grid_rows * self.prior.width + columns).max())
+        before = self._codes[self._rows, (slots - 1).clamp(min=0)]  # (B,)
+        x = torch.where(
+            (slots == 0)[:, None], self.prior.cls_embedding(self._labels), self.prior.tok_embeddings(before)
+        )  # (B, C)
+        cosine, sine = (
+            self.prior.cosine[slots][:, None, None],
+            self.prior.sine[slots][:, None, None],
+        )  # (B, 1, 1, h / 2)
+        behind = (self._slots[: last + 1] > slots[:, None])[:, None, None]  # (B, 1, 1, last + 1)
+
+        def write(cache: Tensor, new: Tensor) -> Tensor:
+            cache[self._rows, :, slots] = new
+            return cache[:, :, : last + 1]
+
+        self._run(x, cosine, sine, write, behind)
+
+    def _run(
+        self,
+        x: Tensor,
+        cosine: Tensor,
+        sine: Tensor,
+        write: Callable[[Tensor, Tensor], Tensor],
+        behind: Tensor | None,
+    ) -> None:
+        """One slot through all blocks.
+
+        Args:
+            x: its input (B, C).
+            cosine: of its angles (h / 2,), or (B, 1, 1, h / 2).
+            sine: the same.
+            write: enters keys or values (B, N, h) into a layer's cache (B, N, T, h), and returns those to attend to.
+            behind: (B, 1, 1, S) bool, of these the slots that a row must not see; None: it sees all.
+        """
+        x = x[:, None]  # (B, 1, C)
+        scale = (self.prior.hidden_units // self.prior.attention_heads) ** -0.5
+        for layer, block in enumerate(self.prior.layers):
+            queries, new_keys, new_values = block.qkv(x, cosine, sine)  # type: ignore[operator]  # (B, N, 1, h)
+            keys = write(self._keys[layer], new_keys[:, :, 0])  # (B, N, S, h)
+            values = write(self._values[layer], new_values[:, :, 0])
+            scores = queries @ keys.mT * scale  # (B, N, 1, S)
+            if behind is not None:
+                scores = scores.masked_fill(behind, -torch.inf)
+            x = block.finish(x, scores.softmax(-1) @ values)  # type: ignore[operator]
+        self.features.copy_(self.prior.norm(x[:, 0]))
+        self.logits.copy_(self.prior.logits(self.features))
+
+    def put(self, codes: Tensor, row: int, column: int) -> None:
+        """Enter the codes (B,) of all batch rows at one position."""
+        self._codes[:, row * self.prior.width + column] = codes
+
+    def put_at(self, rows: np.ndarray, codes: Tensor, grid_rows: np.ndarray, columns: np.ndarray) -> None:
+        """Enter the codes (n,) of some batch rows (n,), each at a position of its own."""
+        at, slots = (torch.as_tensor(x, device=codes.device) for x in (rows, grid_rows * self.prior.width + columns))
+        self._codes[at, slots] = codes
+
+    def next_row(self, row: int) -> None:
+        """Nothing is kept per grid row."""
+
+    def next_row_of(self, rows: np.ndarray, grid_rows: np.ndarray) -> None:
+        """Nothing is kept per grid row."""
