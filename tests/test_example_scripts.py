@@ -1,4 +1,4 @@
-"""The three scripts about algorithms run: any of them on one task, PPO without SB3, and through rl_zoo3."""
+"""The scripts about algorithms run: any of them on one task, PPO and RAL without SB3, and through rl_zoo3."""
 
 import importlib
 import json
@@ -10,10 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from rich.console import Console
+from safetensors.torch import load_file
 from stable_baselines3 import A2C, PPO
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from ral_gym.assets import asset_path
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -116,6 +120,36 @@ def test_ppo_single_file_learns_without_sb3(tmp_path: Path) -> None:
     assert len(returns) == 10 and np.mean(returns[:2]) < 0.25 and returns[-1] > 0.3  # random images score 0.18
     assert max(event.value for event in events.Scalars("charts/episodic_length")) == 16
     assert "640 images" in text and "solved from 0.9 on" in text
+
+
+RAL_SIZES = ["--num-envs", "16", "--total-timesteps", str(2 * 16 * 64), "--critic-warmup", "4", "--critic-steps", "2"]
+RAL_SIZES += ["--augmented-passes", "1", "--eval-samples", "32", "--eval-extractor", "encoder", "--save-model"]
+
+
+def test_ral_single_file_shows_all_of_ral_without_sb3(tmp_path: Path) -> None:
+    source = (EXAMPLES / "ral_single_file.py").read_text(encoding="utf-8")
+    assert not re.search(r"^\s*(from|import) (stable_baselines3|sb3_contrib|ral_gym\.agents)", source, re.M)
+    assert len(source.splitlines()) <= 300
+    text = run(EXAMPLES / "ral_single_file.py", *RAL_SIZES, "--tensorboard", cwd=tmp_path)
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert re.fullmatch(r"ral_gym-Faces-v0__ral_single_file__1__\d+", folder.name)
+    events = EventAccumulator(str(folder)).Reload()
+    names = {"critic/heldout_auc", "charts/score", "losses/policy_loss", "losses/entropy", "losses/mle_loss"}
+    assert names <= set(events.Tags()["scalars"])
+    rates = [event.value for event in events.Scalars("charts/learning_rate")]
+    assert rates == pytest.approx([2e-4, 1e-4])
+    found = re.search(r"^FD (\S+) -> (\S+) \(MLE prior -> RAL, temperature 1, encoder features, 32 images", text, re.M)
+    assert found and found[1] != found[2], text
+    before = load_file(asset_path("faces/prior.safetensors"))
+    after = load_file(folder / "prior.safetensors")
+    changed = {name for name in before if not torch.equal(before[name].float(), after[name])}
+    assert changed == set(before)
+
+
+def test_the_control_of_ral_single_file_trains_no_critic(tmp_path: Path) -> None:
+    text = run(EXAMPLES / "ral_single_file.py", *RAL_SIZES, "--pg-coef", "0", "--mle-coef", "1", cwd=tmp_path)
+    assert re.search(r"^FD \S+ -> \S+ \(MLE prior -> MLE continued, ", text, re.M), text
+    assert "losses/mle_loss" in text and "critic" not in text
 
 
 def test_rl_zoo3_trains_with_the_configuration(tmp_path: Path) -> None:
