@@ -1,10 +1,17 @@
 """Reinforced adversarial learning (RAL) in one file, after CleanRL: vector environment, co-trained critic, REINFORCE.
 
     python examples/ral_single_file.py                             # from the bundled prior of faces, see below
-    python examples/ral_single_file.py --pg-coef 0 --mle-coef 1 --total-timesteps 1310720   # the control, see below
+    python examples/ral_single_file.py --pg-coef 0 --mle-coef 1 --total-timesteps 2375680   # the control, see below
     python examples/ral_single_file.py --tensorboard               # charts/*, losses/* and critic/* in runs/
 
-RESULTS
+Prints the Frechet distance (FD, lite0 features) of 2,000 images drawn by the MLE prior and, from the same random
+numbers, by the same network after 30 updates of RAL, both at temperature 1, against 2,304 decoded real codes. Measured
+on seed 1: 33.0 -> 28.1 (the settings were checked on seed 100 only: 30.3 -> 26.5), about 130 CPU seconds. One seed says
+little about one more or less.
+
+Do not read this as "RL beats likelihood": the bundled prior is not trained to the end. The control, likelihood for 145
+more updates in about the same CPU time, gets further: 33.0 -> 21.7. What RAL adds to a prior that has been trained to
+the end is a question of the whole table: docs/results.md.
 
 An image is an episode: an action is one of K codes, and after T of them the VQ-VAE decodes an image. The generator is a
 PixelCNN that was trained by maximum likelihood (MLE); RAL goes on with the scores of a critic as rewards (Ak et al.
@@ -21,8 +28,8 @@ PixelCNN that was trained by maximum likelihood (MLE); RAL goes on with the scor
 7. One teacher-forced pass gives the log-probabilities of all E x T codes. The current weights drew them, so there is no
    ratio and no clipping. Dropout is off, as it was when they were drawn.
 8. A share of the loss is MLE on real codes, with dropout. It keeps the prior from drifting where the critic is blind.
-9. The learning rate falls to zero. Policy and critic chase each other, and the FD of the images swings by as much as it
-   falls in the whole run; the last weights are as good as the average only if the steps have become small.
+9. The learning rate falls to zero, since policy and critic chase each other: at a constant rate, with less MLE, an FD of
+   32 was 37 after 25 updates (seed 100).
 """
 
 import random
