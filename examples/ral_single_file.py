@@ -28,8 +28,8 @@ PixelCNN that was trained by maximum likelihood (MLE); RAL goes on with the scor
 7. One teacher-forced pass gives the log-probabilities of all E x T codes. The current weights drew them, so there is no
    ratio and no clipping. Dropout is off, as it was when they were drawn.
 8. A share of the loss is MLE on real codes, with dropout. It keeps the prior from drifting where the critic is blind.
-9. The learning rate falls to zero, since policy and critic chase each other: at a constant rate, with less MLE, an FD of
-   32 was 37 after 25 updates (seed 100).
+9. The learning rate falls to zero, since policy and critic chase each other: at a constant rate, and with less MLE, an
+   FD of 32 was 37 after 25 updates (seed 100).
 """
 
 import random
