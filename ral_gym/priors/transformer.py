@@ -163,6 +163,8 @@ class Transformer(nn.Module):
     """
 
     levels = 1
+    cosine: Tensor
+    sine: Tensor
 
     def __init__(
         self,
@@ -226,8 +228,8 @@ class Transformer(nn.Module):
     @property
     def config(self) -> dict[str, Any]:
         """The constructor's arguments; `Transformer(**config)` builds the same network."""
-        names = ("codebook_size", "height", "width", "hidden_units", "attention_heads", "dropout", "multiple_of")
-        names += ("classes", "class_dropout", "attention")
+        names = ["codebook_size", "height", "width", "hidden_units", "attention_heads", "dropout", "multiple_of"]
+        names += ["classes", "class_dropout", "attention"]
         return {**{name: getattr(self, name) for name in names}, "layers": len(self.layers)}
 
     @property
