@@ -219,7 +219,7 @@ if __name__ == "__main__":
             sampler.begin(torch.as_tensor(next_obs, dtype=torch.int64, device=device), position=0)
             for step in range(T):
                 with torch.no_grad():
-                    actions[:, step], _ = draw(sampler.logits(), torch.rand(E, device=device))
+                    actions[:, step] = draw(sampler.logits(), torch.rand(E, device=device))[0]
                 sampler.advance(actions[:, step])
                 next_obs, _, terminations, _, _ = envs.step(actions[:, step].cpu().numpy())
             assert terminations.all()
