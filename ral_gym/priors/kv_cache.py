@@ -10,12 +10,14 @@ Shapes: B batch rows, L blocks, C units, N heads of size h, T slots.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ral_gym.priors.transformer import Transformer
+Transformer = Any
+"""`ral_gym.priors.transformer.Transformer`, which imports this file."""
 
 
 class PackedTransformer:
@@ -103,11 +105,11 @@ class KVCache:
         x = self.prior.embed(codes[:, : count - 1], labels)  # (n, count, C)
         cosine, sine = self.prior.cosine[:count], self.prior.sine[:count]
         for layer, block in enumerate(self.prior.layers):
-            queries, keys, values = block.qkv(x, cosine, sine)  # type: ignore[operator]
+            queries, keys, values = block.qkv(x, cosine, sine)
             self._keys[layer, rows, :, :count] = keys
             self._values[layer, rows, :, :count] = values
             if layer + 1 < len(self.prior.layers):
-                x = block.finish(x, self.prior._attend(queries, keys, values))  # type: ignore[operator]
+                x = block.finish(x, self.prior._attend(queries, keys, values))
 
     def step(self, row: int, column: int) -> None:
         """Features and logits of all batch rows at one position."""
@@ -163,13 +165,13 @@ class KVCache:
         x = x[:, None]  # (B, 1, C)
         scale = (self.prior.hidden_units // self.prior.attention_heads) ** -0.5
         for layer, block in enumerate(self.prior.layers):
-            queries, new_keys, new_values = block.qkv(x, cosine, sine)  # type: ignore[operator]  # (B, N, 1, h)
+            queries, new_keys, new_values = block.qkv(x, cosine, sine)  # (B, N, 1, h)
             keys = write(self._keys[layer], new_keys[:, :, 0])  # (B, N, S, h)
             values = write(self._values[layer], new_values[:, :, 0])
             scores = queries @ keys.mT * scale  # (B, N, 1, S)
             if behind is not None:
                 scores = scores.masked_fill(behind, -torch.inf)
-            x = block.finish(x, scores.softmax(-1) @ values)  # type: ignore[operator]
+            x = block.finish(x, scores.softmax(-1) @ values)
         self.features.copy_(self.prior.norm(x[:, 0]))
         self.logits.copy_(self.prior.logits(self.features))
 

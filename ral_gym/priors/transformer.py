@@ -17,7 +17,7 @@ the label as K + 2 + class; K + 2 + `classes` is "no class", which training mode
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +25,7 @@ from torch.nn import functional as F
 
 from ral_gym.errors import ConfigError
 from ral_gym.grid import CodeGrid
-
-if TYPE_CHECKING:
-    from ral_gym.priors.kv_cache import PackedTransformer
+from ral_gym.priors.kv_cache import PackedTransformer
 
 AttentionKind = Literal["math", "fused"]
 INIT_STD = 0.02
@@ -318,6 +316,4 @@ class Transformer(nn.Module):
 
     def pack(self) -> PackedTransformer:
         """What `ral_gym.priors.sampler.CachedSampler` draws with."""
-        from ral_gym.priors.kv_cache import PackedTransformer
-
         return PackedTransformer(self)
