@@ -9,7 +9,7 @@ A part is found by its name in one of these ways:
 
 The last one imports a module, which runs its code. So a name that merely stands in a *file* (config.json, the metadata
 of weights, a checkpoint) is imported only if the same name was also given by the user: on the command line
-(``--plugin module:Class``, or any other flag that says it), or by `allow` in a program. Files from strangers cannot
+(``--plugin module:Class``, or the flag of such a part), or by `allow` in a program. Files from strangers cannot
 name code to run.
 """
 
@@ -30,6 +30,11 @@ Part = TypeVar("Part")
 
 _PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 _MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
+_NAMING = (
+    *("plugin", "preset", "data", "source", "kind", "options", "algo", "algos"),
+    *("reward-weights", "extractor", "metrics"),
+)
+"""The flags whose values are names of parts, without their section: ``--prior.kind`` is one, ``--runs`` is none."""
 _allowed: set[str] = set()
 
 
@@ -51,15 +56,20 @@ def allow(*names: str) -> None:
 
 
 def allow_given(argv: Iterable[str]) -> None:
-    """Allow every ``module:Class`` that stands in a command line's words, such as ``--algo my_parts:Mine``.
+    """Allow the ``module:Class`` names that a command line gives to a flag for parts, such as ``--algo my_parts:Mine``.
 
-    A data source may have an argument behind it: ``--data my_parts:Array:images.npy``.
+    A data source may have an argument behind it: ``--data my_parts:Array:images.npy``. Other words are left alone: a
+    run folder, or a picture, may be called ``my_parts:Mine`` by a stranger.
     """
-    for word in argv:
-        value = word.partition("=")[2] if word.startswith("--") else word
-        for name in (value, ":".join(value.split(":")[:2])):
-            if is_path(name):
-                allow(name)
+    flag = ""
+    for place, word in enumerate(argv):
+        if word.startswith("--"):
+            flag, _, word = word.partition("=")
+            flag = flag.removeprefix("--").replace("_", "-").rpartition(".")[2]
+        elif place == 0 and word == "presets":  # ral-gym presets my_parts:SMALL
+            flag = "preset"
+        if flag in _NAMING and not (flag in ("data", "source") and word.partition(":")[0] in SOURCES):
+            allow(*(name for name in {word, ":".join(word.split(":")[:2])} if is_path(name)))
 
 
 def load_plugins(names: Iterable[str]) -> None:
