@@ -218,7 +218,7 @@ def test_settings_that_nothing_would_read_are_refused(vqvae, named) -> None:
         ({"kind": "features", "options": {"depth": 3}}, "critic.options names depth, but features takes no depth"),
         ({"kind": "features", "options": {"num_features": 3}}, "names num_features, which the run fills in"),
         ({"kind": "causal", "loss": "hinge"}, "critic.loss is 'hinge', but causal takes no loss: leave critic.loss"),
-        ({"kind": "causal"}, "critic 'causal' cannot be made .*prior"),
+        ({"kind": "causal"}, "critic 'causal' cannot be built .*prior"),
         ({"kind": "none_such"}, "critic 'none_such' is unknown: choose one of patch"),
     ]
     for changes, message in refused:

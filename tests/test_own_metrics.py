@@ -202,7 +202,7 @@ def test_names_that_cannot_be_columns_are_refused() -> None:
     for names, words in (
         (["fd"], "the table has a column fd already"),
         (["sharp", "sharp"], "the table has a column sharp already"),
-        (["number"], "is no function"),
+        (["number"], "is not a function"),
         (["blind"], "wants to see 'tea leaves': give one of images, codes, features"),
         (["nobody"], "metric 'nobody' is unknown"),
     ):

@@ -172,9 +172,9 @@ class Tuple(GPT):
 @pytest.mark.parametrize(
     ("cls", "said"),
     [
-        (Peeks, "is not causal: what stands from code 8 on changes its features up to there"),
+        (Peeks, "is not causal: changing the codes from position 8 on changes its features up to there"),
         (NoClamp, r"fails on codes \(IndexError: index out of range"),
-        (Forgetful, r"its config does not make the same network again \(block"),
+        (Forgetful, r"its config does not rebuild the same network \(block"),
         (Odd, r"features on codes \(1, 16\) gives \(1, 16, 32\)"),
         (Tuple, "cannot be written as JSON"),
     ],

@@ -1,7 +1,7 @@
-"""Is the critic worth listening to? Its AUC and gap on held-out real and fresh fake images.
+"""Can the critic tell real from fake images? Its AUC and gap on held-out real and newly drawn fake images.
 
-The critic is the reward. One that has learnt nothing gives noise, so it is measured on images it was not trained on:
-an AUC of 0.5 means that it cannot tell real from fake. The gap is its estimate of the Wasserstein distance (Eq. 5).
+The critic is the reward; one that has learnt nothing gives noise. So it is measured on images it was not trained on: an
+AUC of 0.5 means that it cannot tell real from fake. The gap is its estimate of the Wasserstein distance (Eq. 5).
 """
 
 from __future__ import annotations

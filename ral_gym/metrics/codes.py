@@ -1,6 +1,6 @@
 """Metrics about codes: negative log-likelihood, entropy, unigram, usage; all in nats per code.
 
-The generator enters as a function `logits(codes (B, T)) -> (B, T, K)` whose logits at t see codes before t only: one
+The generator is given as a function `logits(codes (B, T)) -> (B, T, K)` whose logits at t see codes before t only: one
 teacher-forced pass gives all T conditional distributions. Falling entropy with rising held-out NLL is sharpening, not
 learning, so a table always shows both.
 """
@@ -69,8 +69,8 @@ def entropy(
 ) -> float:
     """Entropy of a generator per code, estimated on its own samples.
 
-    Rao-Blackwellised: the exact entropy of p(x_t | x_<t), averaged over sampled prefixes and positions, instead of
-    -log p of the code that happened to be drawn. The same mean (chain rule), a much smaller variance.
+    Rao-Blackwellised: the exact entropy of p(x_t | x_<t), averaged over sampled prefixes and positions, instead of -log
+    p of the code that happened to be drawn: the same mean (chain rule) with a much smaller variance.
 
     Args:
         logits: the generator.
@@ -163,8 +163,8 @@ def match_temperature(
     """Find the temperature at which a generator's entropy is `target`, by bisection (row `mle_temperature`).
 
     Entropy rises with temperature. `sample` should start from the same seed at every call, so that the sampling noise
-    does not hide it. Where the target lies outside what [low, high] reaches, the result is next to that end; the
-    entropy in the result tells.
+    does not hide it. If no temperature in [low, high] reaches the target, the result is next to that end; compare the
+    returned entropy with the target.
 
     Args:
         sample: temperature -> codes (N, T) drawn at it.

@@ -1,14 +1,15 @@
 """How far generated images are from a reference: Frechet distance (FD) and kernel distance (KID).
 
-The paper reports FID against reconstructions of the training images (Section 5): the reference is whatever set the
-caller gives. Any extractor serves, features are extracted once and used in float64, and every result carries its
-extractor and sample counts. KID is torchmetrics', with its subsets drawn from a seed of their own. FD is
+The paper reports FID against reconstructions of the training images (Section 5); here the caller chooses the reference.
+Any extractor will do, features are extracted once and used in float64, and every result carries its extractor and
+sample counts. KID is torchmetrics', with its subsets drawn from a separate seed. FD is
 `frechet_distance`: torchmetrics takes the eigenvalues of a product that is not symmetric, which does not always
 converge where covariances are singular, and loses half the digits there, so that FD may fall below 0.
 
-FD is biased upwards for small sets (by more, the more features), so rows of a table need equal `n`, and `floor` belongs
-beside them; KID is unbiased (Binkowski et al. 2018). Both depend on the features' scale: the kernel of KID is cubic, so
-that on `lite0` (features of about 3) 64x64 photos of faces against their blurred copies give a KID of thousands.
+FD is biased upwards for small sets (the more, the more features), so rows of a table need equal `n`, and should be read
+next to `floor`; KID is unbiased (Binkowski et al. 2018). Both depend on the features' scale: the kernel of KID is
+cubic, so that on `lite0` (features of about 3) 64x64 photos of faces against their blurred copies give a KID of
+thousands.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ MINIMUM_IMAGES = 6
 
 
 class Distance(TypedDict):
-    """FD and KID with what is needed to read them."""
+    """FD and KID with the facts needed to interpret them."""
 
     fd: float
     kid: float
@@ -40,7 +41,7 @@ class Distance(TypedDict):
 
 
 class _GivenFeatures(nn.Module):
-    """Stands where torchmetrics expects a network: the features have been extracted already."""
+    """Takes the place of torchmetrics' network, because the features have been extracted already."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
@@ -55,7 +56,7 @@ class FeatureDistance:
 
     Args:
         reference: features (N, F), N >= 6.
-        extractor: name of what computed them; goes into every result.
+        extractor: its name, which goes into every result.
         seed: seeds KID's subsets and the halves of `floor`. The global generators are left alone.
 
     Raises:
@@ -145,7 +146,7 @@ def floor(extractor: Extractor, reference: Images, *, seed: int = 0) -> Distance
 
 
 def _checked(features: Tensor, extractor: str) -> Tensor:
-    """Features as float64 on the CPU, refused where no distance can be computed on them."""
+    """Features as float64 on the CPU; raises if no distance can be computed from them."""
     if len(features) < MINIMUM_IMAGES:
         raise ConfigError(
             f"{len(features)} images are too few for FD and KID: at least {MINIMUM_IMAGES} are needed "
@@ -159,9 +160,9 @@ def _checked(features: Tensor, extractor: str) -> Tensor:
 def frechet_distance(features: Tensor, reference: Tensor) -> float:
     """Frechet distance between two sets of features, seen as Gaussians (Heusel et al. 2017, Eq. 6).
 
-    |m - m_r|^2 + tr(S + S_r) - 2 tr((S^1/2 S_r S^1/2)^1/2). The last trace is the sum of the singular values of
-    L L_r^T, where L^T L = S and L_r^T L_r = S_r: no root of an eigenvalue near 0 is taken, so covariances may be
-    singular. A result within the rounding error of the traces it is a difference of is 0; it is never negative.
+    |m - m_r|^2 + tr(S + S_r) - 2 tr((S^1/2 S_r S^1/2)^1/2). The last trace is the sum of the singular values of L
+    L_r^T, where L^T L = S and L_r^T L_r = S_r: no root of an eigenvalue near 0 is taken, so covariances may be
+    singular. The result is a difference of traces: within their rounding error it is 0; it is never negative.
 
     Args:
         features: (N, F) float64, N >= 2.

@@ -1,7 +1,7 @@
 """Divergences between two distributions over the K codes of a position, in nats, exact; log-probabilities in.
 
-The bricks of `oracle` and `exposure`. Log-probabilities of minus infinity (forbidden codes) are fine: 0 log 0 is 0, and
-KL is infinite where q rules out what p does not.
+The building blocks of `oracle` and `exposure`. Log-probabilities of minus infinity (forbidden codes) are fine: 0 log 0
+is 0, and KL is infinite where q rules out what p does not.
 """
 
 from __future__ import annotations

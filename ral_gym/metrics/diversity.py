@@ -31,7 +31,7 @@ def hamming_distance(codes: Codes) -> Estimate:
     n, length = grids.shape
     if n < 2:
         raise ConfigError(f"{n} grids have no distance: give at least two")
-    # Position t's codes get numbers of their own, so that one count serves all positions.
+    # Codes are numbered differently at every position, so that one count serves all positions.
     size = int(grids.max()) + 1
     numbered = grids + size * torch.arange(length)  # (N, T)
     counts = code_counts(numbered, size * length)  # (T * K,)

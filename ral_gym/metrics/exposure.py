@@ -1,7 +1,7 @@
 """Exposure bias: what a model's own mistakes in the prefix cost it, measured against an oracle.
 
-A model is trained on prefixes of the data, and draws on prefixes of its own. With an oracle o whose likelihoods are
-known, both can be measured: for a model p and a distance f over the codes of one position,
+A model is trained on prefixes from the data, but samples given prefixes that it drew itself. With an oracle o whose
+likelihoods are known, both can be measured: for a model p and a distance f over the codes of one position,
 
     CGD(H, l) = E f(p(. | c_<l), o(. | c_<l)) over prefixes c_<l of H;    M: the model's own, D: the oracle's.
 
@@ -9,13 +9,14 @@ known, both can be measured: for a model p and a distance f over the codes of on
   errors (Arora et al., 2022): AccErr(l) = l K_M(l) / K_D(l), where K(l) sums CGD over the first l positions with
   f = KL(o || p), and their excess over linear growth, 100 (K_M(l) / K_D(l) - 1), in percent.
 
-`ral_gym.metrics.recovery` has two more protocols, in which the prefix is given or spoilt on purpose.
+`ral_gym.metrics.recovery` has two more protocols, in which the prefix is given or corrupted on purpose.
 
-The two papers disagree on how large the effect is, so a tool must be able to show none: with the oracle for a model,
-EB-C is 1 and the excess 0. A caveat: what the oracle says after prefixes that it would hardly ever draw itself is
-whatever its network extrapolates to.
+The two papers disagree on how large the effect is, so a tool must be able to show none: with the oracle as the model,
+EB-C is 1 and the excess 0. A caveat: after prefixes that the oracle would hardly ever draw itself, its probabilities
+are mere extrapolations of its network.
 
-Generators enter as functions `logits(codes (B, T)) -> (B, T, K)`; every metric is exact over the K codes of a position.
+Generators are given as functions `logits(codes (B, T)) -> (B, T, K)`; every metric is exact over the K codes of a
+position.
 """
 
 from __future__ import annotations
@@ -60,10 +61,10 @@ class ExposureBias:
         on_oracle: CGD(D, l).
         ratio: EB-C(l), their ratio; 1 where both are 0, and at the first position, which has no prefix.
         accumulated: AccErr(l) for the first l = 1..T codes; l where nothing compounds.
-        excess: of it, in percent.
+        excess: excess of AccErr over linear growth, in percent.
         gap: CGD(M) - CGD(D) for KL(o || p), averaged over positions: nats per code.
-        n_model: prefixes of the model.
-        n_oracle: prefixes of the oracle.
+        n_model: number of the model's prefixes.
+        n_oracle: number of the oracle's prefixes.
     """
 
     on_model: dict[str, Curve]

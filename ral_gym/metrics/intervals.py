@@ -1,17 +1,17 @@
 """A value with its interval: what every metric returns that is estimated from samples.
 
-Three roads to a standard error, best first:
+Three ways to a standard error, best first:
 
 * `repeated`: draw the whole set again, independently, as often as the time allows. Always right.
-* `mean_estimate`: where the value is a mean of independent values (seeds, images), their spread tells.
-* `subsampled`: one set of n is all there is. The metric is computed again on random halves of it, drawn *without*
+* `mean_estimate`: if the value is a mean of independent values (seeds, images), from their spread.
+* `subsampled`: when there is only one set of n. The metric is computed again on random halves of it, drawn *without*
   replacement, and the spread of those is scaled to n (the delete-d jackknife of Shao and Wu, 1989), as in
   `distance_estimates` for FD and KID.
 
-Never a bootstrap: a resample of n holds only 63 % distinct images, and FD takes the duplicates for a lack of variety.
-Its bias of sampling is added a second time, so that the interval may lie wholly above the value it is meant for; under
-precision and recall, duplicates have their copy for nearest neighbour. Halves have a larger bias too, but only their
-spread is used, and the bias is common to all.
+Never a bootstrap: a resample of n holds only 63 % distinct images, and FD reads the duplicates as a lack of variety.
+The sampling bias enters a second time, so that the interval may lie wholly above the value it is meant for; for
+precision and recall, the nearest neighbour of a duplicate is its copy. Halves have a larger bias too, but only their
+spread is used, and they all share that bias.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Estimate:
         bounds: tuple[float, float] = (-float("inf"), float("inf")),
         extractor: str = "",
     ) -> Estimate:
-        """The value plus and minus Student's t times its standard error, cut to what is possible.
+        """The value plus and minus Student's t times its standard error, clipped to `bounds`.
 
         Args:
             value: of the metric.
@@ -145,7 +145,7 @@ def mean_estimate(
 def repeated(
     measure: Callable[[int], Mapping[str, Any]], repetitions: int, keys: Sequence[str] = ("fd", "kid")
 ) -> dict[str, Estimate]:
-    """Measure independent sets of the same size, and average: the way for FD where sampling is cheap.
+    """Measure independent sets of the same size, and average: the best way for FD where sampling is cheap.
 
     The interval is that of the expected metric *at this n*: repetitions do not remove FD's bias, which depends on n.
 
@@ -183,8 +183,8 @@ def subsampled(
     """Standard errors of metrics of one set, from random halves of it drawn without replacement.
 
     With m of n samples the spread of the metric over subsets is sqrt((n - m) / m) times its standard error at n, which
-    is 1 for halves. That holds for metrics that are smooth in the sample. Near the floor that sampling sets the result
-    is too large: against independent sets of 200 to 600 points it was 1.0 to 1.4 times the truth for FD, 0.9 to 1.3 for
+    is 1 for halves. That holds for metrics that are smooth in the sample. Near the sampling floor the result is too
+    large: against independent sets of 200 to 600 points it was 1.0 to 1.4 times the truth for FD, 0.9 to 1.3 for
     precision, recall and density, and up to 1.9 times for coverage, next to 1; larger subsets did no better.
 
     Args:
@@ -207,9 +207,10 @@ def subsampled(
 def distance_estimates(
     distance: FeatureDistance, features: Tensor, *, repetitions: int = REPETITIONS, seed: int = 0
 ) -> dict[str, Estimate]:
-    """FD and KID of features from a reference, with intervals by subsampling; the reference counts as given.
+    """FD and KID of features from a reference, with intervals by subsampling; the reference is treated as fixed.
 
-    The values are those of `FeatureDistance.measure`. KID's interval also holds the noise of its 100 random subsets.
+        The values are those of `FeatureDistance.measure`. KID's interval also holds the noise of its 100 random
+        subsets.
 
     Args:
         distance: of the reference.

@@ -1,19 +1,19 @@
 """Are samples copies of training images? Their distance to the nearest one, against that of held-out images.
 
 A generator that has memorised a small set has good FD, precision and recall: the reference *is* what it copies. What
-gives it away is that its samples lie nearer to the training images than new images of the same kind do. So the
-distance of every sample to its nearest training point is set against that of held-out images (the three-sample test of
-Meehan, Chaudhuri and Dasgupta, "A Non-Parametric Test to Detect Data-Copying in Generative Models", AISTATS 2020):
+gives it away is that its samples lie nearer to the training images than new images of the same kind do. So the distance
+of every sample to its nearest training point is compared with that of held-out images (the three-sample test of Meehan,
+Chaudhuri and Dasgupta, "A Non-Parametric Test to Detect Data-Copying in Generative Models", AISTATS 2020):
 
 * `score`: how often a sample is nearer than a held-out image, over all pairs; 0.5 where they are alike, 1 where every
   sample is a copy, below 0.5 where samples are further off than new images. It is the Mann-Whitney statistic of that
   test; their C_T is made of its z-score, which grows with the number of samples: tables could not be compared by it.
-* `near`: the share of samples as near as the nearest 5 % of held-out images are; 0.05 where they are alike. It tells
-  of a few copies among many poor samples, on which the score is silent (Bhattacharjee et al., ICML 2023).
+* `near`: the share of samples as near as the nearest 5 % of held-out images are; 0.05 where they are alike. It detects
+  a few copies among many poor samples, which the score misses (Bhattacharjee et al., ICML 2023).
 
 Unlike the paper, space is not cut into cells: with tens of held-out images a cell would hold none. The score compares
-distances of whole sets, and a generator may hide copies of some images behind poor samples of others; `near` is the
-remedy. Both only ever compare images that have been through the same decoder: see `ral_gym.stages.generator_metrics`.
+distances of whole sets, and a generator may hide copies of some images behind poor samples of others; `near` shows
+that. Both only compare images that have been through the same decoder: see `ral_gym.stages.generator_metrics`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ral_gym.metrics.intervals import Estimate
 from ral_gym.metrics.neighbours import nearest
 
 NEAREST_SHARE = 0.05
-"""The held-out images that `near` compares with: this share, the nearest ones."""
+"""`near` compares with this share of the held-out images, those nearest to a training image."""
 REPETITIONS = 100
 
 
@@ -38,8 +38,8 @@ class Memorisation:
         train: features (M, F) of training images; where there are too many, of a random part of them: held-out images
             and samples are then measured against the same part.
         held_out: features (V, P, F) of V >= 1 held-out images, P versions of each (augmented as the training images
-            are). Versions of one image are no independent measurements: only V counts for the intervals.
-        extractor: name of what computed them; goes into every result.
+            are). Versions of one image are not independent measurements: only V counts for the intervals.
+        extractor: its name, which goes into every result.
         seed: seeds the halves of the intervals.
 
     Raises:
@@ -78,7 +78,7 @@ class Memorisation:
         """The same with intervals, of samples' features (N, F), N >= 4, and V >= 4 held-out images.
 
         From random halves of the samples and of the held-out images, both drawn without replacement: the training
-        images count as given, which held-out images there are does not.
+        images are treated as fixed, the held-out images as a sample.
 
         Raises:
             ConfigError: too few samples or held-out images.
@@ -113,7 +113,7 @@ class Memorisation:
         }
 
     def has_intervals(self, n: int) -> bool:
-        """Whether n samples are enough, and the held-out images are."""
+        """Whether n samples, and the held-out images, are enough for intervals."""
         return min(n, len(self.held_out)) >= 4
 
     def _check(self, features: Tensor) -> None:

@@ -1,7 +1,7 @@
 """Precision, recall, density and coverage: is each sample like the data, and is all of the data there?
 
 One distance such as FD cannot tell blurred images from a few perfect ones; these can. Around every point of a set lies
-the ball that reaches its k-th nearest neighbour in the same set; together they stand for where the set lives.
+the ball that reaches its k-th nearest neighbour in the same set; together the balls approximate the set's support.
 
 * precision: the share of samples inside any ball of the reference; recall: the share of the reference inside any ball
   of the samples (Kynkaanniemi et al., 2019, Eq. 1 and 2);
@@ -28,7 +28,7 @@ SCORES = ("precision", "recall", "density", "coverage")
 
 
 class NeighbourhoodScores(TypedDict):
-    """The four metrics with what is needed to read them."""
+    """The four metrics with the facts needed to interpret them."""
 
     precision: float
     recall: float
@@ -45,7 +45,7 @@ class Neighbourhood:
 
     Args:
         reference: features (M, F) of real images, M > k.
-        extractor: name of what computed them; goes into every result.
+        extractor: its name, which goes into every result.
         k: which neighbour a ball reaches; 3 in Kynkaanniemi et al., 5 in Naeem et al.
         chunk: rows of the distance matrix held at a time.
 
@@ -80,7 +80,7 @@ class Neighbourhood:
         )
 
     def estimates(self, features: Tensor, *, repetitions: int = REPETITIONS, seed: int = 0) -> dict[str, Estimate]:
-        """The four metrics of features (N, F), N > 2 k + 1, with intervals; the reference counts as given.
+        """The four metrics of features (N, F), N > 2 k + 1, with intervals; the reference is treated as fixed.
 
         The intervals are those of `subsampled`. A half of the samples takes about half the time of all, so this
         costs some 20 times as much as `measure`.
@@ -145,7 +145,7 @@ class Neighbourhood:
             yield slice(start, start + self.chunk), squared
 
     def _checked(self, features: Tensor) -> Tensor:
-        """Features as float64 on the CPU, refused where the metrics mean nothing."""
+        """Features as float64 on the CPU; raises if the metrics would be meaningless."""
         if self.k < 1 or len(features) <= self.k:
             raise ConfigError(
                 f"{len(features)} images are too few for k = {self.k}: give k >= 1 and more than k images"

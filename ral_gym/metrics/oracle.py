@@ -1,13 +1,13 @@
-"""Distances between two generators whose likelihoods are both known: a model and the oracle that stands for the data.
+"""Distances between two generators with known likelihoods: a model, and the oracle that plays the role of the data.
 
 NLL_oracle alone, the metric of Section 5.2 and Table 1, falls when a model merely sharpens: at a lower temperature it
-draws the oracle's likeliest codes more often, and knows fewer of the others. `oracle_metrics` therefore always gives it
-with NLL_test, the entropy, KL both ways and JSD. They obey
+draws the oracle's likeliest codes more often and covers fewer of the others. `oracle_metrics` therefore always reports
+it with NLL_test, the entropy, KL both ways and JSD. They obey
 
     KL(model || oracle) = NLL_oracle - H(model),        KL(oracle || model) = NLL_test - H(oracle).
 
-All are exact over the K codes of a position, and Monte Carlo over prefixes only: instead of log p of the code that
-happened to be drawn, its expectation. The same mean (chain rule), a much smaller variance.
+All are exact over the K codes of a position, and Monte Carlo over prefixes only: the expectation of log p instead of
+log p of the code that happened to be drawn. The mean is the same (chain rule), the variance much smaller.
 """
 
 from __future__ import annotations
@@ -54,12 +54,12 @@ def oracle_metrics(
     batch_size: int = 256,
     device: str | torch.device | None = None,
 ) -> dict[str, Estimate]:
-    """Everything about how far a model is from its oracle, each metric with its standard error.
+    """All metrics of a model's distance from its oracle, each with its standard error.
 
     Args:
         model: logits (B, T) -> (B, T, K) of the model; at another temperature, those divided by it.
         oracle: the oracle's.
-        model_codes: (N, T), samples of the model as it is given.
+        model_codes: (N, T), samples of the model, at the same temperature.
         oracle_codes: (M, T), samples of the oracle, that the model was not trained on.
         batch_size: rows per pass.
         device: where the generators are; None: where the codes are.

@@ -2,9 +2,9 @@
 
 A metric is a function ``f(generated, reference)`` that is registered in `ral_gym.registry.METRICS` or named as
 ``module:function``. It gives a number, or a number with the ends of its 95 % interval: ``(number, low, high)`` or an
-`Estimate`. An attribute `sees` says what it wants to see of both sets:
+`Estimate`. An attribute `sees` declares what it sees of both sets:
 
-* ``"images"`` (where it has no such attribute): uint8 (N, C, S, S) and (M, C, S, S), decoded;
+* ``"images"`` (the default): uint8 (N, C, S, S) and (M, C, S, S), decoded;
 * ``"codes"``: int64 (N, T) and (M, T);
 * ``"features"``: float32 (N, F) and (M, F), the extractor's.
 
@@ -30,7 +30,7 @@ from ral_gym.registry import METRICS
 
 SEES = ("images", "codes", "features")
 TAKEN = {*COLUMNS, "fd_real", "kid_real", "kid_subset_size", "n_reference", "intervals", "updates"}
-"""What rows hold already."""
+"""Keys that rows hold already."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,9 @@ class OwnMetric:
     """A column of the table.
 
     Attributes:
-        key: its name in a row: the registered name, or what stands behind the colon of ``module:function``.
+        key: its name in a row: the registered name, or the part after the colon of ``module:function``.
         sees: one of `SEES`.
-        meaning: one line of words, or "".
+        meaning: one line of text, or "".
         function: see the module's docstring.
     """
 
@@ -58,7 +58,7 @@ class OwnMetric:
             seed: the global generator starts from it, and is left as it was.
 
         Raises:
-            ConfigError: the function gives no finite number, or an interval that does not hold it.
+            ConfigError: the function gives no finite number, or an interval that does not contain it.
         """
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
@@ -84,7 +84,7 @@ def own_metrics(names: Iterable[str]) -> list[OwnMetric]:
         names: registered ones, or ``module:function``; a class is called without arguments and gives the function.
 
     Raises:
-        ConfigError: an unknown name, something that is no function, a column that is there already, or an unknown
+        ConfigError: an unknown name, something that is not a function, a column that exists already, or an unknown
             `sees`.
     """
     metrics: list[OwnMetric] = []
@@ -93,7 +93,7 @@ def own_metrics(names: Iterable[str]) -> list[OwnMetric]:
         function = part() if isinstance(part, type) else part
         key, sees = name.rpartition(":")[2].rpartition(".")[2], getattr(function, "sees", "images")
         if not callable(function):
-            raise ConfigError(f"metric {name} is no function: give f(generated, reference)")
+            raise ConfigError(f"metric {name} is not a function: give f(generated, reference)")
         if key in TAKEN or any(metric.key == key for metric in metrics):
             raise ConfigError(f"metric {name}: the table has a column {key} already; choose another name")
         if sees not in SEES:

@@ -2,8 +2,8 @@
 
 A Laplacian pyramid (Burt and Adelson, 1983) splits an image into bands, each of details half as fine as the last one's.
 The mean magnitude of each band in each cell of a coarse grid is what texture synthesis matches (Heeger and Bergen,
-1995). A decoder paints codes that do not fit together with too much or too little detail, which these features see and
-an average over the VQ-VAE's encoder does not.
+1995). A decoder renders codes that do not fit together with too much or too little detail, which these features show
+and an average over the tokenizer's encoder does not.
 """
 
 from __future__ import annotations

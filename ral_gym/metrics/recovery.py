@@ -1,4 +1,4 @@
-"""Given and spoilt prefixes: what a model makes of an oracle's beginning, and how it recovers from a mistake.
+"""Given and corrupted prefixes: how a model completes an oracle's beginning, and how it recovers from a mistake.
 
 The second half of `ral_gym.metrics.exposure`, which compares a model on its own prefixes and on the oracle's. Here
 
@@ -46,9 +46,9 @@ class PrefixCurve:
         oracle_nll: the same where the oracle drew them: its entropy.
         excess: their difference, paired by prefix. Sharpening lowers it, so read it together with `kl`.
         kl: KL(model || oracle) of the completions, which only a better model lowers.
-        kl_given: the same, at the same positions, where the context is the oracle's to the end.
-        harm: kl - kl_given, paired by prefix: what context of the model's own making costs. Not `kl` but this compares
-            across r, since a model may simply be worse at the lower rows.
+        kl_given: the same at the same positions, with the oracle's codes as context throughout.
+        harm: kl - kl_given, paired by prefix: the cost of the model's own codes as context. Compare this across r
+            rather than `kl`, since a model may simply be worse at the lower rows.
         n: prefixes.
     """
 
@@ -74,7 +74,7 @@ def prefix_curve(
     batch_size: int = 256,
     generator: torch.Generator | None = None,
 ) -> PrefixCurve:
-    """Let the model finish what the oracle began, after every number of rows.
+    """Let the model complete the oracle's images, from every number of given rows.
 
     Without exposure bias, `harm` is 0 for every r; with it, it is largest at r = 0. The episodes are those of RAL's
     partial generation (Section 4.3) and of the image completion of Section 5.5.
@@ -84,7 +84,7 @@ def prefix_curve(
         oracle: the oracle's.
         sampler: draws from the model.
         oracle_codes: (N, T) int64, samples of the oracle, on the generators' device.
-        grid: of the codes; rows are those of the top level, and take the bottom rows under them along.
+        grid: of the codes; rows are those of the top level and include the bottom rows under them.
         rows: which r, 0..H-1; None: all.
         batch_size: images drawn at a time.
         generator: of the sampler; None: the global one.
@@ -120,11 +120,11 @@ def prefix_curve(
 
 @dataclass(frozen=True)
 class CorruptionResponse:
-    """KL(o || p) behind a prefix, as it was and corrupted; curves over the distance d = 0, 1, .. from the prefix's end.
+    """KL(o || p) after a prefix, original and corrupted; curves over the distance d = 0, 1, .. from the prefix's end.
 
     Attributes:
-        clean: behind the prefix as it was.
-        corrupted: behind the corrupted prefix.
+        clean: after the original prefix.
+        corrupted: after the corrupted prefix.
         bump: corrupted - clean, paired by image.
         area: the bump's sum over all distances, in nats.
         half_life: see `half_life`; NaN where the area is within two standard errors of 0 or below.
@@ -162,11 +162,11 @@ def corruption_response(
         grid: of the codes, of one level.
         fraction: q in (0, 1], of the codes that can be replaced.
         prefix_rows: rows of the prefix, 1..H-1.
-        window: only the last so many codes of the prefix can be replaced; None: all.
-        sampler: draws what follows from the model (self-recovery), with the same uniforms behind the clean and the
-            corrupted prefix. None: the oracle's codes stay (how long does a mistake that nobody makes again matter?).
+        window: only this many codes, at the end of the prefix, can be replaced; None: all.
+        sampler: draws the codes that follow from the model (self-recovery), with the same uniforms after the clean and
+            the corrupted prefix. None: the oracle's codes follow (how long does a single mistake matter?).
         batch_size: rows per pass.
-        generator: of what is replaced, and of the uniforms; None: the global one. On the CPU.
+        generator: draws the replacements and the uniforms, on the CPU; None: the global one.
 
     Raises:
         ConfigError: two levels, or a fraction, prefix or window out of range.
@@ -211,7 +211,7 @@ def corrupt(
     stop: int | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Replace a fraction of codes by others, drawn uniformly from the K - 1 that they are not.
+    """Replace a fraction of the codes, each by one drawn uniformly from the K - 1 other codes.
 
     Args:
         codes: (B, T) int64.
@@ -246,7 +246,7 @@ def corrupt(
 
 
 def half_life(bump: Tensor) -> float:
-    """Distance by which half of a bump's area has passed: where it falls as exp(-d / s), its half-life s ln 2.
+    """Distance within which half of a bump's area lies: if it falls as exp(-d / s), its half-life s ln 2.
 
     In raster order a code is seen again a row further down, so that the bump falls and rises again; the first crossing
     of half its height would say nothing, the area does. It counts only what lies before the image's end.

@@ -30,8 +30,8 @@ class Column(NamedTuple):
 
     Attributes:
         heading: may be broken by line breaks.
-        decimals: at least so many; None: whole numbers.
-        significant: as many decimals as three significant digits need: for metrics whose scale is the extractor's.
+        decimals: at least this many; None: whole numbers.
+        significant: show three significant digits: for metrics whose scale depends on the extractor.
     """
 
     heading: str
@@ -69,20 +69,20 @@ MEANINGS = {
     "diversity": "diversity: share of codes in which two samples differ",
     "samples_per_kept": "cost: samples drawn per sample kept",
 }
-"""Column -> what the caption says of it."""
+"""Column -> its explanation in the caption."""
 OWN = Column("", 0, significant=True)
 """Every column of your own; its heading is its name."""
 MOST_DECIMALS = 6
 """Numbers that need more are written as 1.23e-07."""
 WIDTH = 80
-"""Columns of the narrowest terminal that the table fits."""
+"""Width of the narrowest terminal that the table fits, in characters."""
 FIRST = "fd"
-"""What the terminal always shows, with its interval; then come columns of your own."""
+"""The columns that the terminal always shows, with intervals; columns of your own follow."""
 THEN = (
     *("recall", "memorisation", "nll_test", "entropy", "temperature"),
     *("nll_new_people", "kid", "precision", "diversity", "samples_per_kept", "coverage", "density"),
 )
-"""What it shows while there is room, the most wanted first."""
+"""The columns that it shows while there is room, most important first."""
 
 
 def results_table(results: Mapping[str, Any]) -> Table:
@@ -129,7 +129,7 @@ def results_markdown(results: Mapping[str, Any]) -> str:
 
 
 def results_caption(results: Mapping[str, Any], keys: Sequence[str] | None = None) -> str:
-    """What the metrics were measured with: extractor, sample count, seed, time; what they and the intervals are.
+    """How the metrics were measured (extractor, sample count, seed, time), and what they and the intervals mean.
 
     Args:
         results: as for `results_table`.
@@ -195,10 +195,10 @@ class Text(NamedTuple):
 
 
 def metric_text(row: Mapping[str, Any], key: str) -> Text:
-    """How every table, in the terminal, in Markdown and in the report, writes a metric.
+    """A metric as every table (terminal, Markdown, report) writes it.
 
-    Value and interval have equally many decimals: where the column asks for significant digits, three of the value and
-    at least one of the interval, so that no scale of features reads 0.0. Half the width is to the farther end.
+    Value and interval have equally many decimals. In columns of significant digits these are three of the value and at
+    least one of the interval, so that features of a small scale do not read 0.0. `half` is to the farther end.
     """
     value, ends = row.get(key), interval(row, key)
     if value is None:
@@ -211,7 +211,7 @@ def metric_text(row: Mapping[str, Any], key: str) -> Text:
 
 
 def number_text(value: float | None, decimals: int | None = None) -> str:
-    """A number with so many decimals, None: a whole number; "-" where there is none."""
+    """A number with this many decimals (None: a whole number); "-" if there is none."""
     if value is None:
         return "-"
     if decimals is None:
@@ -222,11 +222,11 @@ def number_text(value: float | None, decimals: int | None = None) -> str:
 
 
 def _decimals(value: float, digits: int) -> int:
-    """Decimals that show so many significant digits."""
+    """Decimals that show this many significant digits."""
     return digits - 1 - math.floor(math.log10(abs(value))) if value and math.isfinite(value) else 0
 
 
 def _cell(row: Mapping[str, Any], key: str, with_interval: bool) -> str:
-    """A metric, and with its interval where it has one: 17.4 ±1.2."""
+    """A metric, with its interval if it has one: 17.4 ±1.2."""
     text = metric_text(row, key)
     return f"{text.value} ±{text.half}" if with_interval and text.half else text.value

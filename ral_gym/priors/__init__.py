@@ -1,1 +1,1 @@
-"""p(codes): the generators and their cached samplers."""
+"""Priors p(codes), the generators, and their cached samplers."""

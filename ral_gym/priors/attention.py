@@ -3,8 +3,8 @@
 Follows "PixelSNAIL: An Improved Autoregressive Generative Model" (Chen et al., 2018): convolutions see what is near,
 attention sees everything drawn so far. The supplement's Tables 6 to 8 have 8 such layers at 16 x 16.
 
-What differs from PixelSNAIL: the first code looks at a learned "start" instead of at nothing, and the places of the
-codes enter as learned vectors per row and per column instead of as two channels of coordinates.
+Differences from PixelSNAIL: the first code attends to a learned "start" token instead of to nothing, and positions
+enter as learned vectors per row and per column instead of as two coordinate channels.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from torch.nn import functional as F
 
 
 def attention_blocks(layers: int, attention_layers: int) -> list[int]:
-    """The blocks that an attention layer follows, spread evenly; the last block always is one of them.
+    """Indices of the blocks that an attention layer follows: spread evenly, always including the last block.
 
     Args:
         layers: gated blocks.
-        attention_layers: attention layers, at most as many.
+        attention_layers: number of attention layers, at most `layers`.
     """
     return [i for i in range(layers) if (i + 1) * attention_layers // layers > i * attention_layers // layers]
 
 
 def attend(query: Tensor, memory: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Weighted means of contents; plain operations, because TRPO differentiates them twice.
+    """Softmax-weighted means of values; in plain operations, because TRPO differentiates them twice.
 
     Args:
         query: (..., n, d), scaled by 1 / sqrt(d) already.
-        memory: (..., m, 2 d), a key and a content side by side.
-        mask: (..., n, m) bool, True where nothing may be seen.
+        memory: (..., m, 2 d), a key and a value side by side.
+        mask: (..., n, m) bool, True where attention is not allowed.
 
     Returns:
         (..., n, d).
@@ -45,24 +45,24 @@ def attend(query: Tensor, memory: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 class CausalAttention(nn.Module):
-    """Every position of the horizontal stack looks at all codes strictly before it.
+    """Every position of the horizontal stack attends to all codes strictly before it.
 
-    The query comes from the position's activations; keys and contents from the activations of an earlier position,
-    which have seen the codes before that one, beside the embedding of its own code.
+    The query is computed from the position's activations; keys and values from the activations of an earlier position,
+    which have seen the codes before it, concatenated with the embedding of the earlier position's own code.
 
     Args:
         hidden_units: C, channels of the horizontal stack.
         heads: attention heads, a divisor of C.
         height: H, rows of the grid.
         width: W, columns of the grid.
-        dropout: probability, on what was seen.
+        dropout: probability, on the attended values.
     """
 
     def __init__(self, hidden_units: int, heads: int, height: int, width: int, dropout: float):
         super().__init__()
         self.heads = heads
         self.query = nn.Linear(hidden_units, hidden_units)
-        self.memory = nn.Linear(2 * hidden_units, 2 * hidden_units, bias=False)  # per head, a key and a content
+        self.memory = nn.Linear(2 * hidden_units, 2 * hidden_units, bias=False)  # per head, a key and a value
         self.start = nn.Parameter(torch.empty(2 * hidden_units))
         self.row_position = nn.Parameter(torch.empty(height, 2 * hidden_units))
         self.column_position = nn.Parameter(torch.empty(width, 2 * hidden_units))
@@ -70,10 +70,10 @@ class CausalAttention(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def positions(self) -> tuple[Tensor, Tensor]:
-        """What a place adds to its query, (H, W, C), and to its key and content, (H, W, 2 C)."""
+        """What a position adds to its query, (H, W, C), and to its key and value, (H, W, 2 C)."""
         query, key = (self.row_position[:, None] + self.column_position).chunk(2, dim=-1)  # (H, W, C) each
         key = key.unflatten(-1, (self.heads, -1))  # (H, W, heads, d)
-        return query, F.pad(key, (0, key.shape[-1])).flatten(-2)  # contents say what is there, not where
+        return query, F.pad(key, (0, key.shape[-1])).flatten(-2)  # values carry no position
 
     def forward(self, horizontal: Tensor, embedded: Tensor) -> Tensor:
         """The horizontal stack (B, rows, W, C) and the embedded codes (B, rows, W, C) to the horizontal stack."""
@@ -81,7 +81,7 @@ class CausalAttention(nn.Module):
         to_query, to_memory = (position[:rows] for position in self.positions())
         query = ((self.query(horizontal) + to_query) * math.sqrt(self.heads / channels)).flatten(1, 2)  # (B, T, C)
         seen = self.memory(torch.cat([horizontal, embedded], dim=-1)) + to_memory  # (B, rows, W, 2 C)
-        # One position late: the start comes first, and a position meets the codes up to the one before it.
+        # Shifted by one position: the start token comes first, and a position attends to the codes before it only.
         memory = torch.cat([self.start.expand(batch, 1, -1), seen.flatten(1, 2)[:, :-1]], dim=1)  # (B, T, 2 C)
         length = rows * width
         query = query.view(batch, length, self.heads, -1).transpose(1, 2)  # (B, heads, T, d)

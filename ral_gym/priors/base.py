@@ -1,18 +1,18 @@
-"""What a prior is: the protocols of a network over code grids and of its sampling cache; building and loading by kind.
+"""The protocols of a prior and of its sampling cache, and building, saving and loading priors by kind.
 
-Everything behind stage 1 (training, samplers, policies, table, report) uses a prior through `Prior` alone, so that an
-own network comes in with ``--prior.kind my_parts:GPT``, or simply in a call. Required are the members of `Prior`;
-optional are
+Everything after stage 1 (training, samplers, policies, results table, report) uses a prior only through `Prior`, so a
+network of your own can be chosen with ``--prior.kind my_parts:GPT`` or passed in a call. The members of `Prior` are
+required. Optional members are
 
 * ``split(sequence) -> (codes (B, T'), condition or None)``, for sequences that hold more than the codes that are drawn,
   such as a class label at their end; ``features`` and calls then take both ``(sequence)`` and ``(codes, condition)``.
-  Without it a sequence is its codes;
+  Without it a sequence holds codes only;
 * ``pack() -> Packed``, a sampling cache; without it every code costs a full pass (``ral_gym.priors.full_pass``);
-* ``condition``, the other grid that the codes are drawn for, (its H, its W, its K), and an argument of that name:
-  a prior of bottom codes has it, and takes those codes (B, T'') as a second argument of ``features`` and of a call.
+* ``condition``, an attribute and a constructor argument: the shape (H, W, K) of another grid that the codes depend on.
+  A prior of bottom codes has it, and takes the top codes (B, T'') as a second argument of ``features`` and of a call.
 
-A `kind` is a name in `ral_gym.registry.PRIORS`. A file or a config without one is a PixelCNN's, or where it has `top`
-a two-level model's.
+A `kind` is a name in `ral_gym.registry.PRIORS`. A file or a config without a kind is that of a PixelCNN or, if it has
+`top`, of a two-level model.
 """
 
 from __future__ import annotations
@@ -64,12 +64,12 @@ class Prior(Protocol):
         """The shape of the codes."""
 
     def features(self, sequence: Tensor) -> Tensor:
-        """What the logits are computed from, by one teacher-forced pass.
+        """The features from which the logits are computed, by one teacher-forced pass.
 
         Args:
-            sequence: (B, T') int64, the first r rows of the grid for some 1 <= r <= H, and what else `split` takes
-                apart. Entries of K and more stand for codes not drawn: they must be taken, say by
-                ``clamp(max=K - 1)``, and must not matter to the positions up to their own.
+            sequence: (B, T') int64, the first r rows of the grid for some 1 <= r <= H, and whatever else `split`
+                expects. Entries of K and more stand for codes not drawn yet: they must be accepted, for instance by
+                ``clamp(max=K - 1)``, and must not change the features up to and including their own position.
 
         Returns:
             (B, T', C) float; position t has seen sequence[:, :t] only.
@@ -81,7 +81,7 @@ class Prior(Protocol):
     def __call__(self, sequence: Tensor) -> Tensor:
         """Logits (B, T', K) of every code given those before it."""
 
-    # Of nn.Module.
+    # Members of nn.Module.
     training: bool
 
     def parameters(self, recurse: bool = True) -> Any:
@@ -94,7 +94,7 @@ class Prior(Protocol):
         """The weights and buffers by name."""
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> Any:
-        """Take what `state_dict` gave."""
+        """Load what `state_dict` returned."""
 
     def to(self, device: Any) -> Any:
         """Move to a device."""
@@ -110,14 +110,14 @@ class Prior(Protocol):
 
 
 class Cache(Protocol):
-    """What a sampler keeps for a batch whose images each stand at some position of their grid.
+    """What a sampler caches for a batch of images, each of which may be at a different position of its grid.
 
-    Positions are the caller's business (`ral_gym.priors.sampler.CachedSampler`). Before `step` can run at a column,
+    The caller (`ral_gym.priors.sampler.CachedSampler`) keeps track of positions. Before `step` can run at a column,
     `fill` or `next_row` must have prepared the grid row, and `step` and `put` must have run at the columns before.
 
     Attributes:
         batch: B.
-        use_cuda_graphs: replay the work as CUDA graphs; a cache that cannot ignores it.
+        use_cuda_graphs: replay the work as CUDA graphs; ignored by caches that do not support it.
         features: (B, C), written by `step` and `step_at`.
         logits: (B, K), written by `step` and `step_at`.
     """
@@ -128,7 +128,7 @@ class Cache(Protocol):
     logits: Tensor
 
     def fill(self, rows: Tensor | slice, codes: Tensor, positions: np.ndarray, condition: Tensor | None = None) -> None:
-        """Take in the codes (n, T) before positions (n,), on the host, of batch rows (n,) or all; others are not read.
+        """Enter the codes (n, T) before positions (n,), on the host, of batch rows (n,) or all; ignore later codes.
 
         `condition` (n, ...) is what `split` found in the sequences, or the codes of another grid.
         """
@@ -153,7 +153,7 @@ class Cache(Protocol):
 
 
 class Packed(Protocol):
-    """A prior's weights as its cache wants them: copies, or the live ones."""
+    """A prior's weights in the layout that its cache needs: copies, or the live weights."""
 
     @property
     def device(self) -> torch.device:
@@ -164,7 +164,7 @@ class Packed(Protocol):
         """Their type."""
 
     def refresh(self) -> None:
-        """Take the prior's present weights; its device and type are as before."""
+        """Take over the prior's current weights; device and dtype do not change."""
 
     def make_cache(self, batch: int) -> Cache:
         """A cache for B batch rows."""
@@ -183,9 +183,9 @@ def _kind_in(config: Mapping[str, Any]) -> str:
 
 
 def config_of(prior: Any) -> dict[str, Any]:
-    """What `build_prior` makes the same network from: the constructor's arguments, and the kind where it is needed.
+    """The config from which `build_prior` makes the same network: constructor arguments, and the kind if needed.
 
-    A PixelCNN's is its `config` as it is, so that its files read as they always did.
+    For a PixelCNN it is `prior.config` unchanged, so that its files keep the format of earlier versions.
 
     Raises:
         ConfigError: the config cannot be written as JSON.
@@ -203,16 +203,16 @@ def prior_class(kind: str) -> Any:
     """The class called `kind`.
 
     Raises:
-        ConfigError: there is none, it may not be imported, or it is no class of networks.
+        ConfigError: there is none, it may not be imported, or it is not a subclass of `nn.Module`.
     """
     cls = PRIORS.get(kind)
     if not isinstance(cls, type) or not issubclass(cls, nn.Module):
-        raise ConfigError(f"prior {kind!r} is no class of networks: give a subclass of torch.nn.Module")
+        raise ConfigError(f"prior {kind!r} is not a network class: give a subclass of torch.nn.Module")
     return cls
 
 
 def build_prior(config: Mapping[str, Any]) -> Any:
-    """The network, with fresh weights, whose `config_of` this is.
+    """Build the network that a `config_of` describes, with fresh weights.
 
     Raises:
         ConfigError: the kind is unknown or may not be imported, or its class refuses the arguments.
@@ -223,7 +223,7 @@ def build_prior(config: Mapping[str, Any]) -> Any:
         prior = cls(**{name: value for name, value in config.items() if name != KIND})
     except RalGymError:
         raise
-    except Exception as error:  # code of somebody else's
+    except Exception as error:  # third-party code
         reason = (str(error).strip() or "no reason given").splitlines()[-1]
         raise ConfigError(
             f"prior {kind!r} cannot be built ({type(error).__name__}: {reason}); check its settings"
@@ -257,11 +257,11 @@ def load_prior(path: Path, device: torch.device | str = "cpu", config: dict[str,
     Args:
         path: the file.
         device: where it goes.
-        config: the `config_of` that it must have been made with; None: whatever it is.
+        config: the `config_of` that the file must hold; None: any.
 
     Raises:
-        ConfigError: the file names a kind that is unknown here, or code that nobody has allowed.
-        RunError: missing, damaged, no prior's, made with other arguments, or weights that do not fit them.
+        ConfigError: the file names an unknown kind, or code whose import was not allowed.
+        RunError: the file is missing, damaged, not a prior's or made with other arguments, or its weights do not fit.
     """
     tensors, metadata = load_tensors(path)
     found = _stored_config(metadata)
@@ -272,7 +272,7 @@ def load_prior(path: Path, device: torch.device | str = "cpu", config: dict[str,
 
 
 def _stored_config(metadata: dict[str, Any]) -> Any:
-    """The `config_of` of the prior that a file holds; what is no dict is left for `rebuild_module` to refuse."""
+    """The `config_of` of the prior that a file holds; anything but a dict is left for `rebuild_module` to refuse."""
     config = metadata.get("config")
     if not isinstance(config, dict):
         return {}
@@ -285,13 +285,13 @@ def _stored_config(metadata: dict[str, Any]) -> Any:
 
 
 def split(prior: Any, sequence: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Take sequences (B, ...) apart: the codes (B, T') that the prior draws, and what they are drawn for, or None."""
+    """Split sequences (B, ...) into the codes (B, T') that the prior draws and their condition, or None."""
     own = getattr(prior.module if isinstance(prior, DistributedDataParallel) else prior, "split", None)
     return (sequence, None) if own is None else own(sequence)
 
 
 def given_codes(prior: Any, sequence: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """`split`, or the sequence with a condition that came beside it.
+    """`split`, or the sequence as it is with a condition that was passed separately.
 
     Raises:
         ConfigError: see `check_condition`.
@@ -304,7 +304,7 @@ def given_codes(prior: Any, sequence: Tensor, condition: Tensor | None) -> tuple
 
 
 def logits_of(prior: Any, sequence: Tensor, condition: Tensor | None = None) -> Tensor:
-    """Logits (B, T', K) of sequences; `condition` is passed on where there is one."""
+    """Logits (B, T', K) of sequences; `condition` is passed on unless it is None."""
     return prior(sequence) if condition is None else prior(sequence, condition)
 
 

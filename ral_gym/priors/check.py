@@ -1,4 +1,4 @@
-"""Whether a network of one's own keeps the protocol of priors: a few passes find out, before hours of training."""
+"""Check with a few forward passes, before hours of training, that a user's network keeps the `Prior` protocol."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def is_own(prior: Any) -> bool:
 
 
 def check_prior(prior: Any, level: int = 0) -> None:
-    """Refuse a network that breaks `ral_gym.priors.base.Prior`; the package's own are taken as they are.
+    """Refuse a network that breaks `ral_gym.priors.base.Prior`; the package's own networks are not checked.
 
     Checked: members, a config that makes the same network again, shapes, tokens of K and more, and causality. Random
-    states, weights and the training mode stay as they are.
+    states, weights and the training mode do not change.
 
     Args:
         prior: the network.
-        level: 1: it must be a prior of bottom codes.
+        level: 0: the only or top prior; 1: a prior of bottom codes.
 
     Raises:
         ConfigError: what is wrong.
@@ -37,9 +37,13 @@ def check_prior(prior: Any, level: int = 0) -> None:
     kind = kind_of(prior)
     check_members(prior, kind)
     if prior.levels != 1:
-        raise ConfigError(f"prior {kind!r} has levels={prior.levels}: a prior of one's own draws one grid, levels = 1")
+        raise ConfigError(
+            f"prior {kind!r} has levels={prior.levels}: a prior of your own draws one grid, so set levels = 1"
+        )
     if level and getattr(prior, "condition", None) is None:
-        raise ConfigError(f"prior {kind!r} keeps no condition: set self.condition to the constructor's argument")
+        raise ConfigError(
+            f"prior {kind!r} does not keep its condition: set self.condition to the constructor's argument"
+        )
     training = prior.training
     with torch.random.fork_rng(), torch.no_grad():
         _check_config(prior, kind)
@@ -48,7 +52,7 @@ def check_prior(prior: Any, level: int = 0) -> None:
             _check_passes(prior, kind)
         except RalGymError:
             raise
-        except Exception as error:  # code of somebody else's
+        except Exception as error:  # third-party code
             reason = (str(error).strip() or "no reason given").splitlines()[0]
             raise ConfigError(f"prior {kind!r} fails on codes ({type(error).__name__}: {reason})") from error
         finally:
@@ -61,26 +65,26 @@ def _check_config(prior: Any, kind: str) -> None:
     if here != there:
         names = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
         raise ConfigError(
-            f"prior {kind!r}: its config does not make the same network again ({names[0]} differs): it must hold every "
+            f"prior {kind!r}: its config does not rebuild the same network ({names[0]} differs): it must hold every "
             "argument of the constructor"
         )
 
 
 def _check_passes(prior: Any, kind: str) -> None:
-    """Run it on an image, and on others with the same first codes."""
+    """Run it on one code grid, and on others that begin with the same codes."""
     size, length = prior.codebook_size, prior.height * prior.width
     device = next(prior.parameters()).device
     codes = torch.randint(size, (1, length), device=device)  # (1, T)
     taken, own = split(prior, codes)
     if own is not None or taken.shape != codes.shape:
-        return  # its sequences hold more than codes: only it knows what
+        return  # its sequences hold more than codes, in a format that only it knows
     above = getattr(prior, "condition", None)
     beside = () if above is None else (codes.new_zeros(1, above[0] * above[1]),)
     features, logits = prior.features(codes, *beside), logits_of(prior, codes, *beside)
     for name, found, last in (("features", features, prior.hidden_units), ("a call", logits, size)):
         if tuple(found.shape) != (1, length, last):
             raise ConfigError(
-                f"prior {kind!r}: {name} on codes (1, {length}) gives {tuple(found.shape)}, not {last} last"
+                f"prior {kind!r}: {name} on codes (1, {length}) gives {tuple(found.shape)}: it must end in {last}"
             )
     _check_equal(prior.logits(features), logits, f"prior {kind!r}: logits(features(codes)) differ from a call's")
     here = length // 2
@@ -88,7 +92,7 @@ def _check_passes(prior: Any, kind: str) -> None:
         other = codes.clone()
         other[:, here:] = (codes[:, here:] + 1) % size if last is None else last
         found = prior.features(other, *beside)[:, : here + 1]
-        said = f"prior {kind!r} {why}: what stands from code {here} on changes its features up to there"
+        said = f"prior {kind!r} {why}: changing the codes from position {here} on changes its features up to there"
         _check_equal(found, features[:, : here + 1], said)
     if above is None:
         found = prior.features(codes[:, : prior.width])

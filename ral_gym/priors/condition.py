@@ -1,8 +1,9 @@
-"""What conditions the bottom prior of a two-level model: its own stack of residual blocks on the top codes.
+"""The conditioning stack of a two-level model's bottom prior: residual blocks on the top codes.
 
 Follows "Generating Diverse High-Fidelity Images with VQ-VAE-2" (Razavi et al., 2019): p(bottom | top) is a PixelCNN
 without attention that sees the top codes through 20 residual blocks ("Conditioning Output stack layers" in the
-supplement's Tables 8 to 10). Not drawn top codes read as a learned token, so that an image may have fewer rows.
+supplement's Tables 8 to 10). Top codes that are not drawn are replaced by a learned token, so that an image may have
+fewer rows.
 """
 
 from __future__ import annotations
@@ -56,16 +57,17 @@ class ConditioningStack(nn.Module):
     def forward(self, codes: Tensor) -> Tensor:
         """Codes to the features that condition another grid.
 
-        The whole grid is always run, so that what an image's codes imply does not depend on its neighbours' heights.
+        The whole grid is always computed, so that an image's features do not depend on the heights of others in the
+        batch.
 
         Args:
-            codes: (B, r W) int64, r from 1 to H; entries of K and more, and the rows left out, are absent.
+            codes: (B, r W) int64, r from 1 to H; entries of K and more, and the rows left out, count as absent.
 
         Returns:
             (B, H, W, C).
 
         Raises:
-            ConfigError: the codes are no whole rows of the grid.
+            ConfigError: the codes are not whole rows of the grid.
         """
         batch, length = codes.shape
         full = self.height * self.width

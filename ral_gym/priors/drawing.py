@@ -1,7 +1,7 @@
 """Drawing codes from logits, the arguments that all samplers share, and the simple sampler: a full pass per code.
 
-``sample_naive`` is the reference of tests and benchmark for ``ral_gym.priors.sampler``, which does the same without
-repeating work.
+``sample_naive`` is the reference against which tests and benchmarks hold ``ral_gym.priors.sampler``, which does the
+same without repeating work.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class Request:
         self.generator = generator
         self.condition = condition
         self.uniforms = uniforms
-        # Batch rows that start later are drawn in step with the others, and keep what they were given until then.
+        # Batch rows that start later are drawn along with the others, but keep their given codes up to their start.
         self.starts = None if (starts == starts[0]).all() else torch.as_tensor(starts, device=like.device)
         self.codes = codes[:, :stop].clamp(max=prior.codebook_size - 1)  # (B, stop)
         self.drawn: list[Tensor] = []  # (B,) per position

@@ -1,7 +1,7 @@
-"""Sampling from a prior that brings no cache of its own: a full pass over the grid for every code.
+"""Sampling from a prior that has no cache of its own: a full pass over the grid for every code.
 
-The same interface as a real cache, so that `ral_gym.priors.sampler.CachedSampler` keeps the books of both. It remembers
-the codes and nothing else; drawing an image of T codes costs T passes.
+It has the interface of a real cache, so `ral_gym.priors.sampler.CachedSampler` works with both. It stores nothing but
+the codes; drawing an image of T codes costs T passes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _told: set[type] = set()
 
 
 class FullPass:
-    """The live weights of a prior without `pack`; says once per class that it is slow.
+    """The live weights of a prior without `pack`; warns once per class that it is slow.
 
     Args:
         prior: the network.
@@ -70,7 +70,7 @@ class FullPassCache:
         self.logits = torch.empty(0)
 
     def fill(self, rows: Tensor | slice, codes: Tensor, positions: np.ndarray, condition: Tensor | None = None) -> None:
-        """Take in the codes (n, T') before positions (n,); the others are 0 until they are drawn."""
+        """Enter the codes (n, T') before positions (n,); the others are 0 until they are drawn."""
         length = codes.shape[1]
         given = torch.arange(length, device=codes.device) < torch.as_tensor(positions, device=codes.device)[:, None]
         filled = codes.clamp(max=self.prior.codebook_size - 1).masked_fill(~given, 0)  # (n, T')

@@ -35,7 +35,7 @@ def convolve(x: Tensor, conv: nn.Conv2d, above: int = 0, below: int = 0, left: i
 
     Args:
         x: (B, rows, W, C).
-        conv: the convolution, whose own padding comes on top.
+        conv: the convolution; its own padding is added to this one.
         above: rows added before the first.
         below: rows added after the last.
         left: columns added before the first.
@@ -87,7 +87,7 @@ class GatedBlock(nn.Module):
         hidden_units: C, channels of both stacks.
         residual_units: R, channels inside the block (2 R before the gate).
         conv_filter_size: k, odd.
-        dropout: probability, behind both gates.
+        dropout: probability, after both gates.
         last: no block follows, so the vertical stack ends before its gate.
         conditional: a condition is added to the vertical pre-activations, and through them to the horizontal ones.
     """
@@ -103,7 +103,7 @@ class GatedBlock(nn.Module):
     ):
         super().__init__()
         self.reach = conv_filter_size // 2
-        # Padding of the convolution's own, where it will do: oneDNN leaves those taps out, 15 % of the time on 8 x 8.
+        # Where possible use the convolution's own padding: oneDNN skips those taps, 15 % of the time on 8 x 8.
         self.vertical = nn.Conv2d(
             hidden_units, 2 * residual_units, (self.reach + 1, conv_filter_size), padding=(0, self.reach)
         )

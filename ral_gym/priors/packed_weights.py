@@ -1,7 +1,7 @@
-"""The PixelCNN's weights as the cached sampler's matrix products want them: (inputs, outputs), taps side by side.
+"""The PixelCNN's weights laid out for the cached sampler's matrix products: (inputs, outputs), taps side by side.
 
-Copied from the network, so that it may train on meanwhile; ``PackedWeights.refresh`` copies again. What a code adds to
-the first layers and to the attention's memory is a row of a table, multiplied out beforehand.
+They are copies, so that the network can go on training; ``PackedWeights.refresh`` copies again. What a code adds to the
+first layers and to the attention's memory is precomputed as a row of a table.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class PackedWeights:
         prior: the network; `refresh` copies its weights again, to the same addresses.
 
     Attributes:
-        attention_of: the attention layer behind a block, for those blocks that have one.
+        attention_of: block -> the attention layer that follows it, for the blocks that have one.
         conditioning: the network on the condition, without dropout; None if there is no condition.
     """
 
@@ -78,7 +78,7 @@ class PackedWeights:
         tokens = prior.codebook_size + 1  # token K stands for "nothing here" and adds nothing
 
         self.prior = prior
-        # The first layer of a code at each tap, convolved beforehand: sums of table rows replace its convolutions.
+        # The first layer's products of each code and tap, precomputed: sums of table rows replace its convolutions.
         self.vertical_table = like.new_zeros(reach, side, tokens, channels)
         self.horizontal_table = like.new_zeros(tokens, reach, channels)  # [code, d]: what it adds d + 1 columns on
         self.vertical_base = like.new_zeros(prior.height, prior.width, channels)
@@ -95,11 +95,11 @@ class PackedWeights:
         self.to_logits = like.new_empty(channels + 1, prior.codebook_size)
         heads, attention = prior.attention_heads, range(prior.attention_layers)
         self.attention_of = dict(zip(prior.attention_after, attention, strict=True))
-        # Query, key and content of each head side by side; the base holds what a position adds to them.
+        # Query, key and value of each head side by side; the base holds what a position adds to them.
         self.project = [like.new_empty(channels, 3 * channels) for _ in attention]
         self.project_base = [like.new_empty(prior.height * prior.width, 3 * channels) for _ in attention]
         self.attention_out = [like.new_empty(channels, channels) for _ in attention]
-        memory = (len(attention), tokens, heads, 2 * channels // heads)  # the last: a key and a content
+        memory = (len(attention), tokens, heads, 2 * channels // heads)  # the last: a key and a value
         self.memory_table = like.new_zeros(memory)
         self.memory_start = like.new_zeros(memory[0], *memory[2:])
         self.condition = [like.new_empty(channels, 2 * inner) for block in blocks if block.condition is not None]

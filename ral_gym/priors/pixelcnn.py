@@ -1,10 +1,10 @@
-"""Stage 2's network, the prior over code grids: a gated PixelCNN, p(codes) = prod_t p(c_t | c_0 .. c_{t-1}).
+"""The default prior over code grids (stage 2): a gated PixelCNN, p(codes) = prod_t p(c_t | c_0 .. c_{t-1}).
 
 Follows "Conditional Image Generation with PixelCNN Decoders" (van den Oord et al., 2016): a vertical stack that sees
 every row above and a horizontal stack that sees the row so far, so that together they have no blind spot. In RAL the
 same network is the policy, G(c_t | c_0 .. c_{t-1}) of Section 4.1. The fields are those of the supplement's Table 4b.
 
-What differs from van den Oord et al.:
+Differences from van den Oord et al.:
 
 * The first layer's kernels lie strictly above and strictly left of the position. The vertical stack therefore never
   sees the current row, and needs no shift on its way into the horizontal one.
@@ -47,11 +47,11 @@ class PixelCNN(nn.Module):
         conv_filter_size: k, side of the (cropped) kernels; odd, at least 3.
         dropout: probability inside the gated blocks, in training mode only.
         output_stack_layers: residual 1x1 layers between the last block and the logits.
-        position_embedding: add a learned vector per position behind the first layer of both stacks.
+        position_embedding: add a learned vector per position after the first layer of both stacks.
         attention_layers: blocks that a causal attention layer follows, spread evenly; at most `layers`.
         attention_heads: heads of each of them, a divisor of hidden_units.
-        condition: the other grid that the codes are drawn for, (its H, its W, its K), whose sides are H / f and W / f
-            for a whole f; None for none.
+        condition: shape (H', W', K') of the grid that the codes are conditioned on, with H' = H / f and W' = W / f for
+            a whole number f; None: unconditional.
         conditioning_stack_layers: residual blocks on the condition.
 
     Raises:
@@ -121,7 +121,8 @@ class PixelCNN(nn.Module):
     def config(self) -> dict[str, Any]:
         """The constructor's arguments; `PixelCNN(**config)` builds the same network.
 
-        Those of parts that the network does not have are left out: a plain network's file reads as it always did.
+        Arguments of parts that the network does not have are left out, so that files keep the format of earlier
+        versions.
         """
         config: dict[str, Any] = {
             "codebook_size": self.codebook_size,
@@ -154,16 +155,16 @@ class PixelCNN(nn.Module):
 
         Args:
             codes: (B, T') int64 with T' = r W for some 1 <= r <= H, each 0 or more. Entries of K and more stand for
-                codes not drawn yet; they read as K - 1, and causality keeps them from mattering.
-            condition: (B, T'') int64, whole rows of the condition's grid, for a network that has one; entries of its K
-                and more, and rows left out, are absent.
+                codes not drawn yet; they are read as K - 1, which causality makes irrelevant.
+            condition: (B, T'') int64, whole rows of the condition's grid, for a conditional network; entries of K' and
+                more, and rows left out, count as absent.
 
         Returns:
             (B, T', C); position t has seen codes[:, :t] and the condition only.
 
         Raises:
             ConfigError: T' is not a whole number of rows, or more rows than the grid has; or a condition is missing, or
-                not wanted.
+                given to an unconditional network.
         """
         batch, length = codes.shape
         if length % self.width or not 0 < length <= self.height * self.width:
@@ -184,7 +185,7 @@ class PixelCNN(nn.Module):
         return horizontal.reshape(batch, length, self.hidden_units)
 
     def logits(self, features: Tensor, position: Tensor | None = None) -> Tensor:
-        """Features (..., C) of `features` to logits (..., K); where they come from does not matter."""
+        """Features (..., C) of `features` to logits (..., K); the position does not matter."""
         return self.output(features)
 
     def forward(self, codes: Tensor, condition: Tensor | None = None) -> Tensor:
@@ -192,11 +193,11 @@ class PixelCNN(nn.Module):
         return self.logits(self.features(codes, condition))
 
     def split(self, sequence: Tensor) -> tuple[Tensor, None]:
-        """Sequences (B, T') as codes (B, T') and what they hold beside them: nothing."""
+        """Sequences (B, T') hold nothing but codes: returns them and None."""
         return sequence, None
 
     def pack(self) -> PackedPixelCNN:
-        """The weights as the cached sampler wants them, copied."""
+        """A copy of the weights in the cached sampler's layout."""
         return PackedPixelCNN(self)
 
     def reset_parameters(self) -> None:
@@ -239,10 +240,10 @@ class PixelCNN(nn.Module):
         if self.output_stack_layers < 0:
             raise ConfigError(f"PixelCNN: output_stack_layers={self.output_stack_layers} is negative; 0 or more")
         if not 0 <= self.dropout < 1:
-            raise ConfigError(f"PixelCNN: dropout={self.dropout} is no probability; it must be in [0, 1)")
+            raise ConfigError(f"PixelCNN: dropout={self.dropout} is not a probability; it must be in [0, 1)")
         if not 0 <= self.attention_layers <= self.layers:
             raise ConfigError(
-                f"PixelCNN: attention_layers={self.attention_layers} do not fit {self.layers} blocks; 0 to layers"
+                f"PixelCNN: attention_layers={self.attention_layers} does not fit {self.layers} blocks; 0 to layers"
             )
         if self.attention_layers and (self.attention_heads < 1 or self.hidden_units % self.attention_heads):
             raise ConfigError(
@@ -263,7 +264,7 @@ class PixelCNN(nn.Module):
             )
 
     def _factor(self, condition: tuple[int, ...]) -> int:
-        """How often the condition's rows and columns go into the grid's; 0 if they do not."""
+        """The whole number f by which the grid is larger than the condition's; 0 if there is none."""
         rows, columns, _ = condition
         factor = self.height // rows
         return factor if (self.height, self.width) == (factor * rows, factor * columns) else 0

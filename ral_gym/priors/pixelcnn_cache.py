@@ -1,12 +1,12 @@
-"""What the cached sampler keeps: the activations of both stacks, keys and contents of the attention, the condition.
+"""The PixelCNN's sampling cache: activations of both stacks, keys and values of the attention, the condition.
 
-`ral_gym.priors.sampler` uses this file and says when each part runs. Once per grid row `SamplingCache.next_row` runs
+`ral_gym.priors.sampler` uses this file and decides when each part runs. Once per grid row `SamplingCache.next_row` runs
 the vertical stack for all columns at once; once per code `SamplingCache.step` runs the horizontal stack, its attention
-and the output stack for one column. Both are written for few and large operations on buffers that stay where they are:
-at a batch of 16 the time of a code goes into reading weights and into starting operations.
+and the output stack for one column. Both use few, large operations on buffers that are never reallocated: at a batch of
+16, most of the time per code goes into reading weights and launching operations.
 
-What a condition adds to the vertical stack is not kept: at 64 x 64 and 16 blocks that would be gigabytes. Its features
-are, at their own resolution, and each grid row multiplies them out again.
+What a condition adds to the vertical stack is not cached: at 64 x 64 and 16 blocks that would be gigabytes. Only its
+features are, at their own resolution, and each grid row computes its share from them.
 
 Shapes: B batch rows, L blocks, C channels of the stacks, R channels inside a block, k side of the kernels, p = k // 2;
 A attention layers of h heads with d = C / h channels. The grid has f times the rows and columns of its condition.
@@ -28,9 +28,9 @@ from ral_gym.priors.packed_weights import PackedWeights
 
 
 class SamplingCache:
-    """The activations of a batch whose images each stand at some position of their grid.
+    """The activations of a batch of images, each of which may be at a different position of its grid.
 
-    Positions are the caller's business. Before `step` can run at a column, `fill` or `next_row` must have prepared the
+    The caller keeps track of positions. Before `step` can run at a column, `fill` or `next_row` must have prepared the
     grid row, and `step` and `put` must have run at the columns before.
 
     Args:
@@ -65,13 +65,13 @@ class SamplingCache:
         # What the vertical stack adds to the horizontal pre-activations in the current grid row.
         self._terms = like.new_zeros(layers, batch, width, 2 * inner)
         # Inputs of the horizontal stack's blocks in the current grid row. Those of the first block are running sums
-        # over the codes drawn so far; the columns on the right take what reaches beyond the row.
+        # over the codes drawn so far; the extra columns on the right catch what reaches beyond the row.
         self._line = like.new_zeros(layers, batch, padded, channels)
-        # The same at one column, gathered, for batch rows that stand at different ones.
+        # The same at one column, gathered, for batch rows at different columns.
         self._mixed_terms = like.new_empty(layers, batch, 2 * inner)
         self._mixed_line = like.new_empty(layers, batch, reach + 1, channels)
-        # Keys and contents that the attention sees: the start, then those of every position. `step` writes what comes
-        # from a position's activations, `put` adds what comes from its code.
+        # Keys and values of the attention: the start token's, then those of every position. `step` writes the part that
+        # comes from a position's activations, `put` adds the part that comes from its code.
         positions = prior.height * width
         number, heads, size = weights.memory_start.shape
         self._memory = like.new_zeros(number, batch, heads, positions + 1, size)  # (A, B, h, H W + 1, 2 d)
@@ -87,7 +87,7 @@ class SamplingCache:
         self._pre = like.new_empty(batch, 2 * inner)
         self._gated = like.new_empty(batch, inner)
         self._hidden = like.new_empty(batch, channels)
-        self._rectified = like.new_ones(batch, channels + 1)  # the column of ones meets the bias
+        self._rectified = like.new_ones(batch, channels + 1)  # the column of ones multiplies the bias
         self._column_views = [
             self._views(self._line[:, :, column : column + reach + 1], self._terms[:, :, column])
             for column in range(width)
@@ -182,7 +182,7 @@ class SamplingCache:
             if whole and layer in weights.attention_of:
                 number, given = weights.attention_of[layer], tokens[:, reach:, reach:-reach]
                 query, memory = self._fill_memory(number, rows, h, given)
-                if layer + 1 < layers:  # of the last block, only what later positions see is needed
+                if layer + 1 < layers:  # of the last block, only what later positions attend to is needed
                     h = self._fill_attention(number, h, query, memory)
 
     def _guide_rows(self, guide: Tensor, layer: int, start: int, stop: int) -> Tensor:
@@ -199,10 +199,10 @@ class SamplingCache:
         return h + gate(pre) @ self.weights.horizontal_out[layer]
 
     def _fill_memory(self, number: int, rows: Tensor | slice, h: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and contents of all positions of the first grid rows: h (n rows, W, C), tokens (n, rows, W).
+        """Keys and values of all positions of the first grid rows: h (n rows, W, C), tokens (n, rows, W).
 
         Returns:
-            Queries (n, h, T, d), and keys and contents (n, h, T, 2 d).
+            Queries (n, h, T, d), and keys and values (n, h, T, 2 d).
         """
         weights, heads = self.weights, self._memory.shape[2]
         x, tokens = h.view(len(tokens), -1, h.shape[-1]), tokens.flatten(1)  # (n, T, C), (n, T)
@@ -328,7 +328,7 @@ class SamplingCache:
         torch.mm(rectified, weights.to_logits, out=self.logits)
 
     def _attend(self, number: int, x: Tensor, position: int | None, slots: int) -> None:
-        """Add an attention layer's result to the activations (B, C), and their key and content to the memory."""
+        """Add an attention layer's result to the activations (B, C), and their key and value to the memory."""
         weights, memory = self.weights, self._memory[number]  # (B, h, H W + 1, 2 d)
         base = weights.project_base[number]
         base = base[position] if position is not None else base.index_select(0, self._at)
@@ -378,7 +378,7 @@ class SamplingCache:
 
 
 class PackedPixelCNN(PackedWeights):
-    """Packed weights that make their own cache: what `PixelCNN.pack` gives to a sampler."""
+    """Packed weights that make their own cache; returned by `PixelCNN.pack`."""
 
     def make_cache(self, batch: int) -> SamplingCache:
         """A cache for `batch` images."""

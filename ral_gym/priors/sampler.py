@@ -1,13 +1,13 @@
 """Drawing code grids from a prior one code at a time, without computing anything twice.
 
-A full pass per code costs T passes per image. `CachedSampler` keeps the books (which image stands where, begins anew or
-is finished) over whatever `Cache` the prior's ``pack`` makes. The PixelCNN's runs the vertical stack once per grid row
-and the horizontal stack and the output stack once per code, so that an image costs about as many multiply-adds as one
-full pass. "Fast Generation for Convolutional Autoregressive Models" (Ramachandran et al., 2017) does this for
+A full pass per code costs T passes per image. `CachedSampler` tracks every image's position (restarted, somewhere in
+the grid, or finished) for whatever `Cache` the prior's ``pack`` makes. The PixelCNN's runs the vertical stack once per
+grid row and the horizontal stack and the output stack once per code, so that an image costs about as many multiply-adds
+as one full pass. "Fast Generation for Convolutional Autoregressive Models" (Ramachandran et al., 2017) does this for
 PixelCNN++; new here are the start from any prefix and batches whose images stand at different positions.
 
 `CachedSampler.sample` draws whole grids; `begin`, `logits` and `advance` do the same one code at a time, for a policy
-that acts in an environment. `sample_naive` is the simple version, the reference of tests and benchmark. Two-level
+that acts in an environment. `sample_naive` is the simple version, the reference in tests and benchmarks. Two-level
 models have a sampler of their own in `ral_gym.priors.two_level`, made of two of these.
 """
 
@@ -30,8 +30,8 @@ __all__ = ["CachedSampler", "Sampler", "draw", "make_sampler", "sample_naive"]
 def pack(prior: Any) -> Packed:
     """A prior's own packed weights; full passes for one that has none.
 
-    The cache of a base class does not know what a subclass computes: one with a ``features``, ``logits`` or ``forward``
-    of its own needs its own ``pack``, too.
+    The cache of a base class does not know what a subclass computes: a subclass that overrides ``features``, ``logits``
+    or ``forward`` must override ``pack``, too.
     """
     for cls in type(prior).__mro__:
         if "pack" in vars(cls):
@@ -42,14 +42,14 @@ def pack(prior: Any) -> Packed:
 
 
 class CachedSampler:
-    """Draws codes from a prior of one level and keeps what its cache has computed for the codes to come.
+    """Draws codes from a prior of one level, reusing what its cache has computed for earlier codes.
 
     The weights are packed when the sampler is made: call `refresh` whenever those of the prior have changed. Dropout is
-    never applied, and nothing has a gradient. Codes (B, T) may be sequences that the prior's `split` takes apart.
+    never applied, and nothing has a gradient. Codes (B, T) may be sequences that hold more, see the prior's `split`.
 
-    What a PixelCNN keeps, per block: the inputs of the vertical stack in the last grid rows, its term of the horizontal
-    pre-activations in the current grid row, and the inputs of the horizontal stack in that row; per attention layer, a
-    key and a content for every position; and the condition's features.
+    A PixelCNN's cache holds, per block: the inputs of the vertical stack in the last grid rows, its term of the
+    horizontal pre-activations in the current grid row, and the inputs of the horizontal stack in that row; per
+    attention layer, a key and a value for every position; and the condition's features.
 
     Args:
         prior: the network to draw from; the sampler keeps a reference to it.
@@ -69,7 +69,7 @@ class CachedSampler:
         self._stepped = False  # the cache holds features and logits of the current positions
 
     def refresh(self) -> None:
-        """Pack the prior's weights again, to the same addresses. What `begin` computed is stale then: begin again."""
+        """Pack the prior's weights again, at the same addresses. What `begin` started becomes invalid: begin again."""
         like = next(self.prior.parameters())
         if like.dtype != self.weights.dtype or like.device != self.weights.device:
             self.weights = pack(self.prior)
@@ -94,7 +94,7 @@ class CachedSampler:
         prefix_rows: int | Tensor | None = None,
         stop_rows: int | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Draw the codes of whole grid rows, or continue given ones. Whatever `begin` started ends.
+        """Draw the codes of whole grid rows, or continue given ones. Ends any drawing that `begin` started.
 
         Args:
             batch_size: B; only needed without `codes`.
@@ -150,7 +150,7 @@ class CachedSampler:
         self._start(slice(None), codes, positions, condition)
 
     def begin_finished(self, batch: int, length: int) -> None:
-        """`begin` with all of the batch finished: `rebuild` lets rows start. Computes nothing.
+        """Like `begin`, but with the whole batch finished; `rebuild` starts rows. Computes nothing.
 
         Args:
             batch: B.
@@ -162,13 +162,13 @@ class CachedSampler:
 
     @torch.no_grad()
     def rebuild(self, rows: Tensor, codes: Tensor, position: int | Tensor, condition: Tensor | None = None) -> None:
-        """Let some rows of the batch start anew, from other prefixes.
+        """Restart some rows of the batch from other prefixes.
 
         Args:
-            rows: (n,) int64, which; none twice.
+            rows: (n,) int64, their indices, without repeats.
             codes: (n, T) int64, their grids, given before `position`; T as in `begin`.
             position: next position to draw, one for all or (n,) int64.
-            condition: (n, T') int64, what they are drawn for, for a network with a condition.
+            condition: (n, T') int64, their condition, for a conditional network.
 
         Raises:
             ConfigError: T differs from `begin`'s, a position is out of range, or the condition is missing.
@@ -194,7 +194,7 @@ class CachedSampler:
         cache.fill(rows, codes, starts[active], condition)
 
     def finish(self, rows: np.ndarray) -> None:
-        """Let rows (n,) of the batch, on the host, count as finished wherever they are."""
+        """Mark rows (n,) of the batch, on the host, as finished, whatever their position."""
         self._begun()[1][rows] = self._length
 
     def features(self) -> Tensor:
@@ -207,7 +207,7 @@ class CachedSampler:
 
     @torch.no_grad()
     def advance(self, codes: Tensor) -> None:
-        """Take codes (B,) int64, 0..K-1, for drawn and move on by one position; finished rows ignore theirs."""
+        """Enter the codes (B,) int64, 0..K-1, that were drawn and move on one position; finished rows ignore theirs."""
         cache, (_, positions), width = self._step(), self._begun(), self.prior.width
         active = np.flatnonzero(positions < self._length)
         if len(active) == 0:
@@ -249,7 +249,7 @@ class CachedSampler:
         """The cache, with features and logits of the current positions in it."""
         cache, positions = self._begun()
         if not self._stepped:
-            # A finished row goes through the first position: what that spoils, only `rebuild` can use, and makes anew.
+            # A finished row is computed at the first position: that overwrites only what `rebuild` recomputes.
             row, column = np.divmod(np.where(positions < self._length, positions, 0), self.prior.width)
             if (positions == positions[0]).all():
                 cache.step(int(row[0]), int(column[0]))
@@ -260,7 +260,7 @@ class CachedSampler:
 
 
 class Sampler(Protocol):
-    """What all samplers do; `CachedSampler` explains the arguments."""
+    """The interface of all samplers; see `CachedSampler` for the arguments."""
 
     prior: Any
     use_cuda_graphs: bool
@@ -285,7 +285,7 @@ class Sampler(Protocol):
         """Start drawing code by code."""
 
     def rebuild(self, rows: Tensor, codes: Tensor, position: int | Tensor) -> None:
-        """Let some rows of the batch start anew."""
+        """Restart some rows of the batch."""
 
     def features(self) -> Tensor:
         """The prior's features (B, C) at each batch row's position."""
@@ -294,7 +294,7 @@ class Sampler(Protocol):
         """The logits (B, K) of the code at each batch row's position."""
 
     def advance(self, codes: Tensor) -> None:
-        """Take codes (B,) for drawn and move on."""
+        """Enter the codes (B,) that were drawn and move on."""
 
     @property
     def position(self) -> Tensor:
@@ -302,6 +302,6 @@ class Sampler(Protocol):
 
 
 def make_sampler(prior: Any) -> Sampler:
-    """The sampler of a prior: its own, where it has a ``make_sampler()``, or else a `CachedSampler`."""
+    """The sampler of a prior: that of its method ``make_sampler()`` if it has one, else a `CachedSampler`."""
     own = getattr(prior, "make_sampler", None)
     return CachedSampler(prior) if own is None else own()

@@ -2,8 +2,8 @@
 
 Follows "Generating Diverse High-Fidelity Images with VQ-VAE-2" (Razavi et al., 2019), p(top) p(bottom | top), with the
 sizes of the supplement's Tables 8 to 10. Everything after it sees one sequence per image, top codes and then bottom
-codes, so `TwoLevelPrior` is a `Prior` like each of its networks, and `TwoLevelSampler` a `Sampler`. The one difference:
-what an episode draws is not always the end of the sequence (rows are given in both grids), so K marks it.
+codes, so `TwoLevelPrior` is a `Prior` like each of its networks, and `TwoLevelSampler` a `Sampler`. One difference: the
+codes that an episode draws need not be the end of the sequence (rows are given in both grids), so K marks them.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class TwoLevelPrior(nn.Module):
         return CodeGrid(self.height, self.width, self.codebook_size, levels=2)
 
     def features(self, codes: Tensor) -> Tensor:
-        """The two networks' features, the narrower one's with zeros behind them.
+        """The two networks' features, those of the narrower one padded with zeros.
 
         Args:
             codes: (B, T') int64, sequences of the first r top rows, T' = codes_of(r); entries of K and more stand for
@@ -113,11 +113,11 @@ class TwoLevelPrior(nn.Module):
         return torch.cat([of_top, of_bottom], dim=1)
 
     def split(self, sequence: Tensor) -> tuple[Tensor, None]:
-        """Sequences (B, T') as the codes of both levels (B, T') and what they hold beside them: nothing."""
+        """Sequences (B, T') hold nothing but the codes of both levels: returns them and None."""
         return sequence, None
 
     def make_sampler(self) -> TwoLevelSampler:
-        """The sampler of both levels; there is no cache for the two as one."""
+        """The sampler of both levels; it uses one cache per level."""
         return TwoLevelSampler(self)
 
     def _gradients(self, level: str) -> torch.set_grad_enabled:
@@ -152,7 +152,7 @@ def split_prior(prior: Any) -> list[Any]:
 
 
 SUFFIXES = ("", "_bottom")
-"""What the files of each level's prior end in."""
+"""The suffix of the file name of each level's prior."""
 
 
 def load_levels(
@@ -169,7 +169,7 @@ def load_levels(
         name: such as `prior`.
         levels: the number of files: 1 also for two levels in one file, as stage 3 writes them.
         device: where it goes.
-        load: reads one file; `load_prior`, or one that remembers what it has read.
+        load: reads one file: `load_prior`, or a function that caches its results.
 
     Returns:
         the prior, in evaluation mode, without gradients.
@@ -184,9 +184,9 @@ def load_levels(
 class TwoLevelSampler:
     """Draws the codes of both levels, each level by a `CachedSampler` of its own.
 
-    In sequences given to `begin` and `rebuild` the token K marks what is to be drawn; anything else is given or, if
-    K + 1, no part of the image. Images of a batch may stand anywhere, in both levels at the same time; a code then
-    costs a step of both networks. The condition is computed when an image enters the bottom level.
+    In sequences given to `begin` and `rebuild` the token K marks what is to be drawn; anything else is given or, if K +
+    1, not part of the image. Images of a batch may be at any position, also in different levels; a code then costs a
+    step of both networks. The condition is computed when an image enters the bottom level.
 
     Args:
         prior: the networks to draw from; the sampler keeps a reference to them.
@@ -210,7 +210,7 @@ class TwoLevelSampler:
         self.top.use_cuda_graphs = self.bottom.use_cuda_graphs = use
 
     def refresh(self) -> None:
-        """Pack the prior's weights again. What `begin` computed is stale then: begin again."""
+        """Pack the prior's weights again. What `begin` started becomes invalid: begin again."""
         self.top.refresh()
         self.bottom.refresh()
         self._position = None
@@ -227,7 +227,7 @@ class TwoLevelSampler:
         generator: torch.Generator | None = None,
         uniforms: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Draw whole images, or continue given ones. Whatever `begin` started ends.
+        """Draw whole images, or continue given ones. Ends any drawing that `begin` started.
 
         Args:
             batch_size: B; only needed without `codes`.
@@ -285,7 +285,7 @@ class TwoLevelSampler:
         Args:
             codes: (B, T') int64, sequences of r top rows; K marks what is to be drawn.
             position: next position to draw in these sequences, one for all or (B,) int64, from 0 to T' (finished);
-                None: the first K. Behind it, positions without K are passed over.
+                None: the first K. Later positions without K are skipped.
 
         Raises:
             ConfigError: T' is not that of 1..H rows, or a position is out of range.
@@ -303,7 +303,7 @@ class TwoLevelSampler:
 
     @torch.no_grad()
     def rebuild(self, rows: Tensor, codes: Tensor, position: int | Tensor | None = None) -> None:
-        """Let some rows of the batch start anew; arguments as in `begin`, for the rows (n,) int64, none twice.
+        """Restart some rows of the batch; arguments as in `begin`, for the rows (n,) int64, without repeats.
 
         Raises:
             ConfigError: T' differs from `begin`'s, or a position is out of range.
@@ -324,7 +324,7 @@ class TwoLevelSampler:
 
     @torch.no_grad()
     def advance(self, codes: Tensor) -> None:
-        """Take codes (B,) int64, 0..K-1, for drawn and move on to the next K; finished rows ignore theirs."""
+        """Enter the codes (B,) int64, 0..K-1, that were drawn and go on to the next K; finished rows ignore theirs."""
         positions, length = self._begun(), self._codes.shape[1]
         active = np.flatnonzero(positions < length)
         if len(active) == 0:
@@ -333,7 +333,7 @@ class TwoLevelSampler:
         self._codes[at, torch.as_tensor(now, device=codes.device)] = codes[at]
         after = self._next[active, now + 1]
         in_top = now < self._n_top
-        leaving = (after != now + 1) | (in_top & (after >= self._n_top))  # where the level's own order ends
+        leaving = (after != now + 1) | (in_top & (after >= self._n_top))  # rows that skip positions or change level
         self.top.finish(active[leaving & in_top])
         self.bottom.finish(active[leaving & ~in_top])
         if in_top.any():
@@ -353,7 +353,9 @@ class TwoLevelSampler:
 
     def _begun(self) -> np.ndarray:
         if self._position is None:
-            raise RuntimeError("no episode here: call begin() first, and again after sample() or refresh()")
+            raise RuntimeError(
+                "the sampler holds no episode: call begin() first, and again after sample() or refresh()"
+            )
         return self._position
 
     def _start(self, rows: np.ndarray, codes: Tensor, starts: np.ndarray | None) -> None:
@@ -371,7 +373,7 @@ class TwoLevelSampler:
         self._enter(rows)
 
     def _enter(self, rows: np.ndarray) -> None:
-        """Prepare the samplers for batch rows (n,) that have come to where they are by a jump."""
+        """Prepare the samplers for batch rows (n,) whose position has jumped."""
         positions, length, n_top = self._begun(), self._codes.shape[1], self._n_top
         in_top = rows[positions[rows] < n_top]
         if len(in_top):
@@ -384,7 +386,7 @@ class TwoLevelSampler:
             self.bottom.rebuild(at, codes[:, n_top:], own, condition=codes[:, :n_top])
 
     def _merge(self, read: Callable[[CachedSampler], Tensor]) -> Tensor:
-        """What the sampler of each row's level says, (B, ...); a level that no row is in does not run."""
+        """Read (B, ...) values from the sampler of each row's level; a level that no row is in does not run."""
         positions = self._begun()
         in_top = positions < self._n_top
         if not (~in_top & (positions < self._codes.shape[1])).any() and in_top.any():

@@ -1,1 +1,1 @@
-"""Image or codes -> score: critics, distribution rewards, and what they pay each code."""
+"""Images or codes -> scores -> a reward per code: critics, distribution rewards, rewards of your own."""

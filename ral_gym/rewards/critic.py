@@ -109,7 +109,7 @@ def critic_loss(
         loss: `wgan_gp` or `hinge`.
 
     Returns:
-        the loss (scalar) and the figures for the log: `loss`, `gap` (mean real - mean fake score) and, for `wgan_gp`,
+        the loss (scalar) and the metrics for the log: `loss`, `gap` (mean real - mean fake score) and, for `wgan_gp`,
         `gradient_penalty`.
     """
     real_map, fake_map = critic(torch.cat([real, fake])).chunk(2)  # (B, h', w'), (B, h', w')

@@ -1,28 +1,30 @@
-"""Rewards of a whole set of images: how much farther from the real ones would the set be without this one?
+"""Rewards from a whole set of images: how much farther from the real ones would the set be without this image?
 
-A critic scores images one by one and cannot see that they are all alike. The leave-one-out reward of image i,
-r_i = FD(set without i) - FD(set), can: positive means that the set needs the image. It follows "Policy-based Tuning of
+A critic scores images one by one and cannot see that they are all alike. The leave-one-out reward of image i, r_i =
+FD(set without i) - FD(set), can: positive means that the set needs the image. It follows "Policy-based Tuning of
 Autoregressive Image Models with Instance- and Distribution-Level Rewards" (Baran et al., 2026, arXiv 2603.23086), whose
-code takes a *diagonal* Frechet distance, blind to how features go together. Here is the full one, exactly; and in place
-of N matrix square roots one eigendecomposition. FD = |m_r - m|^2 + tr S_r + tr S - 2 tr (A S A)^(1/2), A = S_r^(1/2),
-for the reference's and the images' mean and covariance (Dowson and Landau, 1982; Heusel et al., 2017).
+code takes a *diagonal* Frechet distance, which ignores correlations between features. Here it is the full distance,
+computed exactly, by one eigendecomposition in place of N matrix square roots. FD = |m_r - m|^2 + tr S_r + tr S - 2 tr
+(A S A)^(1/2), A = S_r^(1/2), for the reference's and the images' mean and covariance (Dowson and Landau, 1982; Heusel
+et al., 2017).
 
-Moments are averaged over batches, raw ones, with decay b: m' = b m + (1 - b) mu and S' = b M + (1 - b)(S_B + mu mu^T)
-- m' m'^T, for a batch x_1..x_N of mean mu and covariance S_B = sum e_i e_i^T / N, e_i = x_i - mu. Without x_i, the
-batch's weight kept, the batch has the mean mu - e_i / (N-1), and its raw second moment loses (x_i x_i^T - S_B -
-mu mu^T) / (N-1). With a = (1-b) / (N-1), h = m' - mu, and the square completed, that is
+Moments are averaged over batches, raw ones, with decay b: m' = b m + (1 - b) mu and S' = b M + (1 - b)(S_B + mu mu^T) -
+m' m'^T, for a batch x_1..x_N of mean mu and covariance S_B = sum e_i e_i^T / N, e_i = x_i - mu. Without x_i, the but
+with the batch's weight unchanged, the batch has the mean mu - e_i / (N-1), and its raw second moment loses (x_i x_i^T -
+S_B - mu mu^T) / (N-1). With a = (1-b) / (N-1), h = m' - mu, and the square completed, that is
 
     m'_i = m' - a e_i,    S'_i = B - k u_i u_i^T,    where
     B = S' + a S_B + a/(1+a) h h^T,    k = a (1+a),    u_i = e_i - h/(1+a):
 
-for every i a downdate of rank one of the same matrix, whose roots' traces `ral_gym.rewards.rank_one` gives for all i at
-once.
+which is, for every i, a rank-one downdate of the same matrix; `ral_gym.rewards.rank_one` gives the traces of the matrix
+square roots for all i at once.
 
-To first order in 1/N, r_i = -a phi(x_i), with phi(x) = 2 (m' - m_r)^T (x - m') + (x - m')^T (I - T) (x - m') - its
-mean over the batch, T = A (A S' A)^(-1/2) A the optimal map to the reference: FD's influence function. A change of the
+To first order in 1/N, r_i = -a phi(x_i), with phi(x) = 2 (m' - m_r)^T (x - m') + (x - m')^T (I - T) (x - m') - its mean
+over the batch, T = A (A S' A)^(-1/2) A the optimal map to the reference: FD's influence function. A change of the
 generator G changes FD by the integral of its influence, so grad FD(G) = E_(x~G)[grad log G(x) phi(x)]: REINFORCE with
-the reward r_i / a is gradient descent on FD. Hence all rewards here are divided by a = (1-b) / (N-1), which also frees
-them of the batch's size. Dividing by the standard deviation of anything smaller than the batch breaks the identity.
+the reward r_i / a is gradient descent on FD. Hence all rewards here are divided by a = (1-b) / (N-1), which also makes
+them independent of the batch size. Dividing by the standard deviation of anything smaller than the batch breaks the
+identity.
 """
 
 from __future__ import annotations
@@ -39,12 +41,12 @@ from ral_gym.rewards.rank_one import root_trace, root_trace_change, spectral
 Form = Literal["exact", "first_order", "diagonal"]
 FORMS = ("exact", "first_order", "diagonal")
 MINIMUM_BATCH = 3
-"""Images without which nothing can be left out."""
+"""The smallest batch for which leave-one-out rewards exist."""
 KERNEL_CHUNK = 4096
 
 
 class DistributionReward(Protocol):
-    """Features of a batch -> the reward of each image; remembers what it averages over batches.
+    """Features of a batch -> the reward of each image; keeps its averages over batches.
 
     Attributes:
         distance: of the last batch from the reference, as averaged.
@@ -52,7 +54,7 @@ class DistributionReward(Protocol):
 
     distance: float
     minimum_batch: int
-    """Fewer images than this earn nothing."""
+    """Batches of fewer images get no reward."""
 
     def __call__(self, features: Tensor) -> Tensor:
         """Features (N, F) -> rewards (N,) float64."""
@@ -89,7 +91,7 @@ class LeaveOneOut(NamedTuple):
 
 
 class FrechetReward:
-    """Leave-one-out Frechet distance; the equations are in the module's text.
+    """Leave-one-out Frechet distance; the equations are in the module's docstring.
 
     The exact form is defined for every N, also N <= D. The first-order form is its limit for many images: it needs a
     covariance of full rank, so N well above D, or an average over batches. The diagonal form compares variances only
@@ -99,8 +101,8 @@ class FrechetReward:
         reference: features (M, F) of real images, M >= 3.
         form: `exact`, `first_order` or `diagonal`.
         ema: b, 0 <= b < 1. The first batches weigh more, so that the weights always sum to 1 (Adam's bias correction).
-        components: use only so many directions, those of largest variance in the reference: cheaper, and better
-            conditioned where images are few. None: all (`diagonal`: the features as they are).
+        components: use only this many directions, those of largest variance in the reference: cheaper, and better
+            conditioned when there are few images. None: all (`diagonal`: the features as they are).
         start: features (M', F) that the average starts with, such as the pretrained generator's; None: it starts with
             the first batch.
 
@@ -137,7 +139,7 @@ class FrechetReward:
             self.root = centred.square().mean(0).sqrt()  # (D,)
         else:
             spectrum, axes = torch.linalg.eigh(centred.T @ centred / len(centred))
-            # Contiguous, as a restored one is: products of other layouts are rounded in another way.
+            # Contiguous, as a restored one is: products of other memory layouts round differently.
             self.axes = axes[:, -(components or len(spectrum)) :].contiguous()  # (F, D)
             self.root = spectrum[-self.axes.shape[1] :].clamp_min(0).sqrt()  # (D,) the diagonal of A
         self._moments: tuple[Tensor, Tensor] | None = None
@@ -165,7 +167,7 @@ class FrechetReward:
         return rewards
 
     def state_dict(self) -> dict[str, Any]:
-        """The averaged moments, and the axes they are in: found again elsewhere, those may differ in sign."""
+        """The averaged moments and their axes, which may differ in sign when computed again on another machine."""
         first, second = self._moments or (None, None)
         return {"first": first, "second": second, "batches": self._batches, "axes": self.axes, "root": self.root}
 
@@ -191,7 +193,7 @@ class FrechetReward:
         return self.ema if t is None else self.ema * (1 - self.ema**t) / (1 - self.ema ** (t + 1))
 
     def _leave_one_out(self, points: Tensor) -> tuple[LeaveOneOut, tuple[Tensor, Tensor]]:
-        """The downdates of a batch (N, D), and the raw moments that the average moves on to."""
+        """The downdates of a batch (N, D), and the updated averages of the raw moments."""
         decay, n = self._decay(), len(points)
         now, second = points.mean(0), self._second(points)
         mean, deviations = now, points - now
@@ -330,7 +332,7 @@ DISTRIBUTION_TERMS: dict[str, type[FrechetReward] | type[KernelReward]] = {
 
 
 def checked_features(features: Tensor, width: int | None = None) -> Tensor:
-    """Features as float64, refused where no reward can be computed on them.
+    """Features as float64; raises if no reward can be computed from them.
 
     Raises:
         ConfigError: not (N, F) with N >= 3, or F is not `width`.

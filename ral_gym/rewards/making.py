@@ -1,11 +1,12 @@
 """Critics by name (`ral_gym.registry.CRITICS`): made from the settings, saved beside the run, loaded again.
 
-`ral_gym.rewards.scorer` says what a critic may be. Its constructor is given those of these arguments that it names:
+`ral_gym.rewards.scorer` documents the interface of a critic. Its constructor gets those of these arguments that it
+names:
 
     image_size, channels: of the images, for a critic that sees pixels;
     codebook_size, height, width, levels: of the code grid, for one that sees codes;
     num_features: for one that sees features;
-    prior: a copy of the run's maximum-likelihood network, to start from;
+    prior: a copy of the run's maximum-likelihood prior, as initial weights;
     any setting of `critic` by its name, such as hidden_units;
     and all of `critic.options`.
 """
@@ -45,7 +46,7 @@ TRAINING = (
     "fakes",
     "held_out",
 )
-"""Settings that training reads, and a critic only where its constructor names them."""
+"""Settings that the training loop reads; a critic gets one only if its constructor names it."""
 LOSS = ("loss", "gradient_penalty")
 """Settings that the built-in losses read."""
 MakePrior = Callable[[], Any]
@@ -63,10 +64,10 @@ def build_critic(
 
     Args:
         settings: the run's.
-        vqvae: whose images or codes it sees.
-        extractor: of a critic that sees features; None: the tokenizer's encoder.
-        make_prior: makes the network that a critic may start from.
-        untouched: settings such as the preset's: what equals one of them was not changed by the user.
+        vqvae: the tokenizer whose images or codes it sees.
+        extractor: for a critic that sees features; None: the tokenizer's encoder.
+        make_prior: makes the prior that a critic may take its initial weights from.
+        untouched: defaults and the preset's settings: a value that equals one of them was not changed by the user.
 
     Raises:
         ConfigError: an unknown kind, options or settings that it does not take, or what its constructor refuses.
@@ -92,7 +93,9 @@ def build_critic(
     try:
         critic: nn.Module = cls(**given)
     except TypeError as error:
-        raise ConfigError(f"{what} cannot be made ({_line(error)}); give what it lacks in critic.options") from error
+        raise ConfigError(
+            f"{what} cannot be built ({_line(error)}); give missing arguments in critic.options"
+        ) from error
     if not isinstance(getattr(critic, "config", None), dict):
         critic.config = known  # type: ignore[assignment]
     return critic
@@ -102,17 +105,17 @@ def critic_class(kind: str) -> type[nn.Module]:
     """The class called `kind`.
 
     Raises:
-        ConfigError: there is none, it may not be imported, or it is no `nn.Module`.
+        ConfigError: there is none, it may not be imported, or it is not an `nn.Module`.
     """
     cls = CRITICS.get(kind)
     if not isinstance(cls, type) or not issubclass(cls, nn.Module):
-        raise ConfigError(f"critic {kind!r} is no class of networks: give a subclass of torch.nn.Module")
+        raise ConfigError(f"critic {kind!r} is not a network class: give a subclass of torch.nn.Module")
     sees_of(cls, f"critic {kind!r}")
     return cls
 
 
 def _facts(cls: type[nn.Module], vqvae: Tokenizer) -> dict[str, Any]:
-    """What a tokenizer tells a critic's constructor: of its images, or of its codes, whatever the critic sees."""
+    """Constructor arguments about the tokenizer's images or codes, whichever the critic sees."""
     grid = vqvae.grid
     if getattr(cls, "sees", "pixels") == "codes":
         sizes = {"height": grid.height, "width": grid.width, "levels": grid.levels}
@@ -121,10 +124,10 @@ def _facts(cls: type[nn.Module], vqvae: Tokenizer) -> dict[str, Any]:
 
 
 def _check_loss(settings: CriticConfig, cls: type[nn.Module]) -> None:
-    """Refuse a penalty on slopes where there are none."""
+    """Refuse a gradient penalty for a critic of discrete codes."""
     if getattr(cls, "sees", "pixels") == "codes" and not hasattr(cls, "loss") and settings.loss == "wgan_gp":
         raise ConfigError(
-            f"critic.loss is wgan_gp, whose penalty needs slopes, but critic {settings.kind!r} sees codes: choose "
+            f"critic.loss is wgan_gp, whose penalty needs gradients, but critic {settings.kind!r} sees codes: choose "
             "--critic.loss hinge, or give it a loss of its own"
         )
 
@@ -160,7 +163,7 @@ def load_critic(
     metadata = load_metadata(path)
     kind = metadata.get("kind", "patch")
     if not isinstance(kind, str):
-        raise RunError(f"{path} names no kind of critic; remove it to train it again")
+        raise RunError(f"{path} does not name the kind of its critic; remove it to train it again")
     cls = critic_class(kind)
     made: Any = cls
     if "prior" in constructor_parameters(cls)[0] and make_prior is not None:
@@ -194,7 +197,7 @@ def _extractor(name: Any) -> Extractor | None:
 
 
 def row_multiple(critic: nn.Module | None, code_rows: int) -> int:
-    """Short images must have a multiple of so many of the `code_rows` rows, for the critic's sake."""
+    """The critic needs short images to have a multiple of this many of the `code_rows` rows."""
     own = getattr(critic, "row_multiple", None)
     return 1 if own is None else int(own(code_rows))
 

@@ -9,8 +9,8 @@ and the integral over s > 0 of log((p + s^2) / (q + s^2)) is pi (p^(1/2) - q^(1/
     tr (M - k z z^T)^(1/2) - tr M^(1/2) = 1/pi int_0^inf log(1 - k sum_d z_d^2 / (l_d + s^2)) ds.
 
 With s = c e^v the integrand is analytic for |Im v| < pi/2 and falls off exponentially on both sides, so the trapezoid
-rule of step t in v has an error of about e^(-pi^2 / t) (Trefethen and Weideman, 2014). N roots of D x D matrices would
-cost O(N D^3); this costs O(D^3 + N D^2 + N D Q) for Q nodes.
+rule with step t in v has an error of about e^(-pi^2 / t) (Trefethen and Weideman, 2014). N roots of D x D matrices
+would cost O(N D^3); this costs O(D^3 + N D^2 + N D Q) for Q nodes.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from torch import Tensor
 
 NODES = 144
 REACH = 24.0
-"""The quadrature's nodes in v lie evenly in [-REACH, REACH]: its ends cost about 1e-9 of the result, its step less."""
+"""The quadrature nodes are evenly spaced in v in [-REACH, REACH]: relative error 1e-9 by the ends, less by the step."""
 ROUNDING = 1e-12
-"""Ratios below are 0: they are of order one, and of D added numbers of order one."""
+"""Smaller ratios count as 0: they are rounding errors of sums of D numbers of order one."""
 
 
 def spectral(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -44,7 +44,7 @@ def _without_rounding(spectrum: Tensor) -> Tensor:
 
 
 def root_trace_change(spectrum: Tensor, squares: Tensor, factor: float) -> Tensor:
-    """How much less tr (M - k z z^T)^(1/2) is than tr M^(1/2), for many z; see the module's text.
+    """How much less tr (M - k z z^T)^(1/2) is than tr M^(1/2), for many z; see the module's docstring.
 
     Args:
         spectrum: (D,) eigenvalues of M, none negative.
@@ -58,8 +58,8 @@ def root_trace_change(spectrum: Tensor, squares: Tensor, factor: float) -> Tenso
     s = spectrum.mean().clamp_min(torch.finfo(spectrum.dtype).tiny).sqrt() * v.exp()
     squares = squares * (spectrum > 0)
     shares = factor * squares / torch.where(spectrum > 0, spectrum, 1.0)  # (N, D)
-    # At s = 0 the ratio 1 - x is 0 where the downdate takes a rank away, as it always does from few images; near there
-    # 1 - x would be nothing but rounding, and so would the sum of the parts of 1 be where x is small.
+    # At s = 0 the ratio 1 - x is 0 where the downdate lowers the rank, as it always does with few images; near s = 0
+    # 1 - x would be mere rounding error, and so would the sum of the parts of 1 where x is small.
     at_zero = 1 - shares.sum(1, keepdim=True)  # (N, 1)
     at_zero = at_zero * (at_zero > ROUNDING)
     weights = 1 / (spectrum[:, None] + s.square())  # (D, Q)

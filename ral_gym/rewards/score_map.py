@@ -1,8 +1,8 @@
 """Score map -> rewards (Sections 4.2 and 4.4).
 
-*single* (Eq. 6): the mean of the score map, at the last code of the episode, 0 before.
-*intermediate*: the score map upsampled to the code grid; the reward of a code is the score at its place.
-Codes given as a prefix were not drawn and get no reward.
+*single* (Eq. 6): the mean of the score map, at the last code of the episode, 0 before. *intermediate*: the score map
+upsampled to the code grid; the reward of a code is the score at its position. Codes given as a prefix were not drawn
+and get no reward.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def step_rewards(score_map: Tensor, rows: int, width: int, reward: RewardKind, l
         rows: code rows r of these images.
         width: codes per row W.
         reward: `single` or `intermediate`.
-        levels: 2: as many rewards for the bottom codes of these rows follow, 2r x 2W of them.
+        levels: with 2, the rewards of the 2r x 2W bottom codes of these rows follow.
 
     Returns:
         (B, r * W) float, or (B, 5 * r * W) for two levels; the whole sum is the mean score (single) or the sum over
@@ -67,7 +67,7 @@ class ScoreNormalizer:
 
     @classmethod
     def from_file(cls, path: Path, metadata: Mapping[str, Any]) -> ScoreNormalizer:
-        """The scale that a critic was saved with.
+        """The normalisation that a critic was saved with.
 
         Args:
             path: the critic's file, for the message.

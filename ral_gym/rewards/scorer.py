@@ -1,6 +1,6 @@
-"""A critic and everything between codes and its rewards: one way for training and for the frozen environment.
+"""Codes -> scores -> rewards by a critic, the same way in training and in environments with a frozen critic.
 
-What a critic may be (all but `forward` is optional):
+The interface of a critic (everything but `forward` is optional):
 
     class Mine(nn.Module):
         sees = "pixels"                      # or "codes", "features": what forward takes
@@ -12,7 +12,8 @@ What a critic may be (all but `forward` is optional):
         def make_optimizer(self, config): ...               # else Adam by the settings of `critic`
 
 `pixels`: images (B, C, h, S) in [-1, 1]; `codes`: (B, codes_of(r)) int64, nothing is decoded for it; `features`:
-(B, F) float32 of the tokenizer's encoder or of what `ral.reward_features` says. Images of fewer rows are shorter.
+(B, F) float32 of the tokenizer's encoder or of the extractor that `ral.reward_features` names. Images of fewer rows are
+shorter.
 """
 
 from __future__ import annotations
@@ -40,12 +41,12 @@ class CriticScorer:
         vqvae: decodes.
         critic: scores.
         reward: `single` or `intermediate`.
-        normalizer: the scale of the scores; None: as they are.
+        normalizer: normalises the scores; None: raw scores.
         batch_size: images decoded and scored at once.
-        extractor: for a critic that sees features; None: the VQ-VAE's encoder, averaged over space.
+        extractor: for a critic that sees features; None: the tokenizer's encoder, averaged over space.
 
     Raises:
-        ConfigError: a critic that wants to see something else, or features that are not to be had.
+        ConfigError: unknown `sees`, or features that are not available.
     """
 
     def __init__(
@@ -76,7 +77,7 @@ class CriticScorer:
 
     @property
     def dense(self) -> bool:
-        """Whether codes are paid one by one, rather than the image with its last one."""
+        """Whether every code has its own reward, rather than the last code the image's."""
         return self.reward == "intermediate" or hasattr(self.critic, "scores_to_rewards")
 
     def decode(self, codes: Tensor) -> Tensor:
@@ -84,7 +85,7 @@ class CriticScorer:
         return self.vqvae.decode(codes.to(self.device).long())
 
     def view(self, codes: Tensor) -> View:
-        """Codes of r rows (B, codes_of(r)), to be looked at."""
+        """A view of images, from their codes of r rows (B, codes_of(r))."""
         return View(codes, self.decode, batch_size=self.batch_size)
 
     def seen(self, view: View) -> Tensor:
@@ -112,7 +113,7 @@ class CriticScorer:
 
         Args:
             codes: (1, T) integer, of any image.
-            rows: how few rows an image may have.
+            rows: fewest rows that an image may have.
 
         Raises:
             ConfigError: its `forward` fails on the first `rows` rows.
@@ -136,7 +137,7 @@ class CriticScorer:
         """Normalised scores of images of `rows` rows -> the reward of every code (B, codes_of(rows)).
 
         Raises:
-            ConfigError: scores of a shape that cannot be paid.
+            ConfigError: the scores have a shape that gives no rewards.
         """
         own, length = getattr(self.critic, "scores_to_rewards", None), self.grid.codes_of(rows)
         if own is not None:

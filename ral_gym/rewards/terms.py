@@ -1,25 +1,25 @@
-"""Rewards by name (`ral_gym.registry.REWARDS`): what a reward may be, and how one is asked.
+"""Rewards by name (`ral_gym.registry.REWARDS`): their interface, and how one is called.
 
 A reward is a function of what it sees:
 
     @reward("bright")                                   # sees pixels: images uint8 (B, C, h, S)
     def bright(images, labels=None):
-        return images.float().mean((1, 2, 3))           # (B,), paid with an image's last code
+        return images.float().mean((1, 2, 3))           # (B,), given with an image's last code
 
     @reward("repeats", sees="codes")                    # codes (B, codes_of(r)) int64; nothing is decoded for it
     def repeats(codes):
-        return -(codes[:, 1:] == codes[:, :-1]).float().mean(1)  # or (B, codes_of(r)): paid code by code
+        return -(codes[:, 1:] == codes[:, :-1]).float().mean(1)  # or (B, codes_of(r)): one per code
 
-It always sees all finished images of one height at once, so it may compare them. What remembers something over
-rollouts is a class, made once per height of image; its constructor is given those of these arguments that it names:
+It always sees all finished images of one height at once, so it may compare them. A reward with state that outlives a
+rollout is a class, instantiated once per image height; its constructor gets those of these arguments that it names:
 
     reference: what it sees (pixels, codes or features) of real images of that height;
     ema, components: the run's settings of distribution rewards.
 
-Optional attributes of its objects: `minimum_batch`, fewer images than which earn nothing; `distance`, logged as
+Optional attributes of its objects: `minimum_batch`, batches of fewer images get no reward; `distance`, logged as
 `reward/NAME_distance`; `state_dict` and `load_state_dict`, which checkpoints keep: tensors, arrays, numbers, text, and
-lists and dicts of these; `reset`, called before the first rollout unless a checkpoint is put back. A network
-(`nn.Module`) is made once for all heights, and checkpoints do not keep its weights.
+lists and dicts of these; `reset`, called before the first rollout unless a checkpoint is restored. A network
+(`nn.Module`) is instantiated once for all heights, and checkpoints do not keep its weights.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def reward(name: str, *, sees: Sees = "pixels") -> Callable[[Part], Part]:
 
 
 class CriticTerm:
-    """The co-trained critic's reward: stage 3 trains it and asks it (`agents.rewards`), not this class."""
+    """The co-trained critic's reward: stage 3 trains and evaluates it (`agents.rewards`), not this class."""
 
 
 class RewardTerm:
@@ -68,12 +68,12 @@ class RewardTerm:
     Args:
         name: what messages, curves and checkpoints call it.
         part: a function of what it sees, a class of such functions, or an object that is one.
-        extractor: of a reward that sees features.
-        reference: rows -> real images of so many rows; None: there are none.
-        options: other arguments that a class may ask for.
+        extractor: for a reward that sees features.
+        reference: rows -> real images of that many rows; None: there are none.
+        options: other arguments that a class may name.
 
     Raises:
-        ConfigError: it is none of these, or wants what is not to be had.
+        ConfigError: it is none of these, or names an argument that is not available.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class RewardTerm:
         return earned
 
     def function(self, rows: int) -> Any:
-        """What is asked about images of `rows` rows, made when they first come."""
+        """The reward function for images of `rows` rows, made at its first use."""
         key = 0 if isinstance(self.part, nn.Module) or _is_network(self.part) else rows
         if key not in self._made:
             made = self._make(rows)
@@ -134,7 +134,7 @@ class RewardTerm:
 
     def _make(self, rows: int) -> Any:
         if not isinstance(self.part, type):
-            # An object that remembers things is copied: heights, and runs of one process, must not share it.
+            # A stateful object is copied: image heights, and runs in one process, must not share it.
             return copy.deepcopy(self.part) if _remembers(self.part) or hasattr(self.part, "reset") else self.part
         taken = _parameters(self.part)
         given = {name: value for name, value in self.options.items() if name in taken}
@@ -148,7 +148,7 @@ class RewardTerm:
         return self.part(**given)
 
     def _check_state(self, made: Any) -> None:
-        """Refuse now what a checkpoint could not keep later."""
+        """Refuse early any state that a checkpoint could not keep."""
         if not hasattr(made, "load_state_dict"):
             raise ConfigError(f"reward {self.name!r} has state_dict, but no load_state_dict: give both, or none")
         try:
@@ -167,19 +167,19 @@ class RewardTerm:
         return view.features(self.extractor)
 
     def state_dict(self) -> dict[str, Any]:
-        """``NAME/ROWS`` -> what is remembered about images of so many rows, for a checkpoint."""
+        """``NAME/ROWS`` -> the state for images of that many rows, for a checkpoint."""
         states = {rows: made.state_dict() for rows, made in self._made.items() if _remembers(made)}
         return {f"{self.name}/{rows}": state for rows, state in {**self._restored, **states}.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """From a checkpoint, of all terms or of this one; takes effect when images of that height come next."""
+        """From a checkpoint, of all terms or of this one; takes effect at the next images of that height."""
         start = f"{self.name}/"
         found = {key.removeprefix(start): value for key, value in state.items() if key.startswith(start)}
         self._made, self._restored = {}, {int(rows): value for rows, value in found.items() if rows.isdecimal()}
 
 
 def _remembers(part: Any) -> bool:
-    """Whether a checkpoint has something to keep of it."""
+    """Whether it has state that a checkpoint must keep."""
     return hasattr(part, "state_dict") and not isinstance(part, nn.Module)
 
 

@@ -1,8 +1,8 @@
-"""Finished images as critics and rewards look at them: nothing is decoded, and no features are taken, twice.
+"""Finished images as critics and rewards see them: each is decoded, and its features computed, at most once.
 
-A critic or a reward says what it wants to see (`sees`): the images, their codes, or features of them. It asks a `View`,
-which works that out when it is first asked for and keeps it. One `FinishedImages` per rollout is shared by the critic,
-the functions and the distribution terms; where all of them read codes, no image is decoded at all.
+A critic or a reward declares what it sees (`sees`): the images, their codes, or features of them. It gets that from a
+`View`, which computes it at first use and caches it. One `FinishedImages` per rollout is shared by the critic, the
+functions and the distribution terms; where all of them read codes, no image is decoded at all.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Decode = Callable[[Tensor], Tensor]
 
 
 def sees_of(part: Any, what: str) -> Sees:
-    """What a critic or reward wants to see: its attribute `sees`; without one, pixels.
+    """What a critic or reward sees: its attribute `sees`; without one, pixels.
 
     Args:
         part: the critic or the reward.
@@ -43,7 +43,7 @@ def sees_of(part: Any, what: str) -> Sees:
 
 
 class View:
-    """Some images of equally many rows, by what one can see of them.
+    """Images of equally many rows, as codes, pixels or features.
 
     Args:
         codes: (B, codes_of(r)) integer, all in 0..K-1.
@@ -66,13 +66,13 @@ class View:
     @functools.cached_property
     def _decoded(self) -> Tensor:
         if self._decode is None:
-            raise ConfigError("something wants to see images, but there is nothing that decodes them")
+            raise ConfigError("a critic or reward sees images, but there is no decoder")
         with torch.no_grad():
             return torch.cat([self._decode(batch) for batch in self.codes.split(self.batch_size)])
 
     @functools.cached_property
     def pixels(self) -> Tensor:
-        """(B, C, h, S) float in [-1, 1], where they were decoded."""
+        """(B, C, h, S) float in [-1, 1], on the decoder's device."""
         from ral_gym.data.images import to_float
 
         return self._decoded if self._decoded.is_floating_point() else to_float(self._decoded)
@@ -102,9 +102,9 @@ class FinishedImages:
         image_rows: (n,) int64, rows of each image.
 
     Args:
-        codes: see there.
-        grid: see there.
-        decode: codes -> images; None where only codes are looked at.
+        codes: as above.
+        grid: as above.
+        decode: codes -> images; None if only codes are seen.
         labels: (n,) int64 classes, or None.
         batch_size: images decoded at once.
     """
@@ -128,7 +128,7 @@ class FinishedImages:
 
     @functools.cached_property
     def heights(self) -> list[int]:
-        """How many rows the images have, each number once, ascending."""
+        """The distinct numbers of rows of the images, ascending."""
         found: list[int] = self.image_rows.unique().tolist()
         return found
 
@@ -137,7 +137,7 @@ class FinishedImages:
         return (self.image_rows == height).nonzero().squeeze(1)
 
     def positions(self, height: int) -> Tensor:
-        """(codes_of(height),) int64: where the codes of that many rows stand in the whole grid."""
+        """(codes_of(height),) int64: positions in the whole grid of the codes of that many rows."""
         return torch.from_numpy(self.grid.mask(0, height)).nonzero().squeeze(1)
 
     def view(self, height: int) -> View:
@@ -149,7 +149,7 @@ class FinishedImages:
         return self._views[height]
 
     def batch(self, size: int, generator: torch.Generator) -> Tensor:
-        """Some grids of one common height: (size, codes of the rows) int64, a height by its share of the images."""
+        """Random grids of one height, drawn by its share of the images: (size, codes_of(height)) int64."""
         pick = int(torch.randint(len(self.codes), (1,), generator=generator))
         height = int(self.image_rows[pick])
         same = self.rows(height)

@@ -1,14 +1,14 @@
-"""The door for tokenizers: images -> codes -> images. What every one offers, and how it is built, saved and loaded.
+"""Tokenizers, images -> codes -> images: their interface, and how one is built, saved and loaded.
 
 A tokenizer is a `torch.nn.Module` with the members of `Tokenizer`, registered in `ral_gym.registry.TOKENIZERS` or named
-as ``module:Class``; ``--vqvae.kind`` chooses it. Stage 1 trains it in one of three ways, whichever it offers first:
+as ``module:Class``; ``--vqvae.kind`` chooses it. Stage 1 trains it in one of three ways, the first that applies:
 
 * ``training_loss(images) -> Tensor``: this package's loop (Adam, `vqvae.batch_size`, checkpoints) minimises it;
-* ``fit(images, ...)``: a loop of its own over uint8 images (N, C, S, S); further arguments that it may take are `seed`,
+* ``fit(images, ...)``: its own training loop over uint8 images (N, C, S, S); it may also take the arguments `seed`,
   `progress` and the settings of `LOOP`;
 * neither: it is trained already, or has nothing to learn.
 
-Everything after stage 1 asks for nothing but the members.
+Everything after stage 1 uses the members of `Tokenizer` only.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ GIVEN = ("image_size", "channels")
 
 
 class Tokenizer(Protocol):
-    """What stages, environments and commands ask of a tokenizer; it is a `torch.nn.Module` too."""
+    """What stages, environments and commands need from a tokenizer; it is also a `torch.nn.Module`."""
 
     @property
     def grid(self) -> CodeGrid:
@@ -56,7 +56,7 @@ class Tokenizer(Protocol):
 
     @property
     def config(self) -> dict[str, Any]:
-        """The constructor's arguments, as JSON has them."""
+        """The constructor's arguments, as JSON values."""
 
     def encode(self, images: Tensor) -> list[Tensor]:
         """Images -> codes; changes nothing in the tokenizer.
@@ -79,23 +79,25 @@ class Tokenizer(Protocol):
         """
 
     def parameters(self, recurse: bool = True) -> Any:
-        """See `torch.nn.Module`; so are the others."""
+        """As in `torch.nn.Module`, like the members below."""
 
     def buffers(self, recurse: bool = True) -> Any:
         """See there."""
 
 
 def device_of(tokenizer: Any) -> torch.device:
-    """Where its weights are; the CPU where it has none."""
+    """The device of its weights; the CPU if it has none."""
     tensors = (*tokenizer.parameters(), *tokenizer.buffers())
     return tensors[0].device if tensors else torch.device("cpu")
 
 
 def encoder_features(tokenizer: Any) -> EncoderFeatures | None:
-    """The extractor `encoder`: ``encode_features(images) -> (B, num_features, h, w)``; None where it offers none."""
+    """The extractor `encoder`: ``encode_features(images) -> (B, num_features, h, w)``; None if it has none."""
     if not hasattr(tokenizer, "encode_features") or not hasattr(tokenizer, "num_features"):
         return None
-    from ral_gym.metrics.features import EncoderFeatures  # takes a second, which environments need not wait for
+    from ral_gym.metrics.features import (
+        EncoderFeatures,
+    )  # takes a second to import, which environments need not wait for
 
     return EncoderFeatures(tokenizer.encode_features, int(tokenizer.num_features))
 
@@ -109,11 +111,11 @@ def class_of(settings: VQVAEConfig) -> type[nn.Module]:
     """The class that `vqvae.kind` and `vqvae.levels` choose.
 
     Raises:
-        ConfigError: an unknown kind, or code that a file names and nobody has allowed.
+        ConfigError: an unknown kind, or code that a file names and whose import was not allowed.
     """
     cls: type[nn.Module] = TOKENIZERS.get(_kind(settings.kind, settings.levels))
     if not (inspect.isclass(cls) and issubclass(cls, nn.Module)):
-        raise ConfigError(f"vqvae.kind {settings.kind!r} is no class of torch.nn.Module")
+        raise ConfigError(f"vqvae.kind {settings.kind!r} is not a subclass of torch.nn.Module")
     return cls
 
 
@@ -124,14 +126,14 @@ def _kind(kind: str, levels: int) -> str:
 
 
 def tokenizer_of(config: Config, image_size: int, channels: int) -> Any:
-    """The untrained tokenizer of a configuration, for such images.
+    """The untrained tokenizer of a configuration, for images of this size.
 
     Its constructor gets `image_size`, `channels`, those settings of the section `vqvae` that it takes, and all of
     `vqvae.options`.
 
     Raises:
-        ConfigError: the kind is unknown or may not be imported, a changed setting or an option is not its, or it does
-            not fit the images.
+        ConfigError: the kind is unknown or may not be imported, it does not take a changed setting or an option, or it
+            does not fit the images.
     """
     cls, kind = class_of(config.vqvae), config.vqvae.kind
     preset = [PRESETS[config.preset].vqvae] if config.preset in PRESETS else []
@@ -142,7 +144,7 @@ def tokenizer_of(config: Config, image_size: int, channels: int) -> Any:
         tokenizer: Any = cls(image_size=image_size, channels=channels, **arguments)
     except RalGymError:
         raise
-    except Exception as error:  # code of somebody else's
+    except Exception as error:  # third-party code
         reason = (str(error).strip() or "no reason given").splitlines()[-1]
         raise ConfigError(
             f"tokenizer {kind!r} cannot be built ({type(error).__name__}: {reason}); check the settings of vqvae"
@@ -167,7 +169,7 @@ def _check_loop(cls: type[nn.Module], settings: VQVAEConfig, untouched: list[VQV
         value = getattr(settings, name)
         if name not in taken and all(value != getattr(other, name) for other in untouched):
             raise ConfigError(
-                f"vqvae.{name} is {value!r}, but {settings.kind} has no training that takes it: leave vqvae.{name} out"
+                f"vqvae.{name} is {value!r}, but {settings.kind} has no training loop with it: leave vqvae.{name} out"
             )
 
 
@@ -180,7 +182,7 @@ def check_tokenizer(tokenizer: Any, kind: str) -> None:
     missing = [name for name in MEMBERS if not hasattr(tokenizer, name)]
     if missing:
         raise ConfigError(
-            f"tokenizer {kind!r} has no {', '.join(missing)}: ral_gym.tokenizers.base.Tokenizer says what one has"
+            f"tokenizer {kind!r} has no {', '.join(missing)}: ral_gym.tokenizers.base.Tokenizer lists what it needs"
         )
     grid = tokenizer.grid
     if not isinstance(grid, CodeGrid) or tokenizer.image_size % grid.height:
@@ -203,19 +205,21 @@ def load_tokenizer(path: Path, device: torch.device | str = "cpu", config: Mappi
     """Rebuild a tokenizer from its file, in evaluation mode, without gradients; draws no random numbers.
 
     Args:
-        path: the file; those of versions before 0.2 say no kind: they are VQ-VAEs of one level or two.
+        path: the file; files of versions before 0.2 name no kind: they hold VQ-VAEs of one level or two.
         device: where it goes.
-        config: the `config` that it must have; None: whatever it is.
+        config: the `config` that it must have; None: any.
 
     Raises:
-        ConfigError: the file names a kind that is unknown here, or code that nobody has allowed.
-        RunError: missing, damaged, no tokenizer's, made with other arguments, or weights that do not fit them.
+        ConfigError: the file names an unknown kind, or code whose import was not allowed.
+        RunError: missing, damaged, not a tokenizer's, made with other arguments, or weights that do not fit.
     """
     tensors, metadata = load_tensors(path)
     old = {"VQVAE": "vqvae", "VQVAE2": "vqvae2"}.get(str(metadata.get("class")))
     kind = metadata.get(KIND, old)
     if not isinstance(kind, str):
-        raise RunError(f"{path} holds {metadata.get('class', 'no weights')}, no tokenizer; remove it to make it again")
+        raise RunError(
+            f"{path} holds {metadata.get('class', 'no weights')}, not a tokenizer; remove it to make it again"
+        )
     cls = TOKENIZERS.get(kind)
     tokenizer = rebuild_module(path, tensors, metadata, cls, device, None if config is None else dict(config))
     check_tokenizer(tokenizer, kind)

@@ -28,7 +28,7 @@ class CodeSet:
         train: codes of the training images, all augmented passes.
         test: held-out images (of known people, for faces).
         new_people: held-out people, or None.
-        clean: rows of `train` that belong to the images as they are; the first `clean` rows.
+        clean: how many rows of `train`, the first ones, are codes of the images without augmentation.
     """
 
     train: np.ndarray
@@ -49,7 +49,7 @@ class CodeSet:
 
         Args:
             path: the file.
-            grid: the shape that the codes must have; None: whatever it is.
+            grid: the shape that the codes must have; None: any.
 
         Raises:
             RunError: the file is missing, truncated, not a code file, or does not fit the grid.
@@ -96,9 +96,9 @@ def encode_images(
     """Encode a set of images, the first pass as they are, every further one augmented with its own seed.
 
     Args:
-        vqvae: the trained VQ-VAE, of one level or two.
+        vqvae: the trained tokenizer, of one level or two.
         images: (N, C, S, S) uint8.
-        passes: how often to go through the set.
+        passes: number of passes over the set.
         seed: seeds the augmentation.
         batch_size: images per step; None: 256, and fewer where they are larger than 64x64 pixels.
         progress: show a progress bar.
@@ -142,5 +142,5 @@ def decode_codes(vqvae: Tokenizer, codes: np.ndarray | Tensor, batch_size: int |
 
 
 def _default_batch_size(vqvae: Tokenizer) -> int:
-    """At most as many pixels as 256 images of 64x64 have, since activations grow with them."""
+    """At most as many pixels as in 256 images of 64x64, since activations grow with them."""
     return max(1, min(256, 256 * 64**2 // vqvae.image_size**2))

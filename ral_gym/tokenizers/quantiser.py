@@ -1,9 +1,9 @@
 """The codebook: features -> nearest code vectors, in pieces where there are many codes.
 
-It is `vector-quantize-pytorch`'s (k-means start, exponential moving average, restart of dead codes), which makes the
-distances of all positions to all codes at once: at K = 16,384, 128 images of 16 x 16 positions take 12 GB. Above
-`PIECE` distances `Quantiser` does the same piece by piece, so that memory does not grow with positions times codes;
-below, it is the library's own code.
+It is that of `vector-quantize-pytorch` (k-means start, exponential moving average, restart of dead codes), which
+computes the distances of all positions to all codes at once: at K = 16,384, 128 images of 16 x 16 positions take 12 GB.
+Above `PIECE` distances `Quantiser` does the same piece by piece, so that memory does not grow with positions times
+codes; below, the library's own code runs.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from torch.nn import functional as F
 from vector_quantize_pytorch import VectorQuantize
 
 PIECE = 2**25
-"""Most distances made at once, 4 bytes each; all of the paper's tables stay below it, whole batches at a time."""
+"""Most distances computed at once, 4 bytes each; whole batches of all of the paper's tables stay below it."""
 KMEANS_ROUNDS = 10
 
 
 class Quantiser(VectorQuantize):
-    """One Euclidean codebook that moves by its exponential average.
+    """One Euclidean codebook, updated by exponential moving averages.
 
     Args:
         dim: D, dimension of a code vector.
@@ -47,12 +47,12 @@ class Quantiser(VectorQuantize):
         )
 
     def forward(self, x: Tensor, accum_ema_update: bool = False, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Replace features by code vectors; in training mode move the codebook.
+        """Replace features by code vectors; in training mode update the codebook.
 
         Args:
             x: (B, n, D).
-            accum_ema_update: only collect what a later call will move the codebook by.
-            options: see `VectorQuantize.forward`; with any, all distances are made at once.
+            accum_ema_update: only accumulate statistics for the update that a later call makes.
+            options: see `VectorQuantize.forward`; with any of them, all distances are computed at once.
 
         Returns:
             code vectors (B, n, D) with straight-through gradients, codes (B, n) int64, commitment loss.
@@ -91,7 +91,7 @@ class Quantiser(VectorQuantize):
         book = self._codebook
         sizes, sums = self._totals(flat, codes, book.all_reduce_fn)
         for average, new in ((book.cluster_size, sizes[None]), (book.embed_avg, sums[None])):
-            if average.grad is not None:  # what earlier parts have collected
+            if average.grad is not None:  # accumulated by earlier parts
                 new = new + average.grad
                 average.grad = None
             if collect:
@@ -116,7 +116,7 @@ class Quantiser(VectorQuantize):
 
 
 def _pieces(rows: int, codes: int) -> Iterator[slice]:
-    """Slices of rows with at most a quarter of `PIECE` distances each, as distances take some copies."""
+    """Slices of rows with at most a quarter of `PIECE` distances each, since computing them makes copies."""
     step = max(1, PIECE // 4 // codes)
     return (slice(start, start + step) for start in range(0, rows, step))
 
@@ -129,7 +129,7 @@ def _nearest(flat: Tensor, vectors: Tensor) -> Tensor:
 
 
 def quantise(quantiser: VectorQuantize, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """A training step of one codebook: features (B, D, h, w) -> code vectors in their place, codes, commitment loss.
+    """A training step of one codebook: features (B, D, h, w) -> quantised features, codes, commitment loss.
 
     Returns:
         (B, D, h, w) with straight-through gradients, (B, h * w) int64, and a scalar.

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 _OLD_NAMES = {"body.1.": "inner.", "body.3.": "out."}
-"""Names of the two convolutions in the tokenizers' files of versions before 0.2."""
+"""Names of the two convolutions in tokenizer files of versions before 0.2."""
 
 
 class ResidualBlock(nn.Module):
@@ -33,7 +33,7 @@ class ResidualBlock(nn.Module):
 
 
 def present_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of a whole network, older names replaced by today's."""
+    """Weights of a whole network, with older names replaced by the current ones."""
     renamed = {}
     for name, tensor in state.items():
         for old, new in _OLD_NAMES.items():
@@ -43,7 +43,7 @@ def present_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _rename(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
-    """The same for one block, whatever loads it, such as a stage's checkpoint."""
+    """The same for one block, also when a stage's checkpoint is loaded."""
     for old, new in _OLD_NAMES.items():
         for part in ("weight", "bias"):
             if (name := f"{prefix}{old}{part}") in state:

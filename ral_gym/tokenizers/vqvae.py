@@ -1,10 +1,9 @@
 """Image <-> codes: the VQ-VAE (van den Oord et al. 2017; the supplement's Tables 4c to 7c).
 
-Strided convolutions bring an image down to a grid of vectors, each is replaced by its nearest code vector, and
-transposed convolutions paint the image back. The codebook is `vector-quantize-pytorch`'s: k-means start, exponential
-moving average, restart of dead codes. The paper does not state the number of residual blocks, the decay or the
-learning rate; VQ-VAE's and VQ-VAE-2's values stand in (`VQVAEConfig`). `ral_gym.tokenizers.vqvae2` is the model of two
-levels.
+Strided convolutions reduce an image to a grid of vectors, each is replaced by its nearest code vector, and transposed
+convolutions decode the image. The codebook is `vector-quantize-pytorch`'s: k-means start, exponential moving average,
+restart of dead codes. The paper does not state the number of residual blocks, the decay or the learning rate; those of
+VQ-VAE and VQ-VAE-2 are used (`VQVAEConfig`). `ral_gym.tokenizers.vqvae2` is the model of two levels.
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ class VQVAE(nn.Module):
 
     levels = 1
     present_names = staticmethod(present_names)
-    """What `rebuild_module` makes of an older file's names."""
+    """Maps weight names of older files to current ones, for `rebuild_module`."""
 
     def __init__(
         self,
@@ -148,7 +147,7 @@ class VQVAE(nn.Module):
         return self.paint([vectors]), codes, commitment
 
     def training_loss(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean squared error plus commitment loss of images (B, C, S, S), and what is logged of a step."""
+        """Mean squared error plus commitment loss of images (B, C, S, S), and the metrics to log."""
         reconstruction, codes, commitment = self(images)
         error = F.mse_loss(reconstruction, images)
         return error + commitment, {"reconstruction_error": error.detach(), "codes": codes}
@@ -158,7 +157,7 @@ class VQVAE(nn.Module):
         """Images in [-1, 1] -> the codes of every level, top first; changes no statistics.
 
         Args:
-            images: (B, C, S, S), or their first rows alone, (B, C, r * S / H, S): nothing lies below those then.
+            images: (B, C, S, S), or their first rows alone, (B, C, r * S / H, S), encoded as if nothing lay below them.
 
         Returns:
             One (B, h * w) int64 per level, each in raster order; joined they are the image's sequence.
@@ -168,8 +167,8 @@ class VQVAE(nn.Module):
     def decode(self, codes: Tensor | Sequence[Tensor]) -> Tensor:
         """Codes -> images.
 
-        Fewer rows than H give a shorter image, painted as if nothing lay below it: its last rows differ from those
-        of the whole image as far as the decoder's filters reach down.
+        Fewer rows than H give a shorter image, decoded as if nothing lay below it: its last rows differ from those of
+        the whole image as far as the decoder's receptive field reaches down.
 
         Args:
             codes: (B, codes_of(r)) int64, the sequence of r (top) rows, 1 <= r <= H; or what `encode` returns, one
@@ -189,7 +188,7 @@ class VQVAE(nn.Module):
         return self.paint(self.lookup(levels)).clamp(-1, 1)
 
     def _levels_of(self, codes: Tensor | Sequence[Tensor]) -> list[Tensor]:
-        """Codes of every level, top first, from a sequence or a list; refuses what does not fit the grid."""
+        """Codes of every level, top first, from a sequence or a list; raises if they do not fit the grid."""
         if isinstance(codes, Tensor):
             return self.grid.split(codes)
         found = [level.shape[-1] for level in codes]

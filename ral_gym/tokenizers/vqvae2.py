@@ -2,8 +2,8 @@
 
 The top grid, half the bottom's side, is quantised first and holds what is global; its code vectors are decoded back to
 the bottom's size and joined to the bottom features before these are quantised, so that the bottom codes need only hold
-what the top ones leave open. The image is painted from both. Razavi et al.'s sizes and strides, with this package's
-blocks (`ral_gym.tokenizers.vqvae`): the tables count the strided convolutions of the bottom level, and the top has one
+what the top ones leave open. The image is decoded from both. Sizes and strides are Razavi et al.'s, blocks are those of
+`ral_gym.tokenizers.vqvae`: the tables count the strided convolutions of the bottom level, and the top level has one
 more.
 """
 
@@ -54,7 +54,7 @@ class VQVAE2(VQVAE):
 
     @property
     def quantisers(self) -> list[VectorQuantize]:
-        """The top's and the bottom's."""
+        """The quantisers of the top and the bottom level."""
         return [self.top_quantiser, self.bottom_quantiser]
 
     def encode_top(self, images: Tensor) -> tuple[Tensor, Tensor]:
