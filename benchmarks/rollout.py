@@ -70,7 +70,10 @@ WHAT_TO_TIME: dict[str, list[tuple[Any, str]]] = {
         (torch.optim.Adam, "step"),
     ],
     "environment": [(CodeVecEnv, name) for name in ("reset", "step_wait")],
-    "buffer": [(EpisodeRolloutBuffer, name) for name in ("reset", "add", "compute_returns_and_advantage", "_samples")],
+    "buffer": [
+        (EpisodeRolloutBuffer, name)
+        for name in ("reset", "add", "compute_returns_and_advantage", "episodes", "_samples")
+    ],
 }
 
 

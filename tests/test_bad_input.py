@@ -77,7 +77,7 @@ def remove(run: Path, *names: str) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ("--preset celebahq", "preset 'celebahq' is unknown: choose one of demo, "),
+        ("--preset celebahq", "preset 'celebahq' is unknown (did you mean celebahq512?): choose one of demo, "),
         ("--algo sarsa", "algorithm 'sarsa' is unknown: choose one of reinforce, ppo"),
         ("--ral.algo sarsa", "algorithm 'sarsa' is unknown"),
         ("--device cuda", "device 'cuda' asked for, but 0 CUDA devices are visible; use --device cpu or auto"),
@@ -198,7 +198,7 @@ def test_a_damaged_critic_is_named_by_the_environment(run) -> None:
     with pytest.raises(RunError, match=r"critic\.safetensors is damaged"):
         gym.make("ral_gym/LatentCode-v0", run=str(run))
     shutil.copy(run / "policy.safetensors", file)
-    with pytest.raises(RunError, match=r"critic\.safetensors holds PixelCNN, not PatchCritic"):
+    with pytest.raises(RunError, match=r"critic\.safetensors holds a prior \(pixelcnn\), not a critic"):
         gym.make("ral_gym/LatentCode-v0", run=str(run))
 
 

@@ -96,7 +96,8 @@ def test_memory_counts_every_array() -> None:
     assert bench().array_bytes([np.zeros(3), [np.zeros(2, np.int16)], (1, (np.zeros(1, bool),)), 5]) == 24 + 4 + 1
     held = bench().buffer_bytes(64, 8, 16)
     columns, start, codes, mask = 2 * 64 * 8 * 6 * 4, 64 * 8 * 4, 64 * 8 * 4, 64 * 8
-    small = held - columns - start - codes - mask
+    expected, slots = 64 * 8 * 2, 64 * 8 * 2 * 8
+    small = held - columns - start - codes - mask - expected - slots
     assert 0 <= small < 1000
     assert bench().buffer_bytes(1280, 64, 512) <= 8e6
 

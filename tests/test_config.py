@@ -40,7 +40,7 @@ def test_numbers_out_of_range_are_refused(name) -> None:
         wrong = changed(name, (value,) if isinstance(value_of(name), tuple) else value)
         with pytest.raises(ConfigError) as caught:
             wrong.check()
-        integer = isinstance(value_of(name), int) or name.endswith(("batch_size", "group_size"))  # None by default
+        integer = isinstance(value_of(name), int) or name.endswith(("_size", "crop", "limit"))  # None by default
         whole = integer and isinstance(value, float)
         assert str(caught.value) == f"{name} is {value}: give {'an integer' if whole else LIMITED[name]}"
 
@@ -143,7 +143,7 @@ def test_a_configuration_from_before_two_levels_is_read() -> None:
 
 
 def test_every_number_has_a_range() -> None:
-    # A new setting cannot be forgotten; those of the data are checked where the images are loaded.
+    # A new setting cannot be forgotten.
     def numbers_of(section: Any, path: str) -> set[str]:
         found = set()
         for field in dataclasses.fields(section):
@@ -154,7 +154,7 @@ def test_every_number_has_a_range() -> None:
                 found.add(name)
         return found
 
-    numbers = {name for name in numbers_of(SMOKE, "") if not name.startswith("data.")}
+    numbers = numbers_of(SMOKE, "")
     assert numbers | {"seed"} == set(LIMITED)
 
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from stable_baselines3 import A2C, PPO
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from ral_gym.agents import PriorPolicy
 from ral_gym.assets import asset_path
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -173,7 +174,7 @@ def test_rl_zoo3_trains_with_the_configuration(tmp_path: Path) -> None:
     for algo, cls in {"ppo": PPO, "a2c": A2C}.items():
         folder = tmp_path / algo / "ral_gym-Toy-v0_1"
         model = cls.load(folder / "ral_gym-Toy-v0.zip", device="cpu")
-        assert model.num_timesteps == 512 and type(model.policy).__name__ == "PixelCNNPolicy"
+        assert model.num_timesteps == 512 and type(model.policy) is PriorPolicy
         saved = yaml.load((folder / "ral_gym-Toy-v0" / "config.yml").read_text(), Loader=yaml.UnsafeLoader)
         assert dict(saved)["rollout_buffer_class"].__name__ == "EpisodeRolloutBuffer"
         assert (folder / "ral_gym-Toy-v0" / "config.yml").stat().st_size < 10_000  # no weights in it

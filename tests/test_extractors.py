@@ -107,7 +107,7 @@ def test_encoder_may_be_a_bound_method_whose_device_is_found():
 def test_unknown_extractor_and_missing_encoder():
     with pytest.raises(ConfigError, match="choose one of lite0, inception, encoder, pyramid"):
         make_extractor("vgg")
-    with pytest.raises(ConfigError, match="needs a trained VQ-VAE"):
+    with pytest.raises(ConfigError, match="needs a trained tokenizer with encode_features"):
         make_extractor("encoder")
 
 

@@ -266,8 +266,8 @@ def test_tensorboard_shows_what_the_prior_draws_and_changes_nothing(tmp_path: Pa
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("scheduled_sampling", "twopass", "prior.scheduled_sampling is 'twopass': choose one of none, two_pass, seq"),
-        ("scheduled_sampling_schedule", "cosine", "scheduled_sampling_schedule is 'cosine': choose one of linear, exp"),
+        ("scheduled_sampling", "twopass", "prior.scheduled_sampling is 'twopass': give none or two_pass or seq"),
+        ("scheduled_sampling_schedule", "cosine", "scheduled_sampling_schedule is 'cosine': give linear or exp"),
         ("scheduled_sampling_share", 1.5, "prior.scheduled_sampling_share is 1.5: give at least 0 and at most 1"),
     ],
 )

@@ -234,9 +234,11 @@ def test_a_set_of_images_becomes_sequences(trained, tmp_path) -> None:
     code_set = encode_set(vqvae, ImageSet(images, images[:2], None, "", ()), passes=2, seed=0, progress=False)
     code_set.save(tmp_path / "codes.safetensors")
     assert CodeSet.load(tmp_path / "codes.safetensors", vqvae.grid).train.shape == (20, 80)
-    with pytest.raises(RunError, match="belongs to another VQ-VAE: its codes are not 16 per image in"):
+    with pytest.raises(
+        RunError, match="belongs to another VQ-VAE: its codes \\(tensor test\\) are not 16 per image in"
+    ):
         CodeSet.load(tmp_path / "codes.safetensors", CodeGrid(4, 4, 16))
-    with pytest.raises(RunError, match=r"its codes are not 64 \+ 256 per image"):
+    with pytest.raises(RunError, match=r"its codes \(tensor test\) are not 64 \+ 256 per image"):
         CodeSet.load(tmp_path / "codes.safetensors", CodeGrid(8, 8, 16, levels=2))
 
 

@@ -19,11 +19,13 @@ _NAMES: dict[_Rule, str] = {
         vqvae.residual_units vqvae.layers vqvae.codebook_dim vqvae.batch_size vqvae.training_steps
         prior.hidden_units prior.residual_units prior.layers prior.batch_size prior.training_steps
         prior.attention_heads prior.augmented_passes prior.evaluate_every prior.held_out evaluation.held_out
+        data.crop data.limit data.max_megapixels data.max_file_mb data.max_files
         critic.hidden_units critic.layers critic.batch_size ral.n_envs ral.n_updates ral.checkpoint_every
         ral.grpo.n_epochs ral.ppo.n_epochs ral.maskable_ppo.n_epochs ral.reinforce.batch_size ral.grpo.batch_size
         ral.trpo.n_critic_updates ral.trpo.cg_max_steps ral.trpo.line_search_max_iter ral.trpo.sub_sampling_factor
         """,
     _NOT_NEGATIVE: """
+        data.test_limit data.workers data.memory_budget_mb data.cache_mb
         vqvae.residual_blocks vqvae.beta vqvae.threshold_ema_dead_code prior.output_stack_layers
         prior.attention_layers prior.conditioning_stack_layers
         critic.gradient_penalty critic.warmup_steps critic.n_critic critic.held_out ral.mle_coef ral.kl_coef
@@ -47,6 +49,7 @@ _NAMES: dict[_Rule, str] = {
         ral.maskable_ppo.entropy_target
         """,
     ("1 or 2", lambda value: value in (1, 2)): "vqvae.levels",
+    ("8 or more", lambda value: value >= 8): "data.image_size",
     ("2 or more", lambda value: value >= 2): """
         vqvae.hidden_units ral.grpo.group_size ral.ppo.batch_size ral.maskable_ppo.batch_size ral.trpo.batch_size
         """,
@@ -88,7 +91,8 @@ SIZES: dict[int, str] = {
     1_000_000_000: """
         vqvae.training_steps prior.training_steps prior.evaluate_every ral.n_updates ral.checkpoint_every
         prior.held_out evaluation.held_out
-        critic.warmup_steps data.limit data.memory_budget_mb
+        critic.warmup_steps critic.held_out data.limit data.test_limit data.memory_budget_mb data.cache_mb
+        data.max_megapixels data.max_file_mb data.max_files
         ral.reinforce.batch_size ral.grpo.batch_size ral.ppo.batch_size ral.maskable_ppo.batch_size ral.trpo.batch_size
         """,
 }

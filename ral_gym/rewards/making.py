@@ -25,7 +25,7 @@ from torch import nn
 
 from ral_gym.config import CriticConfig
 from ral_gym.errors import ConfigError, RunError
-from ral_gym.registry import CRITICS
+from ral_gym.registry import CRITICS, PRIORS
 from ral_gym.rewards.score_map import ScoreNormalizer
 from ral_gym.rewards.scorer import CriticScorer, encoder_features
 from ral_gym.rewards.view import sees_of
@@ -164,6 +164,8 @@ def load_critic(
     kind = metadata.get("kind", "patch")
     if not isinstance(kind, str):
         raise RunError(f"{path} does not name the kind of its critic; remove it to train it again")
+    if kind in PRIORS.builtin:
+        raise RunError(f"{path} holds a prior ({kind}), not a critic; remove it to train the critic again")
     cls = critic_class(kind)
     made: Any = cls
     if "prior" in constructor_parameters(cls)[0] and make_prior is not None:
