@@ -74,6 +74,7 @@ class EpisodeStorage(RolloutBuffer):
         self._fill = np.zeros(n_envs, np.int64)
         self._expected = np.full((n_envs, n_codes), -1, np.int16)  # what each row shows next if its episode goes on
         self._open = np.zeros(n_envs, bool)
+        self._complete, self._after_stop = True, False  # whether the last rollout came to its end
         self._start_envs: list[np.ndarray] = []
         self._start_slots: list[np.ndarray] = []
         self._start_grids: list[np.ndarray] = []
@@ -81,6 +82,7 @@ class EpisodeStorage(RolloutBuffer):
 
     def reset(self) -> None:
         """Begin a rollout: forget the finished episodes, keep the unfinished ones."""
+        self._after_stop, self._complete = not self._complete, False
         kept = self._open_episodes()
         envs, slots, grids = kept
         BaseBuffer.reset(self)
@@ -100,6 +102,10 @@ class EpisodeStorage(RolloutBuffer):
         self._table: tuple[np.ndarray, ...] | None = None
         self._flat: tuple[np.ndarray, np.ndarray] | None = None
         self._shared: np.ndarray | None = None
+
+    def forget_stop(self) -> None:
+        """After a stop, where the environments are reset before the next rollout: all of its steps count."""
+        self._complete = True
 
     def _allocate(self) -> None:
         """Empty storage."""
@@ -145,15 +151,16 @@ class EpisodeStorage(RolloutBuffer):
         """Rows that begin something where their episode has not ended: allowed only where the rollout begins.
 
         The first observation after a stop is the one before the last step (see the class). Its transition is known as
-        wrong from the next observation, and taken back.
+        wrong from the next observation, and taken back: that observation goes on with something else, or the step
+        ended an episode of one code, which may be another than the one that was shown.
 
         Raises:
             ConfigError: it happens later, so the environment does it.
         """
         lost = begins[~starts[begins] | self._open[begins]]
-        if self.pos == 1:
-            self._fill[begins[~starts[begins]]] -= 1
-        elif self.pos > 1 and len(lost):
+        if self.pos == 1 and self._after_stop:
+            self._fill[begins[~starts[begins] | ~self._open[begins]]] -= 1
+        elif self.pos > 0 and len(lost):
             row = int(lost[0])
             if starts[row]:
                 left = int((self._expected[row] == self.not_drawn).sum())

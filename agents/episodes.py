@@ -50,8 +50,9 @@ class EpisodeRolloutBuffer(EpisodeStorage):
 
     A callback may stop `learn` inside a rollout. SB3 then forgets the step that it stopped at, and the next `learn`
     draws once more from the observation before it. Both steps are left out here, and what follows them belongs to an
-    episode that begins with the codes drawn until then. A rollout in which no episode ends teaches the policy nothing:
-    its samples are transitions of the unfinished ones, with advantages of 0.
+    episode that begins with the codes drawn until then. An episode of one code that ends with the first step after a
+    stop is left out too. A rollout in which no episode ends teaches the policy nothing: its samples are transitions of
+    the unfinished ones, with advantages of 0.
 
     With two levels (top codes, then bottom codes) the discount counts per level by default: each level is discounted
     as an episode of its own, and a terminal reward, the whole image's, ends both. Over the 1,280 codes of 16 x 16 and
@@ -151,6 +152,7 @@ class EpisodeRolloutBuffer(EpisodeStorage):
 
         Both arguments are SB3's and unused: a finished episode needs no bootstrap.
         """
+        self._complete = True  # SB3 calls this at a rollout's end, and not after a stop
         mask = self.mask
         if not len(mask):
             self._returns[self._slots()], self._advantages[self._slots()] = self.values, 0
@@ -201,14 +203,14 @@ class EpisodeRolloutBuffer(EpisodeStorage):
             rows = order[first:last]
             flat = np.concatenate([np.arange(offsets[row], offsets[row + 1]) for row in rows])
             samples = self._samples(self.episodes(rows), flat)
-            yield _twice(samples) if done[-1] == 1 else samples
+            yield twice(samples) if done[-1] == 1 else samples
             first = last
 
     def _without_episodes(self) -> RolloutBufferSamples:
         """What SB3 can make an update of without learning anything, where no episode has ended."""
         _, _, mask, codes = self._unfinished()
         samples = self._samples(self._input(codes, mask), np.arange(int(mask.sum())))
-        return _twice(samples) if mask.sum() == 1 else samples
+        return twice(samples) if mask.sum() == 1 else samples
 
     def _samples(self, episodes: Episodes, flat: np.ndarray) -> RolloutBufferSamples:
         """The transitions of some episodes; `flat` (N,) are their numbers."""
@@ -224,7 +226,7 @@ class EpisodeRolloutBuffer(EpisodeStorage):
         )
 
 
-def _twice(samples: Any) -> Any:
+def twice(samples: Any) -> Any:
     """One transition as two that are alike: A2C and TRPO divide by the standard deviation, which one has not."""
     found = samples._asdict().items()
     return samples._replace(**{name: value[[0, 0]] for name, value in found if value is not None})

@@ -17,7 +17,7 @@ from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
 from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import Tensor
 
-from ral_gym.agents.episodes import EpisodeRolloutBuffer, Episodes
+from ral_gym.agents.episodes import EpisodeRolloutBuffer, Episodes, twice
 from ral_gym.agents.policy import PriorPolicy, episode_logits
 from ral_gym.priors.sampler import draw
 
@@ -163,8 +163,13 @@ class MaskableEpisodeRolloutBuffer(EpisodeRolloutBuffer, MaskableRolloutBuffer):
     def get(  # type: ignore[override]
         self, batch_size: int | None = None
     ) -> Generator[MaskableRolloutBufferSamples, None, None]:
-        """As `EpisodeRolloutBuffer.get`; `action_masks` is (N, K) bool, or None where everything is legal."""
-        yield from EpisodeRolloutBuffer.get(self, batch_size)  # type: ignore[misc]
+        """As `EpisodeRolloutBuffer.get`; `action_masks` is (N, K) bool, or None where everything is legal.
+
+        A minibatch of one transition, which an episode of one code can be, is given as two that are alike:
+        `MaskablePPO` divides by the standard deviation of its advantages.
+        """
+        for samples in EpisodeRolloutBuffer.get(self, batch_size):
+            yield twice(samples) if len(samples.actions) == 1 else samples  # type: ignore[misc]
 
     def _samples(self, episodes: Episodes, flat: np.ndarray) -> MaskableRolloutBufferSamples:  # type: ignore[override]
         slots, envs = self._slots()

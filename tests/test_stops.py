@@ -21,10 +21,13 @@ from ral_gym.agents import (
 )
 from ral_gym.agents.regularizers import EntropyReward, PriorKLReward
 from ral_gym.agents.rewards.rollout_reward import RolloutReward
-from ral_gym.envs.worlds import toy_score_map
+from ral_gym.agents.vec_env import CodeVecEnv
+from ral_gym.envs.worlds import World, toy_score_map
+from ral_gym.grid import CodeGrid
 from ral_gym.priors.pixelcnn import PixelCNN
 
 T, K = 16, 8
+SQUARE = CodeGrid(4, 4, K)
 ON_POLICY = ("ppo", "a2c", "trpo", "maskable_ppo", "reinforce", "grpo")
 
 
@@ -73,17 +76,18 @@ class CheckRollouts(BaseCallback):
         assert (earned[np.arange(len(earned)), buffer.stop - 1] == earned.sum(1)).all()
 
 
-def make(algo: str, n_envs: int, n_steps: int = T, **kwargs: Any) -> Any:
+def make(algo: str, n_envs: int, n_steps: int = T, env: Any = None, grid: CodeGrid = SQUARE, **kwargs: Any) -> Any:
     from ral_gym.agents import ALGORITHMS
 
     torch.manual_seed(1)
-    prior = PixelCNN(K, 4, 4, hidden_units=4, residual_units=4, layers=1, conv_filter_size=3, output_stack_layers=1)
+    small = {"hidden_units": 4, "residual_units": 4, "layers": 1, "conv_filter_size": 3, "output_stack_layers": 1}
+    prior = PixelCNN(K, grid.height, grid.width, **small)  # type: ignore[arg-type]
     masks = {"rollout_buffer_class": MaskableEpisodeRolloutBuffer if "mask" in algo else EpisodeRolloutBuffer}
     minibatch = {} if algo in ("a2c", "reinforce") else {"batch_size": n_steps * n_envs}
     group = {"group_size": 2} if algo == "grpo" else {}
     trust = {"cg_max_steps": 3, "n_critic_updates": 1} if algo == "trpo" else {}
     arguments = {"n_steps": n_steps, "seed": 0, "device": "cpu", "policy_kwargs": {"prior": prior}}
-    env = make_sb3_env("ral_gym/Toy-v0", n_envs, seed=0, **kwargs)
+    env = env or make_sb3_env("ral_gym/Toy-v0", n_envs, seed=0, **kwargs)
     return ALGORITHMS[algo](policy_for(algo), env, **arguments, **masks, **minibatch, **group, **trust)
 
 
@@ -218,6 +222,63 @@ def test_open_episodes_are_forgotten_when_a_whole_round_comes() -> None:
     buffer.add_round(empty, codes, np.ones(2, np.float32), numbers, numbers)
     np.testing.assert_array_equal(buffer.codes, codes)
     np.testing.assert_array_equal(buffer.log_probs, numbers.flatten())
+
+
+COLUMN = CodeGrid(3, 1, K)  # the last row alone is an episode of one code
+
+
+def pay_a_column(codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The number that the codes are, in the base of K."""
+    places = torch.tensor([1.0, K, K * K])[: codes.shape[1]]
+    numbers = (codes * places).sum(1)
+    steps = torch.zeros(codes.shape)
+    steps[:, -1] = numbers
+    return codes[:, :, None].float(), steps
+
+
+def column_model(algo: str, n_envs: int, n_steps: int, reset_mode: str = "continue") -> Any:
+    real = np.arange(30).reshape(10, 3) % K
+    world = World(COLUMN, lambda codes: codes, pay_a_column, real.astype(np.int16), 1, torch.device("cpu"))
+    env = CodeVecEnv(world, n_envs, reset_mode=reset_mode, lockstep=False)
+    env.seed(0)
+    return make(algo, n_envs, n_steps, env=env, grid=COLUMN)
+
+
+class CheckColumns(BaseCallback):
+    """At the end of every rollout: each stored image has been paid its own reward."""
+
+    checked = 0
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_end(self) -> None:
+        buffer: EpisodeRolloutBuffer = self.model.rollout_buffer  # type: ignore[attr-defined]
+        seen = torch.as_tensor(np.where(buffer.codes < K, buffer.codes, 0).astype(np.int64))
+        earned = np.zeros(buffer.mask.shape)
+        earned[buffer.mask] = buffer.rewards
+        np.testing.assert_allclose(earned.sum(1), pay_a_column(seen)[1].sum(1).numpy())
+        self.checked += len(buffer.codes)
+
+
+@pytest.mark.parametrize("algo", ["ppo", "maskable_ppo"])
+@pytest.mark.parametrize("n_envs", [1, 3])
+def test_episodes_of_one_code_after_a_stop_are_paid_for_themselves(algo: str, n_envs: int) -> None:
+    model, check = column_model(algo, n_envs, 4), CheckColumns()
+    model.learn(1, callback=check)
+    for step in [1, 2, 3, 4] * 2:
+        model.learn(10**9, callback=StopAt(step), reset_num_timesteps=False)
+        model.learn(8 * n_envs, callback=check, reset_num_timesteps=False)
+    assert check.checked > 30
+
+
+def test_a_stopped_algorithm_of_rounds_loses_no_episode() -> None:
+    model = column_model("reinforce", 8, 3)
+    model.fast_path = False
+    for step in (1, 2, 3):
+        model.learn(10**9, callback=StopAt(step), reset_num_timesteps=False)
+        model.learn(1, callback=(check := CheckColumns()), reset_num_timesteps=False)
+        assert check.checked >= 8  # one of each environment at least, those of one code among them
 
 
 def test_ppo_with_the_stock_buffer_goes_on_too() -> None:

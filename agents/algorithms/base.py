@@ -187,6 +187,7 @@ class EpisodeAlgorithm(OnPolicyAlgorithm):
             went_on = super().collect_rollouts(env, callback, rollout_buffer, int(left.max()))
         if not went_on:
             self._last_obs = None
+            rollout_buffer.forget_stop()
         return went_on
 
     def _collect_round(self, env: CodeVecEnv, callback: BaseCallback, rollout_buffer: EpisodeRolloutBuffer) -> bool:
