@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ral_gym.agents.advantages import episode_advantages
 from ral_gym.agents.episode_storage import EpisodeStorage
+from ral_gym.priors.base import Prior
 
 
 class Episodes:
@@ -38,6 +39,19 @@ class Episodes:
     def __getitem__(self, index: slice | list[int]) -> Episodes:
         """Some of the transitions of the same grids (TRPO's sub-sampling)."""
         return Episodes(self.codes, self.row[index], self.pos[index], self.length)
+
+
+def episode_logits(prior: Prior, episodes: Episodes) -> Tensor:
+    """Logits (N, K) of a network for every transition of episodes, by one teacher-forced pass."""
+    return prior.logits(episode_features(prior, episodes), episodes.pos)
+
+
+def episode_features(prior: Prior, episodes: Episodes) -> Tensor:
+    """Features (N, C) of a network for every transition of episodes, by one teacher-forced pass."""
+    grid = prior.grid
+    rows = -(-episodes.length // grid.codes_of(1))
+    features = prior.features(grid.crop(episodes.codes, rows))  # (B, T', C)
+    return features[episodes.row, grid.short_position(episodes.pos, rows)]
 
 
 class EpisodeRolloutBuffer(EpisodeStorage):

@@ -17,8 +17,8 @@ from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
 from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import Tensor
 
-from ral_gym.agents.episodes import EpisodeRolloutBuffer, Episodes, twice
-from ral_gym.agents.policy import PriorPolicy, episode_logits
+from ral_gym.agents.episodes import EpisodeRolloutBuffer, Episodes, episode_logits, twice
+from ral_gym.agents.policy import PriorPolicy
 from ral_gym.priors.sampler import draw
 
 Masks = np.ndarray | Tensor | None

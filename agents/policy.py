@@ -21,7 +21,7 @@ from stable_baselines3.common.type_aliases import Schedule
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ral_gym.agents.episodes import Episodes
+from ral_gym.agents.episodes import Episodes, episode_features, episode_logits
 from ral_gym.agents.step_cache import StepCache, first_not_drawn
 from ral_gym.errors import ConfigError
 from ral_gym.grid import CodeGrid
@@ -30,19 +30,6 @@ from ral_gym.priors.check import check_prior
 from ral_gym.priors.sampler import CachedSampler, draw
 from ral_gym.priors.two_level import load_levels
 from ral_gym.runs.storage import weights_of
-
-
-def episode_logits(prior: Prior, episodes: Episodes) -> Tensor:
-    """Logits (N, K) of a network for every transition of episodes, by one teacher-forced pass."""
-    return prior.logits(episode_features(prior, episodes), episodes.pos)
-
-
-def episode_features(prior: Prior, episodes: Episodes) -> Tensor:
-    """Features (N, C) of a network for every transition of episodes, by one teacher-forced pass."""
-    grid = prior.grid
-    rows = -(-episodes.length // grid.codes_of(1))
-    features = prior.features(grid.crop(episodes.codes, rows))  # (B, T', C)
-    return features[episodes.row, grid.short_position(episodes.pos, rows)]
 
 
 class PriorWeights:
@@ -133,6 +120,14 @@ class ValueHead(nn.Module):
         return self.net(torch.cat([features.detach() if self.detach else features, where], 1))
 
 
+# The network that an algorithm asks its policy for -> the algorithm; a `PriorPolicy` has no such network.
+_OF_OTHERS = {"q_net": "DQN", "quantile_net": "QRDQN", "lstm_actor": "RecurrentPPO"}
+
+
+class _NoSuchNetwork(ConfigError, AttributeError):
+    """An `AttributeError` too, for `hasattr`."""
+
+
 class PriorPolicy(ActorCriticPolicy):
     """A prior that acts: for `Reinforce`, and unmodified `PPO`, `A2C` and `TRPO` with `EpisodeRolloutBuffer`.
 
@@ -152,7 +147,7 @@ class PriorPolicy(ActorCriticPolicy):
         optimizer_kwargs: its arguments, such as ``{"betas": (0.5, 0.999)}``.
 
     Raises:
-        ConfigError: no prior, or its K or T is not the environment's.
+        ConfigError: no prior, its K or T is not the environment's, or an algorithm that trains other networks.
     """
 
     def __init__(
@@ -189,6 +184,14 @@ class PriorPolicy(ActorCriticPolicy):
             optimizer_class=optimizer_class,
             optimizer_kwargs=optimizer_kwargs,
         )
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _OF_OTHERS:
+            raise _NoSuchNetwork(
+                f"{_OF_OTHERS[name]} trains networks that {type(self).__name__} does not have: choose Reinforce, GRPO, "
+                "PPO, A2C or TRPO, or a policy of the algorithm's own"
+            )
+        return super().__getattr__(name)
 
     def _check_spaces(self, observation_space: spaces.Space, action_space: spaces.Space) -> None:
         grid = self._start.grid

@@ -20,8 +20,8 @@ import torch
 from sb3_contrib import TRPO
 from stable_baselines3.common.callbacks import BaseCallback
 
-from ral_gym.agents.episodes import EpisodeRolloutBuffer
-from ral_gym.agents.policy import PriorPolicy, PriorWeights, episode_logits
+from ral_gym.agents.episodes import EpisodeRolloutBuffer, episode_logits
+from ral_gym.agents.policy import PriorPolicy, PriorWeights
 from ral_gym.agents.vec_env import real_codes
 from ral_gym.errors import ConfigError
 from ral_gym.priors.base import Prior, maximum_likelihood_loss

@@ -10,7 +10,9 @@ import gymnasium.wrappers.vector as vector
 import numpy as np
 import pytest
 import torch
-from stable_baselines3 import PPO
+from sb3_contrib import QRDQN, RecurrentPPO
+from stable_baselines3 import A2C, DQN, PPO
+from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.vec_env import (
     DummyVecEnv,
     VecCheckNan,
@@ -20,7 +22,15 @@ from stable_baselines3.common.vec_env import (
     VecNormalize,
 )
 
-from ral_gym.agents import EpisodeRolloutBuffer, PixelCNNPolicy, Reinforce, algorithm_defaults, make_sb3_env
+from ral_gym.agents import (
+    GRPO,
+    EpisodeRolloutBuffer,
+    PixelCNNPolicy,
+    PriorPolicy,
+    Reinforce,
+    algorithm_defaults,
+    make_sb3_env,
+)
 from ral_gym.errors import ConfigError
 from ral_gym.priors.pixelcnn import PixelCNN
 
@@ -110,6 +120,21 @@ def test_the_defaults_refuse_what_an_algorithm_would_meet_later() -> None:
 def test_a_policy_without_a_prior_says_how_to_give_one(cls: type, given: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="needs a network to start from"):
         train(cls, make_sb3_env(ID, 2), policy_kwargs=given)
+
+
+@pytest.mark.parametrize("cls", [DQN, QRDQN, RecurrentPPO])
+def test_an_algorithm_that_trains_no_prior_says_which_do(cls: type) -> None:
+    with pytest.raises(ConfigError, match=f"^{cls.__name__} trains networks that PriorPolicy does not have: choose"):
+        cls(PriorPolicy, make_sb3_env(ID, 2), policy_kwargs={"prior": tiny()}, device="cpu")
+    policy = A2C(PriorPolicy, make_sb3_env(ID, 2), policy_kwargs={"prior": tiny()}, device="cpu").policy
+    assert not hasattr(policy, "q_net") and not hasattr(policy, "no_such_thing")
+
+
+@pytest.mark.parametrize("policy", ["MlpPolicy", ActorCriticPolicy])
+@pytest.mark.parametrize("cls", [Reinforce, GRPO])
+def test_a_policy_that_draws_no_images_is_refused(cls: type, policy: Any) -> None:
+    with pytest.raises(ConfigError, match=f"^{cls.__name__} draws whole images, which policy .* give PriorPolicy$"):
+        cls(policy, make_sb3_env(ID, 2), device="cpu")
 
 
 def test_an_evaluation_monitor_may_stand_around_the_adapter() -> None:

@@ -6,6 +6,7 @@ Stable-Baselines3 algorithms: callbacks, loggers, save and load work as they do 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, ClassVar, Self, TypedDict
 
 import numpy as np
@@ -19,8 +20,8 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedul
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
-from ral_gym.agents.episodes import EpisodeRolloutBuffer
-from ral_gym.agents.policy import PriorPolicy, PriorWeights, episode_logits
+from ral_gym.agents.episodes import EpisodeRolloutBuffer, episode_logits
+from ral_gym.agents.policy import PriorPolicy, PriorWeights
 from ral_gym.agents.vec_env import CodeVecEnv, check_code_env, real_codes
 from ral_gym.errors import ConfigError
 from ral_gym.priors.base import Prior, maximum_likelihood_loss
@@ -116,6 +117,7 @@ class EpisodeAlgorithm(OnPolicyAlgorithm):
     ) -> None:
         if isinstance(env, VectorEnv):
             raise ConfigError(f"{type(env).__name__} is no Stable-Baselines3 VecEnv: use make_sb3_env(id, n_envs)")
+        _check_policy(policy, self.policy_aliases, type(self).__name__)
         self.mle_coef, self.kl_coef = mle_coef, kl_coef
         self.batch_size, self.fast_path = batch_size, fast_path
         self._reference: Prior | None = None
@@ -362,3 +364,15 @@ class EpisodeAlgorithm(OnPolicyAlgorithm):
         loss = maximum_likelihood_loss(self.policy.prior, codes)
         (self.mle_coef * loss).backward()
         return loss.item()
+
+
+def _check_policy(policy: Any, names: Iterable[str], algorithm: str) -> None:
+    """Refuse a policy that draws no whole images.
+
+    Raises:
+        ConfigError: neither one of the names nor a `PriorPolicy`.
+    """
+    fits = policy in names if isinstance(policy, str) else issubclass(policy, PriorPolicy)
+    if not fits:
+        name = repr(policy) if isinstance(policy, str) else policy.__name__
+        raise ConfigError(f"{algorithm} draws whole images, which policy {name} cannot: give PriorPolicy")
