@@ -7,8 +7,9 @@ PY := $(VENV)/bin/python
 JOBS ?= 2
 ARGS ?=
 LOWEST := .venv-lowest
-# What touches the libraries most: saved files, tokenizer, networks, environments, SB3, metrics.
-LOWEST_TESTS := $(addprefix tests/test_,vqvae.py storage.py envs.py old_files.py policy.py metrics.py sampler.py)
+# What touches the libraries most: saved files, tokenizers, networks, environments, SB3, metrics, and the preset `smoke`
+# through stage 3 with its checkpoints (test_train_ral.py).
+LOWEST_TESTS := $(addprefix tests/test_,vqvae.py vqgan.py storage.py envs.py old_files.py policy.py metrics.py sampler.py train_ral.py)
 
 # One stamp per folder and per content of the two files that decide what is installed, so that a
 # moved or copied .venv, or a changed version, is noticed whatever the files' dates say.
@@ -49,7 +50,7 @@ soak: $(STAMP) ## 30 minutes of environment, stage 3 and sample; memory must sta
 	RAL_GYM_SOAK_SECONDS=1800 OMP_NUM_THREADS=1 $(PY) -P -m pytest -m faults -s tests/test_soak.py $(ARGS)
 
 # torch is the version of constraints.txt, see constraints-lowest.txt. Old releases warn of Python's and of each other's
-# new ones, so that warnings are no errors here. Models saved under numpy 2 (saved_model) do not load under numpy 1.
+# new ones, so that warnings are no errors here. Models saved under numpy 2 (saved_model) do not load under numpy 1, as README says.
 test-lowest: $(STAMP) ## A part of the fast tests with the lowest versions allowed, in .venv-lowest
 	$(PY) -m venv --clear $(LOWEST)
 	$(LOWEST)/bin/python -m pip --quiet --no-input --disable-pip-version-check install -c constraints-lowest.txt \

@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 
+from ral_gym.priors.base import build_prior
 from ral_gym.priors.packed_weights import PackedWeights
 from ral_gym.priors.pixelcnn import PixelCNN
 from ral_gym.priors.pixelcnn_cache import SamplingCache
@@ -35,6 +36,13 @@ from ral_gym.priors.sampler import CachedSampler, draw, sample_naive
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "8x8, K=128, 128 units x 5 layers": {"codebook_size": 128, "height": 8, "width": 8, "layers": 5},
+    "8x8, K=128, transformer 128 x 5": {
+        "kind": "transformer",
+        "codebook_size": 128,
+        "height": 8,
+        "width": 8,
+        "layers": 5,
+    },
     "16x16, K=512, 128 units x 8 layers": {"codebook_size": 512, "height": 16, "width": 16, "layers": 8},
     "the same with 2 attention layers": {
         "codebook_size": 512,
@@ -61,14 +69,15 @@ TABLE_9: dict[str, dict[str, Any]] = {
 }
 
 
-def multiply_adds_per_code(prior: PixelCNN) -> int:
+def multiply_adds_per_code(prior: Any) -> int:
     """Multiply-adds per grid position of one pass: every weight is used once, except embeddings and biases.
 
     Attention adds what it multiplies with the keys and contents of the codes before, on average half of all.
     """
     weights = [layer.weight for layer in prior.modules() if isinstance(layer, torch.nn.Conv2d | torch.nn.Linear)]
     seen = (prior.height * prior.width + 1) // 2
-    return sum(weight.numel() for weight in weights) + prior.attention_layers * 2 * seen * prior.hidden_units
+    attending = prior.attention_layers if isinstance(prior, PixelCNN) else len(prior.layers)
+    return sum(weight.numel() for weight in weights) + attending * 2 * seen * prior.hidden_units
 
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:
@@ -82,14 +91,14 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def measure(prior: PixelCNN, batch: int, quick: bool) -> tuple[list[float], list[float], list[float], bool]:
+def measure(prior: Any, batch: int, quick: bool) -> tuple[list[float], list[float], list[float], bool]:
     """Time the three methods in turns.
 
     Returns:
         Seconds of `pass`, `cached` and `naive` in each round (one round in three has the latter), and whether `naive`
         was scaled up from some positions.
     """
-    device = prior.input.embedding.weight.device
+    device = next(prior.parameters()).device
     length = prior.height * prior.width
     codes = torch.randint(prior.codebook_size, (batch, length), device=device)
     sampler = CachedSampler(prior)
@@ -113,7 +122,7 @@ def measure(prior: PixelCNN, batch: int, quick: bool) -> tuple[list[float], list
     return passes[1:], cached[1:], naive, scaled  # the first round warms up
 
 
-def report(name: str, prior: PixelCNN, batch: int, quick: bool) -> None:
+def report(name: str, prior: Any, batch: int, quick: bool) -> None:
     """Measure one setting and print its line of the table."""
     passes, cached, naive, scaled = measure(prior, batch, quick)
     length = prior.height * prior.width
@@ -162,7 +171,8 @@ def main() -> None:
         for batch in BATCH_SIZES:
             torch.manual_seed(0)
             with torch.no_grad():
-                report(name, PixelCNN(**setting).eval().to(device), batch, arguments.quick)
+                prior = build_prior({"kind": "pixelcnn", **setting})
+                report(name, prior.eval().to(device), batch, arguments.quick)
     print("* timed at 4 or 16 evenly spaced positions, a full-grid pass each, and scaled to all")
     report_memory()
 

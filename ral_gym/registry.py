@@ -240,7 +240,11 @@ def _attribute(path: str, what: str) -> Any:
 TOKENIZERS = Registry(
     "tokenizer",
     "ral_gym.tokenizers",
-    {"vqvae": "ral_gym.tokenizers.vqvae:VQVAE", "vqvae2": "ral_gym.tokenizers.vqvae2:VQVAE2"},
+    {
+        "vqvae": "ral_gym.tokenizers.vqvae:VQVAE",
+        "vqvae2": "ral_gym.tokenizers.vqvae2:VQVAE2",
+        "vqgan": "ral_gym.tokenizers.vqgan:VQGAN",
+    },
 )
 PRIORS = Registry(
     "prior",

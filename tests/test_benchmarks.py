@@ -49,10 +49,15 @@ def test_the_whole_benchmark_prints_every_table(capsys) -> None:
 def test_sampling_benchmark_runs(capsys, monkeypatch) -> None:
     sampling = bench("sampling")
     tiny = {"codebook_size": 8, "height": 4, "width": 4, "layers": 1, "hidden_units": 8, "residual_units": 8}
-    monkeypatch.setattr(sampling, "SETTINGS", {"tiny": tiny})
+    turning = {"kind": "transformer", "codebook_size": 8, "height": 4, "width": 4, "layers": 1, "hidden_units": 16}
+    monkeypatch.setattr(sampling, "SETTINGS", {"tiny": tiny, "turning": turning})
     monkeypatch.setattr(sys, "argv", ["sampling.py", "--quick"])
     sampling.main()
-    assert sum(line.startswith("tiny") for line in capsys.readouterr().out.splitlines()) == 2
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines if line.startswith(("tiny", "turning"))] == [
+        *2 * ["tiny"],
+        *2 * ["turning"],
+    ]
 
 
 def test_a_stock_iteration_is_scaled_by_counts(monkeypatch) -> None:
