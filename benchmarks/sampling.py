@@ -76,7 +76,7 @@ def multiply_adds_per_code(prior: Any) -> int:
     """
     weights = [layer.weight for layer in prior.modules() if isinstance(layer, torch.nn.Conv2d | torch.nn.Linear)]
     seen = (prior.height * prior.width + 1) // 2
-    attending = prior.attention_layers if isinstance(prior, PixelCNN) else len(prior.layers)
+    attending = prior.config.get("attention_layers", prior.config["layers"])  # all layers of a transformer
     return sum(weight.numel() for weight in weights) + attending * 2 * seen * prior.hidden_units
 
 
