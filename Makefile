@@ -6,6 +6,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 JOBS ?= 2
 ARGS ?=
+FAST := not slow and not cuda and not faults and not commands and not processes and not browser
 LOWEST := .venv-lowest
 # What touches the libraries most: saved files, tokenizers, networks, environments, SB3, metrics, and the preset `smoke`
 # through stage 3 with its checkpoints (test_train_ral.py).
@@ -18,10 +19,10 @@ PIP := $(PY) -m pip --quiet --quiet --no-input --disable-pip-version-check
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo results assets test test-slow test-cuda test-faults soak test-lowest check format bench clean distclean
+.PHONY: help venv demo results assets test test-commands test-processes test-browser test-slow test-cuda test-faults soak test-lowest check format bench clean distclean
 
 help: ## List these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
 
 venv: $(STAMP) ## Build .venv and install the package with its development tools (a few minutes, once)
 
@@ -35,7 +36,16 @@ assets: $(STAMP) ## Make the models that come with the package again, from the r
 	$(PY) examples/make_assets.py $(ARGS)
 
 test: $(STAMP) ## The fast tests; options: JOBS=4 ARGS="-k sampler"
-	OMP_NUM_THREADS=1 $(PY) -P -m pytest -m "not slow and not cuda and not faults" -n $(JOBS) $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -P -m pytest -m "$(FAST)" -n $(JOBS) $(ARGS)
+
+test-commands: $(STAMP) ## Whole runs through the command line, with every setting changed and with parts of one's own
+	OMP_NUM_THREADS=1 $(PY) -P -m pytest -m commands -n $(JOBS) --dist loadfile $(ARGS)
+
+test-processes: $(STAMP) ## Training on several processes
+	OMP_NUM_THREADS=1 $(PY) -P -m pytest -m processes $(ARGS)
+
+test-browser: $(STAMP) ## The report in a browser (Chromium)
+	OMP_NUM_THREADS=1 $(PY) -P -m pytest -m browser $(ARGS)
 
 test-slow: $(STAMP) ## The tests that train for minutes
 	$(PY) -P -m pytest -m "slow and not cuda and not faults" $(ARGS)
@@ -55,7 +65,7 @@ test-lowest: $(STAMP) ## A part of the fast tests with the lowest versions allow
 	$(PY) -m venv --clear $(LOWEST)
 	$(LOWEST)/bin/python -m pip --quiet --no-input --disable-pip-version-check install -c constraints-lowest.txt \
 	    "$$(grep '^torch==' constraints.txt)" -e '.[demo,lsun,hf]' pytest pytest-xdist hypothesis pygame
-	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -P -m pytest -W default -m "not slow and not cuda and not faults" -k "not saved_model" \
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -P -m pytest -W default -m "$(FAST)" -k "not saved_model" \
 	    -n $(JOBS) $(LOWEST_TESTS) $(ARGS)
 
 check: $(STAMP) ## Lint, formatting, types

@@ -32,6 +32,7 @@ def test_readme_block_runs(number: int, tmp_path: Path) -> None:
     run_script("-W", "error", script, cwd=tmp_path)
 
 
+@pytest.mark.commands
 def test_does_rl_help(tmp_path: Path) -> None:
     example = ROOT / "examples" / "does_rl_help.py"
     text = run_script(example, "--preset", "smoke", "--seeds", "1", "2", "--quiet", cwd=tmp_path)

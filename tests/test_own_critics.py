@@ -268,6 +268,7 @@ def start(base: Path, runs: Path, *flags: str) -> int:
     return train_main([*shared, "--ral.n-updates", "2", *flags])
 
 
+@pytest.mark.commands
 @pytest.mark.parametrize("kind", ["own_critic:OneScore", "own_critic:CodeCritic"])
 def test_a_critic_goes_through_every_command(
     own_parts, smoke_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str

@@ -63,6 +63,7 @@ def test_rows_have_the_columns_with_their_intervals(run) -> None:
     assert len({row.get("brightness") for row in results["rows"].values()}) > 4
 
 
+@pytest.mark.commands
 def test_table_report_and_verify_show_them_when_the_parts_are_named(run, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.syspath_prepend(str(EXTENDING))
     plugins = ["--plugin", *PARTS]

@@ -29,6 +29,8 @@ from ral_gym.runs.run import Run, read_config
 from ral_gym.stages.levels import check_prior_settings, load_generator, prior_of
 from tests.own_priors import GPT
 
+pytestmark = pytest.mark.commands
+
 # -------------------------------------------------------------------------------------------- settings
 
 

@@ -28,6 +28,8 @@ from ral_gym.stages.processes import Compute, JointBatches, make_accelerator, pa
 from ral_gym.stages.train_vqvae import build_vqvae, train_vqvae
 from ral_gym.tokenizers.code_set import CodeSet
 
+pytestmark = pytest.mark.processes
+
 CPU = torch.device("cpu")
 CONFIG = dataclasses.replace(
     SMOKE,

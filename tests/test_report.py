@@ -44,8 +44,7 @@ FIGURES = {
     *(f"fig-completion-{number}" for number in range(1, 5)),
     *("fig-results", "fig-frontier", "fig-exposure_curves", "fig-exposure_given_rows"),
     *("fig-scores-real", "fig-scores-mle", "fig-scores-ral"),
-    *("fig-curve-0-vqvae", "fig-curve-1-vqvae", "fig-curve-2-prior"),
-    *("fig-curve-4-ral", "fig-curve-5-ral", "fig-curve-6-ral"),
+    *(f"fig-curve-{number}" for number in ("0-vqvae", "1-vqvae", "2-prior", "4-ral", "5-ral", "6-ral")),
 }
 
 
@@ -376,15 +375,16 @@ def browse(chromium: str, page: Path, profile: Path) -> str:
 
 
 def brightness(colour: str) -> int:
-    """Of rgb(r, g, b)."""
     return sum(map(int, re.findall(r"\d+", colour)[:3]))
 
 
+@pytest.mark.browser
 def test_a_browser_shows_every_figure(chromium, finished, tmp_path) -> None:
     page = Page(browse(chromium, finished / "report.html", tmp_path / "profile"))
     assert set(page.figures) == FIGURES and page.headings.items() >= SECTIONS.items()
 
 
+@pytest.mark.browser
 def test_the_page_fits_a_phone_and_a_dark_room(chromium, html, tmp_path) -> None:
     wrapper = tmp_path / "wrapper.html"
     wrapper.write_text(WRAPPER.format(page=escape(html)), encoding="utf-8")

@@ -364,8 +364,8 @@ def test_make_help_lists_every_target() -> None:
     assert [line.split()[1] for line in result.stdout.splitlines()] == phony
 
 
-def test_the_ci_script_runs_check_then_test() -> None:
+def test_the_ci_script_runs_check_then_every_kind_of_test() -> None:
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
     commands = re.findall(r"^timed make (\S+)$", script.read_text(encoding="utf-8"), re.MULTILINE)
-    assert commands[-2:] == ["check", "test"]
+    assert commands == ["venv", "check", "test", "test-commands", "test-processes", "test-browser"]

@@ -37,6 +37,8 @@ from ral_gym.tokenizers.code_set import CodeSet
 from tests.odd_settings import GRPO_SECTION, ODD, OTHERS
 from tests.tiny import make_tiny_run
 
+pytestmark = pytest.mark.commands
+
 CPU = torch.device("cpu")
 ELSEWHERE = {
     "vqvae.kind": "parts by name: test_registry and the doors' own tests",

@@ -66,6 +66,7 @@ def parts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.commands
 def test_the_examples_tokenizer_through_all_stages_and_commands(
     parts: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
