@@ -72,3 +72,51 @@ def test_a_run_folder_whose_path_is_a_name_imports_nothing(
             main([*words, run.name])
             assert "hostile_part" not in sys.modules, (old, words)
         assert "is code that a file names" in capsys.readouterr().err
+
+
+PARTS = """
+from torch import nn
+from ral_gym.rewards.terms import reward
+
+number = 3
+
+@reward("seen", sees="features")
+def seen(features):
+    return features.mean(1)
+
+class Own(nn.Module):
+    pass
+
+class Critic(nn.Module):
+    def __init__(self, channels, width):
+        super().__init__()
+"""
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--ral.reward-weights critic 1 late_parts:nothing 1", "module late_parts has no nothing"),
+        ("--ral.reward-weights missing_parts:bright 1", "importing missing_parts failed"),
+        ("--ral.reward-weights late_parts:number 1", "reward 'late_parts:number' is"),
+        (
+            "--plugin late_parts --ral.reward-weights seen 1 --vqvae.kind late_parts:Own",
+            "choose --ral.reward-features",
+        ),
+        ("--critic.kind late_parts:nothing", "module late_parts has no nothing"),
+        ("--critic.kind late_parts:number", "critic 'late_parts:number' is"),
+        ("--critic.kind late_parts:Critic", "cannot be made (missing a required argument: 'width')"),
+        ("--critic.kind late_parts:Critic --critic.options depth 3", "takes no depth"),
+    ],
+)
+def test_a_reward_that_cannot_be_had_is_refused_before_stage_1(
+    flags: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "late_parts.py").write_text(PARTS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "late_parts", raising=False)
+    for registered in (registry.REWARDS, registry.CRITICS, registry.TOKENIZERS):
+        monkeypatch.setattr(registered, "_parts", dict(registered._parts))
+    run = ["--preset", "smoke", "--quiet", "--runs", str(tmp_path), "--name", "r"]
+    assert main(["train", *run, *flags.split()]) == 2
+    assert words in capsys.readouterr().err and not (tmp_path / "r").exists()

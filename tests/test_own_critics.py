@@ -237,6 +237,20 @@ def test_a_penalty_needs_slopes(vqvae, own_parts) -> None:
     build_critic(replace(CriticConfig(), kind="blind", loss="hinge"), vqvae)
 
 
+def test_a_loss_may_be_a_tensor_alone(vqvae) -> None:
+    from ral_gym.priors.pixelcnn import PixelCNN
+
+    class Silent(Causal):
+        def loss(self, real: Tensor, fake: Tensor, generator: torch.Generator) -> Any:
+            return super().loss(real, fake, generator)[0]
+
+    prior = PixelCNN(8, 4, 4, hidden_units=8, residual_units=8, layers=1, conv_filter_size=3, output_stack_layers=1)
+    real = np.random.default_rng(0).integers(0, 3, (20, 16)).astype(np.int16)
+    critic = CoTrainedCritic(vqvae, Silent(prior, 8), real[:10], real[10:], CONFIG, normalization="none")
+    figures = critic.train_step(torch.zeros(4, 16).long())
+    assert figures.keys() >= {"loss"} and np.isfinite(figures["loss"])
+
+
 def test_scores_of_another_shape_are_refused(vqvae) -> None:
     class Wrong(nn.Module):
         def forward(self, images: Tensor) -> Tensor:

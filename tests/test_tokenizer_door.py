@@ -42,7 +42,7 @@ class Learning(nn.Module):
         self.image_size, self.channels, self.grid = image_size, channels, CodeGrid(width, width, 4)
         self.bias = nn.Parameter(torch.tensor(3.0))
     def training_loss(self, images):
-        return (self.bias - images.mean()).square()
+        return (self.bias - images.mean()).square(), {"bias": self.bias.item()}
     def encode(self, images):
         means = nn.functional.avg_pool2d(images.mean(1, True), self.image_size // self.grid.width)
         return [((means + 1) * 2).long().clamp(0, 3).flatten(1)]
@@ -91,6 +91,7 @@ def test_a_loss_of_its_own_is_minimised_by_stage_1(parts: Path) -> None:
     assert float(load_tokenizer(parts / "r" / "vqvae.safetensors").bias) < 1
     lines = [json.loads(line) for line in (parts / "r" / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["step"] == 40 and lines[-1]["loss"] < lines[0]["loss"]
+    assert lines[-1]["bias"] < lines[0]["bias"] < 3  # a figure of its own, a number as well as a tensor
 
 
 @pytest.mark.parametrize(

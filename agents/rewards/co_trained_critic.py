@@ -160,7 +160,8 @@ class CoTrainedCritic:
         """The critic's own loss where it has one, else that of the settings; what to log holds `loss`."""
         own = getattr(self.critic, "loss", None)
         if own is not None:
-            loss, figures = own(real, fake, self.generator)
+            found = own(real, fake, self.generator)
+            loss, figures = found if isinstance(found, tuple) else (found, {})
             return loss, {name: float(figure) for name, figure in figures.items()} | {"loss": float(loss.detach())}
         return critic_loss(self.critic, real, fake, self.config.gradient_penalty, self.generator, self.config.loss)
 

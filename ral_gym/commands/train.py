@@ -64,6 +64,7 @@ def train(arguments: TrainArguments, console: Console) -> dict[str, Any]:
     """
     from ral_gym.agents.algorithm import check_stage
     from ral_gym.commands.extras import check_extras
+    from ral_gym.rewards.making import check_rewards
     from ral_gym.runs.results import load_results
     from ral_gym.runs.run import Run
     from ral_gym.stages.device import resolve_device
@@ -90,6 +91,8 @@ def train(arguments: TrainArguments, console: Console) -> dict[str, Any]:
             return report(run, load_results(run.file("results.json")), console)
         _check_stages(run, stages)
         check_stage(config.ral, check_prior_settings(config))
+        if "ral" in stages:
+            check_rewards(config)
         if "evaluate" in stages:
             check_measuring(run)
         with run.locked() if main else nullcontext():

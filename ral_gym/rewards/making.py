@@ -15,22 +15,26 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from ral_gym.config import CriticConfig
+from ral_gym.config import Config, CriticConfig
 from ral_gym.errors import ConfigError, RunError
-from ral_gym.registry import CRITICS, PRIORS
+from ral_gym.presets import PRESETS
+from ral_gym.registry import CRITICS, PRIORS, REWARDS
 from ral_gym.rewards.score_map import ScoreNormalizer
 from ral_gym.rewards.scorer import CriticScorer, encoder_features
+from ral_gym.rewards.terms import RewardTerm
 from ral_gym.rewards.view import sees_of
 from ral_gym.runs.storage import load_metadata, load_module, save_module
 from ral_gym.settings import constructor_parameters, part_arguments
+from ral_gym.tokenizers.base import class_of
 
 if TYPE_CHECKING:
     from ral_gym.metrics import Extractor
@@ -49,6 +53,12 @@ TRAINING = (
 """Settings that the training loop reads; a critic gets one only if its constructor names it."""
 LOSS = ("loss", "gradient_penalty")
 """Settings that the built-in losses read."""
+FACTS: dict[str, tuple[str, ...]] = {
+    "codes": ("codebook_size", "height", "width", "levels"),
+    "features": ("image_size", "channels", "num_features"),
+    "pixels": ("image_size", "channels"),
+}
+"""What a critic sees -> arguments that the run fills in."""
 MakePrior = Callable[[], Any]
 
 
@@ -76,15 +86,7 @@ def build_critic(
     what, facts, taken = f"critic {settings.kind!r}", _facts(cls, vqvae), constructor_parameters(cls)[0]
     if sees_of(cls, what) == "features":
         facts["num_features"] = int((extractor or encoder_features(vqvae)).num_features)
-    read = TRAINING if hasattr(cls, "loss") else TRAINING + LOSS
-    known = part_arguments(
-        cls,
-        settings,
-        "critic",
-        training=[name for name in read if name not in taken],
-        given=[*facts, "prior"],
-        untouched=(CriticConfig(), *untouched),
-    )
+    known = _own_arguments(cls, settings, facts, untouched)
     known |= {name: value for name, value in facts.items() if name in taken}
     _check_loss(settings, cls)
     given = dict(known)
@@ -99,6 +101,57 @@ def build_critic(
     if not isinstance(getattr(critic, "config", None), dict):
         critic.config = known  # type: ignore[assignment]
     return critic
+
+
+def _own_arguments(
+    cls: type[nn.Module], settings: CriticConfig, facts: Collection[str], untouched: Sequence[CriticConfig]
+) -> dict[str, Any]:
+    """A critic's constructor arguments from the settings, without the `facts` that are filled in."""
+    taken = constructor_parameters(cls)[0]
+    read = TRAINING if hasattr(cls, "loss") else TRAINING + LOSS
+    return part_arguments(
+        cls,
+        settings,
+        "critic",
+        training=[name for name in read if name not in taken],
+        given=[*facts, "prior"],
+        untouched=(CriticConfig(), *untouched),
+    )
+
+
+def check_rewards(config: Config) -> None:
+    """Refuse before stage 1 the rewards and the critic that stage 3 could not make.
+
+    Raises:
+        ConfigError: a part that is unknown, cannot be imported or is none, or settings and options that the critic's
+            constructor does not take.
+    """
+    terms = [RewardTerm(name, REWARDS.get(name)) for name in config.ral.reward_weights if name != "critic"]
+    seen = {term.sees for term in terms}
+    if config.ral.uses_critic:
+        _check_critic(config)
+        seen.add(sees_of(critic_class(config.critic.kind), "critic"))
+    tokenizer = class_of(config.vqvae)
+    if "features" in seen and config.ral.reward_features == "encoder" and not hasattr(tokenizer, "encode_features"):
+        raise ConfigError(
+            f"{tokenizer.__name__} has no encode_features to take features from: choose --ral.reward-features pyramid"
+        )
+
+
+def _check_critic(config: Config) -> None:
+    settings, cls = config.critic, critic_class(config.critic.kind)
+    facts, taken = {*FACTS[sees_of(cls, f"critic {settings.kind!r}")], "prior"}, constructor_parameters(cls)[0]
+    preset = [PRESETS[config.preset].critic] if config.preset in PRESETS else []
+    own = _own_arguments(cls, settings, facts, preset)
+    _check_loss(settings, cls)
+    try:
+        inspect.signature(cls).bind(**own, **dict.fromkeys(facts & taken))
+    except TypeError as error:
+        raise ConfigError(_not_made(settings.kind, error)) from error
+
+
+def _not_made(kind: str, error: TypeError) -> str:
+    return f"critic {kind!r} cannot be made ({_line(error)}); give what it lacks in critic.options"
 
 
 def critic_class(kind: str) -> type[nn.Module]:

@@ -42,8 +42,9 @@ class _Step(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Images (B, C, S, S) in [-1, 1] -> loss, and what is logged."""
-        loss = self.tokenizer.training_loss(images)
-        return loss if isinstance(loss, tuple) else (loss, {})
+        found = self.tokenizer.training_loss(images)
+        loss, logged = found if isinstance(found, tuple) else (found, {})
+        return loss, {name: torch.as_tensor(value, device=images.device) for name, value in logged.items()}
 
 
 @partners()

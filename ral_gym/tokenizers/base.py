@@ -3,7 +3,9 @@
 A tokenizer is a `torch.nn.Module` with the members of `Tokenizer`, registered in `ral_gym.registry.TOKENIZERS` or named
 as ``module:Class``; ``--vqvae.kind`` chooses it. Stage 1 trains it in one of three ways, the first that applies:
 
-* ``training_loss(images) -> Tensor``: this package's loop (Adam, `vqvae.batch_size`, checkpoints) minimises it;
+* ``training_loss(images)`` of (B, C, S, S) float in [-1, 1] gives the loss, or the loss and a dict of figures to log
+  (name -> number; `codes`, (B, T), become `perplexity` and `code_usage`): this package's loop (Adam,
+  `vqvae.batch_size`, checkpoints) minimises it;
 * ``fit(images, ...)``: its own training loop over uint8 images (N, C, S, S); it may also take the arguments `seed`,
   `progress` and the settings of `LOOP`;
 * neither: it is trained already, or has nothing to learn.
