@@ -28,11 +28,10 @@ from ral_gym.priors.base import Prior, config_of, load_prior, save_prior
 from ral_gym.priors.sampler import make_sampler
 from ral_gym.registry import load_plugins
 from ral_gym.rewards.making import build_critic, save_critic
-from ral_gym.rewards.scorer import encoder_features
 from ral_gym.runs.run import Run, random_state, read_config, seed_everything, set_random_state
 from ral_gym.stages.device import resolve_device
 from ral_gym.stages.levels import load_generator, load_vqvae
-from ral_gym.tokenizers.base import Tokenizer
+from ral_gym.tokenizers.base import Tokenizer, encoder_features
 from ral_gym.tokenizers.code_set import CodeSet, decode_codes
 
 SAMPLE_EVERY = 20
@@ -66,7 +65,7 @@ def reward_features(run: Run, vqvae: Tokenizer) -> Extractor | None:
     """What critics and terms see that see features, `ral.reward_features`; None where the tokenizer has none."""
     if run.config.ral.reward_features == "pyramid":
         return PyramidFeatures()
-    return encoder_features(vqvae) if hasattr(vqvae, "encode_features") else None
+    return encoder_features(vqvae)
 
 
 def make_critic(

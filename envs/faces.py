@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ral_gym.assets import asset_path
-from ral_gym.envs.generation import GenerationEnv
+from ral_gym.envs.generation import RegisteredEnv
 from ral_gym.envs.run_world import run_world
 from ral_gym.envs.vector import RegisteredVectorEnv
 from ral_gym.envs.worlds import World
@@ -27,7 +27,7 @@ def faces_world(
     return world.made_by(faces_world, (reward, device, tuple(forbidden_codes), top_k))
 
 
-class FacesEnv(GenerationEnv):
+class FacesEnv(RegisteredEnv):
     """Draw a 64 x 64 face photo in 8 x 8 codes, for the score of a critic; works straight after installation.
 
     ## Description
@@ -80,19 +80,6 @@ class FacesEnv(GenerationEnv):
 
     * v0: first release.
     """
-
-    def __init__(
-        self,
-        *,
-        reward: str = "single",
-        reset_mode: str = "full",
-        render_mode: str | None = None,
-        device: str = "cpu",
-        forbidden_codes: Sequence[int] = (),
-        top_k: int | None = None,
-    ) -> None:
-        world = faces_world(reward, device, forbidden_codes, top_k)
-        super().__init__(world, reset_mode=reset_mode, render_mode=render_mode)
 
     make_world = staticmethod(faces_world)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import gymnasium as gym
@@ -118,3 +118,19 @@ class GenerationEnv(gym.Env[np.ndarray, np.int64]):
         if self.render_mode == "ansi":
             return render_text(self.world.grid, self.core.codes)[0]
         return render_codes(self.world, self.core.codes)[0]
+
+
+class RegisteredEnv(GenerationEnv):
+    """Base of the registered ids' environments, whose pages list the arguments.
+
+    Args:
+        *args: what makes the world, see `make_world`.
+        reset_mode: see `GenerationEnv`.
+        render_mode: see there.
+        **kwargs: as `args`, such as `reward` and `device`.
+    """
+
+    make_world: ClassVar[Callable[..., World]]
+
+    def __init__(self, *args: Any, reset_mode: str = "full", render_mode: str | None = None, **kwargs: Any) -> None:
+        super().__init__(self.make_world(*args, **kwargs), reset_mode=reset_mode, render_mode=render_mode)

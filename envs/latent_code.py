@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from ral_gym.envs.generation import GenerationEnv
+from ral_gym.envs.generation import RegisteredEnv
 from ral_gym.envs.run_world import run_world
 from ral_gym.envs.vector import RegisteredVectorEnv
 
 
-class LatentCodeEnv(GenerationEnv):
+class LatentCodeEnv(RegisteredEnv):
     """Draw an image code by code in the code space of a trained VQ-VAE, for the score of a frozen critic.
 
     ## Description
@@ -94,21 +92,6 @@ class LatentCodeEnv(GenerationEnv):
 
     * v0: first release.
     """
-
-    def __init__(
-        self,
-        run: str,
-        *,
-        reward: str = "single",
-        reset_mode: str = "full",
-        render_mode: str | None = None,
-        device: str = "cpu",
-        forbidden_codes: Sequence[int] = (),
-        top_k: int | None = None,
-        plugins: Sequence[str] = (),
-    ) -> None:
-        world = run_world(run, reward, device, forbidden_codes, top_k, plugins)
-        super().__init__(world, reset_mode=reset_mode, render_mode=render_mode)
 
     make_world = staticmethod(run_world)
 

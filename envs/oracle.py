@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ral_gym.assets import asset_path
-from ral_gym.envs.generation import GenerationEnv
+from ral_gym.envs.generation import RegisteredEnv
 from ral_gym.envs.run_world import load_frozen, load_frozen_prior, load_real_codes
 from ral_gym.envs.vector import RegisteredVectorEnv
 from ral_gym.envs.worlds import World, check_reward, make_masks
@@ -81,7 +81,7 @@ def score_oracle(oracle: PixelCNN, codes: Tensor, reward: RewardKind) -> tuple[T
     return score_map, step_rewards(score_map, score_map.shape[1], oracle.width, reward)
 
 
-class OracleEnv(GenerationEnv):
+class OracleEnv(RegisteredEnv):
     """Draw a code grid that an oracle finds likely: the reward of each code is its log-probability under the oracle.
 
     ## Description
@@ -141,19 +141,6 @@ class OracleEnv(GenerationEnv):
 
     * v0: first release.
     """
-
-    def __init__(
-        self,
-        *,
-        reward: str = "step",
-        reset_mode: str = "full",
-        render_mode: str | None = None,
-        device: str = "cpu",
-        forbidden_codes: Sequence[int] = (),
-        top_k: int | None = None,
-    ) -> None:
-        world = oracle_world(reward, device, forbidden_codes, top_k)
-        super().__init__(world, reset_mode=reset_mode, render_mode=render_mode)
 
     make_world = staticmethod(oracle_world)
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from ral_gym.envs.generation import GenerationEnv
+from ral_gym.envs.generation import RegisteredEnv
 from ral_gym.envs.vector import RegisteredVectorEnv
 from ral_gym.envs.worlds import toy_world
 
 
-class ToyEnv(GenerationEnv):
+class ToyEnv(RegisteredEnv):
     """Draw 4 x 4 coloured tiles so that each tile is the next colour after its neighbour.
 
     ## Description
@@ -100,17 +98,6 @@ class ToyEnv(GenerationEnv):
 
     * v0: first release.
     """
-
-    def __init__(
-        self,
-        *,
-        reward: str = "single",
-        reset_mode: str = "full",
-        render_mode: str | None = None,
-        device: str = "cpu",
-        forbidden_codes: Sequence[int] = (),
-    ) -> None:
-        super().__init__(toy_world(reward, device, forbidden_codes), reset_mode=reset_mode, render_mode=render_mode)
 
     make_world = staticmethod(toy_world)
 

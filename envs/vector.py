@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -195,36 +196,15 @@ class RegisteredVectorEnv(GenerationVectorEnv):
 
     Args:
         num_envs: E.
-        reset_mode: see `GenerationVectorEnv`; so are the next four.
-        render_mode: see there.
-        autoreset_mode: see there.
-        lockstep: see there.
-        paired: see there.
-        **kwargs: what the single environment takes, such as `reward` and `device`.
+        **kwargs: `GenerationVectorEnv`'s, and what the single environment takes, such as `reward` and `device`.
     """
 
     make_world: ClassVar[Callable[..., World]]
 
-    def __init__(
-        self,
-        num_envs: int = 1,
-        *,
-        reset_mode: str = "full",
-        render_mode: str | None = None,
-        autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP,
-        lockstep: bool = False,
-        paired: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(
-            self.make_world(**kwargs),
-            num_envs,
-            reset_mode=reset_mode,
-            render_mode=render_mode,
-            autoreset_mode=autoreset_mode,
-            lockstep=lockstep,
-            paired=paired,
-        )
+    def __init__(self, num_envs: int = 1, **kwargs: Any) -> None:
+        names = inspect.signature(GenerationVectorEnv).parameters
+        episodes = {name: kwargs.pop(name) for name in [*kwargs] if name in names}
+        super().__init__(self.make_world(**kwargs), num_envs, **episodes)
 
 
 def _row_seeds(seed: Any, num_envs: int) -> list[int | None] | None:

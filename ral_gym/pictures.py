@@ -57,6 +57,8 @@ COLOURS = {
     "ral_live": "#E69F00",
 }
 OTHER_COLOURS = ("#CC79A7", "#0072B2", "#D55E00", "#009E73", "#E69F00", "#56B4E9", "#000000")
+Curves = Mapping[str, tuple[Sequence[float], Sequence[float]]]
+"""Label -> (x, y)."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 
@@ -157,9 +159,38 @@ def save_neighbours(
     _write_panels(path, [_Panel("", np.concatenate(parts[:-1]), labels)], title, caption)
 
 
+def draw_curves(
+    axes: Axes, curves: Curves, *, tint: str | None = None, markers: int, fontsize: int, **style: Any
+) -> None:
+    """Lines on given axes, with a legend where there are several; points whose y is NaN are left out.
+
+    Args:
+        axes: where.
+        curves: label -> (x, y).
+        tint: the colour of a single curve; several have colours of their own.
+        markers: about how many a line has: one on each of many points would hide it.
+        fontsize: the legend's.
+        **style: matplotlib's.
+    """
+    for number, (label, (x, y)) in enumerate(curves.items()):
+        known = np.isfinite(np.asarray(y, float))
+        xs, ys = np.asarray(x, float)[known], np.asarray(y, float)[known]
+        axes.plot(
+            xs,
+            ys,
+            label=label,
+            color=tint if tint and len(curves) == 1 else colour(label, list(curves)),
+            marker=MARKERS[number % len(MARKERS)],
+            markevery=max(1, len(xs) // markers),
+            **style,
+        )
+    if len(curves) > 1:
+        axes.legend(frameon=False, fontsize=fontsize)
+
+
 def save_curves(
     path: str | Path,
-    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    curves: Curves,
     *,
     xlabel: str,
     ylabel: str,
@@ -178,22 +209,7 @@ def save_curves(
         RunError: the file cannot be written.
     """
     figure, axes = _axes(xlabel, ylabel, title)
-    for number, (label, (x, y)) in enumerate(curves.items()):
-        known = np.isfinite(np.asarray(y, float))
-        xs, ys = np.asarray(x, float)[known], np.asarray(y, float)[known]
-        # A marker on each of many points would hide the line.
-        axes.plot(
-            xs,
-            ys,
-            label=label,
-            color=colour(label, list(curves)),
-            marker=MARKERS[number % len(MARKERS)],
-            markersize=5,
-            markevery=max(1, len(xs) // 12),
-            linewidth=1.8,
-        )
-    if len(curves) > 1:
-        axes.legend(frameon=False, fontsize=10)
+    draw_curves(axes, curves, markers=12, markersize=5, linewidth=1.8, fontsize=10)
     _write(figure, path)
 
 

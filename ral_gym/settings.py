@@ -29,11 +29,15 @@ def _number(value: float) -> str:
     return short if float(short) == value else repr(value)
 
 
+def _pairs(words: list[str], example: str) -> list[tuple[str, str]]:
+    if len(words) % 2:
+        raise ValueError(f"give pairs, such as: {example}")
+    return list(zip(words[::2], words[1::2], strict=True))
+
+
 def _parse(words: list[str]) -> dict[str, float]:
     """``TERM WEIGHT TERM WEIGHT ..`` of a command line."""
-    if len(words) % 2:
-        raise ValueError("give pairs, such as: critic 1 loo_fd 0.5")
-    return {term: float(weight) for term, weight in zip(words[::2], words[1::2], strict=True)}
+    return {term: float(weight) for term, weight in _pairs(words, "critic 1 loo_fd 0.5")}
 
 
 RewardWeights = Annotated[
@@ -66,9 +70,7 @@ def _literal_of(value: Any) -> str:
 
 def _parse_options(words: list[str]) -> dict[str, Any]:
     """``NAME VALUE NAME VALUE ..``; a value is a Python literal (4, 0.5, True, None) or else text."""
-    if len(words) % 2:
-        raise ValueError("give pairs, such as: heads 4 width 32")
-    return {name: _literal(value) for name, value in zip(words[::2], words[1::2], strict=True)}
+    return {name: _literal(value) for name, value in _pairs(words, "heads 4 width 32")}
 
 
 def _literal(word: str) -> Any:

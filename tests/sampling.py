@@ -24,6 +24,18 @@ def small(height: int = H, width: int = W, **kwargs: Any) -> PixelCNN:
     return prior.eval()
 
 
+def some_codes(length: int = T, size: int = K, seed: int = 1) -> Tensor:
+    """Sequences (B, length) int64."""
+    torch.manual_seed(seed)
+    return torch.randint(size, (B, length))
+
+
+def some_uniforms(length: int = T) -> Tensor:
+    """(B, length) float64 in 0..1."""
+    torch.manual_seed(2)
+    return torch.rand(B, length, dtype=torch.float64)
+
+
 def assert_same_draws(prior: PixelCNN, **arguments: Any) -> None:
     cached, cached_log_probs = CachedSampler(prior).sample(**arguments)
     naive, naive_log_probs = sample_naive(prior, **arguments)
@@ -62,3 +74,13 @@ class Episodes:
             self.check()
             self.advance()
         assert self.sampler.logits().isfinite().all()
+
+    def run_with_rebuilt_rows(self) -> None:
+        """A grid row of steps; then two images take the place of each other, at other positions; then to the end."""
+        for _ in range(self.prior.width):
+            self.check()
+            self.advance()
+        rows, positions = torch.tensor([3, 1]), torch.tensor([2, 0])
+        self.codes[rows], self.position[rows] = self.codes[rows].flip(1), positions
+        self.sampler.rebuild(rows, self.codes[rows], positions)
+        self.run()

@@ -12,7 +12,7 @@ from ral_gym.priors.attention import attention_blocks
 from ral_gym.priors.pixelcnn import PixelCNN
 from ral_gym.priors.pixelcnn_cache import SamplingCache
 from ral_gym.priors.sampler import CachedSampler
-from tests.sampling import B, Episodes, H, K, T, W, assert_same_draws, small
+from tests.sampling import B, Episodes, H, K, T, W, assert_same_draws, small, some_codes, some_uniforms
 
 ATTENTION: dict[str, Any] = {"attention_layers": 2, "attention_heads": 3}
 
@@ -24,14 +24,12 @@ def prior() -> PixelCNN:
 
 @pytest.fixture
 def codes() -> Tensor:
-    torch.manual_seed(1)
-    return torch.randint(K, (B, T))
+    return some_codes()
 
 
 @pytest.fixture
 def uniforms() -> Tensor:
-    torch.manual_seed(2)
-    return torch.rand(B, T, dtype=torch.float64)
+    return some_uniforms()
 
 
 # -------------------------------------------------------------------------------------------------------- the network
@@ -147,7 +145,7 @@ def test_compiles_in_place(prior: PixelCNN, codes: Tensor) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"attention_layers": 4}, "attention_layers=4 do not fit 3 blocks"),
+        ({"attention_layers": 4}, "attention_layers=4 does not fit 3 blocks"),
         ({"attention_layers": -1}, "attention_layers=-1"),
         ({"attention_layers": 1, "attention_heads": 5}, "attention_heads=5 does not divide hidden_units=12"),
         ({"attention_layers": 1, "attention_heads": 0}, "attention_heads=0"),

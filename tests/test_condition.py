@@ -11,7 +11,7 @@ from ral_gym.errors import ConfigError
 from ral_gym.priors.condition import ConditioningStack, upsample
 from ral_gym.priors.pixelcnn import PixelCNN
 from ral_gym.priors.sampler import CachedSampler, sample_naive
-from tests.sampling import B, Episodes, K, assert_same_draws, small
+from tests.sampling import B, Episodes, K, assert_same_draws, small, some_codes, some_uniforms
 
 TOP_H, TOP_W, TOP_K = 2, 3, 7
 H, W = 2 * TOP_H, 2 * TOP_W
@@ -30,20 +30,17 @@ def prior() -> PixelCNN:
 
 @pytest.fixture
 def codes() -> Tensor:
-    torch.manual_seed(1)
-    return torch.randint(K, (B, T))
+    return some_codes(T)
 
 
 @pytest.fixture
 def condition() -> Tensor:
-    torch.manual_seed(3)
-    return torch.randint(TOP_K, (B, TOP_T))
+    return some_codes(TOP_T, TOP_K, seed=3)
 
 
 @pytest.fixture
 def uniforms() -> Tensor:
-    torch.manual_seed(2)
-    return torch.rand(B, T, dtype=torch.float64)
+    return some_uniforms(T)
 
 
 # -------------------------------------------------------------------------------------------------------- the network

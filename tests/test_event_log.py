@@ -19,6 +19,7 @@ from ral_gym.runs.event_log import events_of, open_event_log
 from ral_gym.runs.run import Run, read_config
 from ral_gym.stages.levels import load_generator, load_vqvae
 from ral_gym.tokenizers.code_set import CodeSet
+from tests.kills import Killed
 from tests.tiny import make_tiny_run
 
 CPU = torch.device("cpu")
@@ -75,10 +76,6 @@ def test_an_event_file_that_is_none_is_named(tmp_path) -> None:
     os.mkfifo(tmp_path / "tensorboard" / "events.out.tfevents.1.host.1.0.prior")
     with pytest.raises(RunError, match="is no regular file"):
         open_event_log(tmp_path, "prior", 0)
-
-
-class Killed(BaseException):
-    """Stands for a kill: nothing after it is done."""
 
 
 def test_stage_3_shows_every_step_once_after_a_kill(tmp_path, monkeypatch) -> None:

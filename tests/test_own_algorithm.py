@@ -28,7 +28,6 @@ from ral_gym.agents import (
     policy_for,
 )
 from ral_gym.agents.algorithm import check_stage
-from ral_gym.agents.callbacks import RunCallback
 from ral_gym.agents.train_ral import make_stage, train_ral
 from ral_gym.assets import asset_path
 from ral_gym.commands.arguments import parse_train
@@ -40,6 +39,7 @@ from ral_gym.registry import _allowed, allow
 from ral_gym.runs.run import Run, read_config
 from ral_gym.stages.levels import load_generator, load_vqvae
 from ral_gym.tokenizers.code_set import CodeSet
+from tests.kills import killed_after
 from tests.tiny import make_tiny_run
 
 CPU = torch.device("cpu")
@@ -280,10 +280,6 @@ def test_ties_that_a_loss_lacks_are_callbacks(tmp_path: Path) -> None:
     assert (rule.rule.coef, rule.rule.target, rule.rule.schedule) == (3e-3, None, True)
 
 
-class Killed(Exception):
-    pass
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_a_killed_run_with_ties_continues_to_bit_identical_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
@@ -291,17 +287,8 @@ def test_a_killed_run_with_ties_continues_to_bit_identical_weights(
     ral = {"n_updates": 5, "reset_mode": "mixed"} | CASES[case]
     whole, broken = (stage_2(tmp_path / name, **ral) for name in ("whole", "broken"))
     train_ral(*parts(whole), progress=False)
-    after = RunCallback._after_update
-
-    def die(self: RunCallback) -> None:
-        after(self)
-        if self.updates == 3:
-            raise Killed
-
-    monkeypatch.setattr(RunCallback, "_after_update", die)
-    with pytest.raises(Killed):
+    with killed_after(3):
         train_ral(*parts(broken), progress=False)
-    monkeypatch.setattr(RunCallback, "_after_update", after)
     train_ral(*parts(broken), progress=False)
     for name in ("policy", "policy_ema", "critic"):
         files = [run.file(f"{name}.safetensors").read_bytes() for run in (whole, broken)]

@@ -24,10 +24,11 @@ from ral_gym.presets import SMOKE
 from ral_gym.rewards.making import build_critic, load_scorer
 from ral_gym.rewards.scorer import CriticScorer
 from ral_gym.runs.storage import load_tensors, save_tensors
+from tests.kills import killed_after
 from tests.test_critic_callback import CONFIG, make_critic, make_env, make_model, vqvae
 from tests.test_critic_cost import counted
 from tests.test_own_rewards import own_parts
-from tests.test_reward_terms import Killed, RunCallback, stage_2, train, weights
+from tests.test_reward_terms import stage_2, train, weights
 
 __all__ = ["own_parts", "vqvae"]  # fixtures
 
@@ -121,17 +122,8 @@ def test_every_kind_trains_is_paid_and_continues(tmp_path: Path, named, monkeypa
     settings = {"reward": reward, "n_updates": 3, "reset_mode": "full", "algo": "reinforce"}
     whole, broken = (own_run(tmp_path / name, kind, **settings) for name in ("whole", "broken"))
     train(whole)
-    after = RunCallback._after_update
-
-    def die(self: RunCallback) -> None:
-        after(self)
-        if self.updates == 2:
-            raise Killed
-
-    monkeypatch.setattr(RunCallback, "_after_update", die)
-    with pytest.raises(Killed):
+    with killed_after(2):
         train(broken)
-    monkeypatch.setattr(RunCallback, "_after_update", after)
     train(broken)
     assert weights(whole) == weights(broken)
     files = [run.file("critic.safetensors") for run in (whole, broken)]

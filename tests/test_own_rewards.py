@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from ral_gym import registry
-from ral_gym.agents.callbacks import RunCallback
 from ral_gym.agents.rewards.composite import CompositeReward
 from ral_gym.commands.cli import main, train_main
 from ral_gym.errors import ConfigError
@@ -21,8 +20,9 @@ from ral_gym.registry import REWARDS
 from ral_gym.rewards.terms import RewardTerm, reward
 from ral_gym.rewards.view import FinishedImages, View
 from ral_gym.runs.storage import load_tensors
+from tests.kills import killed_after
 from tests.test_composite_reward import CRITIC, learn, make_critic, make_model, runs, standard, world_of
-from tests.test_reward_terms import Killed, stage_2, train, weights
+from tests.test_reward_terms import stage_2, train, weights
 
 __all__ = ["runs"]  # a fixture
 
@@ -324,17 +324,8 @@ def test_a_killed_run_continues_with_what_rewards_remember(own_parts, tmp_path: 
     ral = {"algo": algo, "reward_weights": {"own_reward:Novelty": 1.0, "calm": 0.5}, "n_updates": 3}
     whole, broken = (stage_2(tmp_path / name, **ral) for name in ("whole", "broken"))
     train(whole)
-    after = RunCallback._after_update
-
-    def die(self: RunCallback) -> None:
-        after(self)
-        if self.updates == 2:
-            raise Killed
-
-    monkeypatch.setattr(RunCallback, "_after_update", die)
-    with pytest.raises(Killed):
+    with killed_after(2):
         train(broken)
-    monkeypatch.setattr(RunCallback, "_after_update", after)
     train(broken)
     assert weights(whole) == weights(broken)
     for one, other in zip(*(run.metrics("ral") for run in (whole, broken)), strict=True):

@@ -187,14 +187,7 @@ def test_a_prior_without_a_cache_draws_what_full_passes_draw(codes: Tensor, unif
 
 
 def test_a_prior_without_a_cache_code_by_code(codes: Tensor) -> None:
-    episodes = Episodes(gpt(), codes, torch.tensor([0, T, W - 1, 2 * W, 1]))
-    for _ in range(W):
-        episodes.check()
-        episodes.advance()
-    rows = torch.tensor([3, 1])
-    episodes.codes[rows], episodes.position[rows] = episodes.codes[rows].flip(1), torch.tensor([2, 0])
-    episodes.sampler.rebuild(rows, episodes.codes[rows], torch.tensor([2, 0]))
-    episodes.run()
+    Episodes(gpt(), codes, torch.tensor([0, T, W - 1, 2 * W, 1])).run_with_rebuilt_rows()
 
 
 def test_a_prior_without_a_cache_sees_new_weights(uniforms: Tensor) -> None:

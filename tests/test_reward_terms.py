@@ -11,7 +11,6 @@ import torch
 from tqdm import tqdm
 
 from ral_gym.agents import load_run
-from ral_gym.agents.callbacks import RunCallback
 from ral_gym.agents.defaults import group_size
 from ral_gym.agents.rewards.composite import CompositeReward
 from ral_gym.agents.rewards.critic_callback import CriticCallback
@@ -29,6 +28,7 @@ from ral_gym.runs.storage import load_json, save_json
 from ral_gym.settings import check_parts
 from ral_gym.stages.levels import load_generator, load_vqvae
 from ral_gym.tokenizers.code_set import CodeSet
+from tests.kills import killed_after
 from tests.tiny import make_tiny_run
 
 CPU = torch.device("cpu")
@@ -150,10 +150,6 @@ def test_groups_divide_the_environments(n_envs: int, size: int) -> None:
 # Training -----------------------------------------------------------------------------------------------------------
 
 
-class Killed(Exception):
-    pass
-
-
 @pytest.mark.parametrize("algo", ["reinforce", "grpo"])
 @pytest.mark.parametrize("terms", [{"loo_fd": 1.0}, COMPOSITE], ids=["loo_fd", "composite"])
 def test_a_killed_run_continues_to_bit_identical_weights(
@@ -163,17 +159,8 @@ def test_a_killed_run_continues_to_bit_identical_weights(
     ral = {"algo": algo, "reward_weights": terms, "n_envs": 16, "n_updates": 5, "reset_mode": "mixed"}
     whole, broken = (stage_2(tmp_path / name, **ral) for name in ("whole", "broken"))
     train(whole)
-    after = RunCallback._after_update
-
-    def die(self: RunCallback) -> None:
-        after(self)
-        if self.updates == 3:
-            raise Killed
-
-    monkeypatch.setattr(RunCallback, "_after_update", die)
-    with pytest.raises(Killed):
+    with killed_after(3):
         train(broken)
-    monkeypatch.setattr(RunCallback, "_after_update", after)
     assert not broken.has("policy.safetensors")
     train(broken)
     assert weights(whole) == weights(broken)

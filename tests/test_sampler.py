@@ -13,7 +13,7 @@ from ral_gym.priors.packed_weights import PackedWeights
 from ral_gym.priors.pixelcnn import PixelCNN
 from ral_gym.priors.pixelcnn_cache import SamplingCache
 from ral_gym.priors.sampler import CachedSampler, draw, sample_naive
-from tests.sampling import B, Episodes, H, K, T, W, assert_same_draws, small
+from tests.sampling import B, Episodes, H, K, T, W, assert_same_draws, small, some_codes, some_uniforms
 
 
 @pytest.fixture
@@ -23,14 +23,12 @@ def prior() -> PixelCNN:
 
 @pytest.fixture
 def codes() -> Tensor:
-    torch.manual_seed(1)
-    return torch.randint(K, (B, T))
+    return some_codes()
 
 
 @pytest.fixture
 def uniforms() -> Tensor:
-    torch.manual_seed(2)
-    return torch.rand(B, T, dtype=torch.float64)
+    return some_uniforms()
 
 
 # ------------------------------------------------------------------------------------------------ against full passes

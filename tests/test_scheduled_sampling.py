@@ -32,7 +32,6 @@ from ral_gym.stages.scheduled_sampling import (
     ScheduledSampling,
     mix_sequential,
     mix_two_pass,
-    mixed_loss,
 )
 from ral_gym.tokenizers.code_set import CodeSet
 from ral_gym.tokenizers.vqvae import VQVAE
@@ -88,6 +87,10 @@ def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
 
 
 # Schedules ----------------------------------------------------------------------------------------------------------
+
+
+def mixed_loss(prior: PixelCNN, mixed: Tensor, batch: LevelCodes) -> Tensor:
+    return maximum_likelihood_loss(prior, batch.codes, batch.condition, given=mixed)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from ral_gym.agents.callbacks import RunCallback
 from ral_gym.agents.train_ral import train_ral
 from ral_gym.config import Config
 from ral_gym.data.images import load_images
@@ -21,6 +20,7 @@ from ral_gym.stages.train_prior import continue_prior, train_prior
 from ral_gym.stages.train_vqvae import build_vqvae, train_vqvae
 from ral_gym.tokenizers.code_set import CodeSet, encode_set
 from ral_gym.tokenizers.vqvae import VQVAE
+from tests.kills import Killed, killed_after
 
 CPU = torch.device("cpu")
 
@@ -41,10 +41,6 @@ def start(path: Path, config: Config) -> tuple[Run, VQVAE, PixelCNN, CodeSet]:
     return run, vqvae, prior, codes
 
 
-class Killed(Exception):
-    pass
-
-
 @pytest.mark.parametrize(
     ("algo", "reset_mode", "fakes"),
     [
@@ -61,17 +57,8 @@ def test_a_killed_run_continues_to_bit_identical_weights(tmp_path, monkeypatch, 
     expected = train_ral(*whole, CPU, progress=False)
 
     broken = start(tmp_path / "broken", config)
-    after = RunCallback._after_update
-
-    def die(self: RunCallback) -> None:
-        after(self)
-        if self.updates == 3:
-            raise Killed
-
-    monkeypatch.setattr(RunCallback, "_after_update", die)
-    with pytest.raises(Killed):
+    with killed_after(3):
         train_ral(*broken, CPU, progress=False)
-    monkeypatch.setattr(RunCallback, "_after_update", after)
     assert not broken[0].has("policy.safetensors")
     continued = train_ral(*broken, CPU, progress=False)
     for one, other in zip(expected, continued, strict=True):

@@ -238,14 +238,7 @@ def test_codes_and_log_probs_are_those_of_full_passes(codes: Tensor, uniforms: T
 
 
 def test_rows_at_positions_of_their_own_and_rebuilt_ones(codes: Tensor) -> None:
-    episodes = Episodes(transformer(), codes, torch.tensor([0, T, W - 1, 2 * W, 1]))
-    for _ in range(W):
-        episodes.check()
-        episodes.advance()
-    rows = torch.tensor([3, 1])
-    episodes.codes[rows], episodes.position[rows] = episodes.codes[rows].flip(1), torch.tensor([2, 0])
-    episodes.sampler.rebuild(rows, episodes.codes[rows], torch.tensor([2, 0]))
-    episodes.run()
+    Episodes(transformer(), codes, torch.tensor([0, T, W - 1, 2 * W, 1])).run_with_rebuilt_rows()
 
 
 def test_labels_through_the_cache_and_rows_rebuilt_with_others(codes: Tensor, uniforms: Tensor) -> None:

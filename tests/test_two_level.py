@@ -16,7 +16,7 @@ from ral_gym.priors.pixelcnn_cache import SamplingCache
 from ral_gym.priors.sampler import CachedSampler, make_sampler
 from ral_gym.priors.two_level import TwoLevelPrior, TwoLevelSampler
 from ral_gym.runs.storage import load_module, save_module
-from tests.sampling import small
+from tests.sampling import small, some_codes, some_uniforms
 
 B, H, W, K = 5, 3, 2, 11
 TOP = H * W
@@ -37,14 +37,12 @@ def prior() -> TwoLevelPrior:
 
 @pytest.fixture
 def codes() -> Tensor:
-    torch.manual_seed(1)
-    return torch.randint(K, (B, T))
+    return some_codes(T)
 
 
 @pytest.fixture
 def uniforms() -> Tensor:
-    torch.manual_seed(2)
-    return torch.rand(B, T, dtype=torch.float64)
+    return some_uniforms(T)
 
 
 def episode(prior: TwoLevelPrior, codes: Tensor, prefix_rows: list[int], stop_rows: list[int]) -> Tensor:

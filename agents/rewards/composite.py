@@ -30,7 +30,7 @@ from ral_gym.envs.worlds import World
 from ral_gym.errors import ConfigError, DivergedError
 from ral_gym.metrics import Extractor
 from ral_gym.registry import REWARDS
-from ral_gym.rewards.scorer import encoder_features
+from ral_gym.rewards.scorer import require_encoder_features
 from ral_gym.rewards.terms import RewardTerm
 from ral_gym.rewards.view import FinishedImages, View
 
@@ -131,7 +131,7 @@ class CompositeReward(RolloutReward):
                     f"{terms[0].name} needs features, and the environment has no VQ-VAE to take them from: give "
                     "extractor, such as EncoderFeatures"
                 )
-            self.extractor = encoder_features(vqvae)
+            self.extractor = require_encoder_features(vqvae)
         for term in terms:
             term.extractor = self.extractor
         if self.extractor.name == self.evaluation_extractor and not self._warned:

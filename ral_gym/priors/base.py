@@ -308,9 +308,18 @@ def logits_of(prior: Any, sequence: Tensor, condition: Tensor | None = None) -> 
     return prior(sequence) if condition is None else prior(sequence, condition)
 
 
-def maximum_likelihood_loss(prior: Any, sequence: Tensor, condition: Tensor | None = None) -> Tensor:
-    """Mean negative log-likelihood in nats per code of sequences (B, ...), given the condition (B, T'') if any."""
-    logits = logits_of(prior, sequence, condition)  # (B, T', K)
+def maximum_likelihood_loss(
+    prior: Any, sequence: Tensor, condition: Tensor | None = None, given: Tensor | None = None
+) -> Tensor:
+    """Mean negative log-likelihood in nats per code of sequences (B, ...), given the condition (B, T'') if any.
+
+    Args:
+        prior: the network, perhaps wrapped for several processes.
+        sequence: (B, ...) int64, whose codes are to be likely.
+        condition: (B, T'') int64.
+        given: (B, ...) int64, other sequences, whose codes stand before each; None: the sequences themselves.
+    """
+    logits = logits_of(prior, sequence if given is None else given, condition)  # (B, T', K)
     return F.cross_entropy(logits.flatten(0, 1), split(prior, sequence)[0].flatten())
 
 

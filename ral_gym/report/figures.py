@@ -17,12 +17,11 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from ral_gym.pictures import MARKERS, _array, _scale, _tile, colour, show_as_written
+from ral_gym.pictures import MARKERS, Curves, _array, _scale, _tile, colour, draw_curves, show_as_written
 from ral_gym.report.page import image, inline_svg
 
 HEAT_SHARE = 0.55
 """How much of an overlay is the score's colour; the rest is the image."""
-Curves = Mapping[str, tuple[Sequence[float], Sequence[float]]]
 Points = Mapping[str, Sequence[tuple[float, float]]]
 
 
@@ -83,21 +82,7 @@ def curves_svg(name: str, curves: Curves, *, xlabel: str, ylabel: str, tint: str
         alt: what a screen reader says.
     """
     figure, axes = _axes(xlabel, ylabel)
-    for number, (label, (x, y)) in enumerate(curves.items()):
-        known = np.isfinite(np.asarray(y, float))
-        xs, ys = np.asarray(x, float)[known], np.asarray(y, float)[known]
-        axes.plot(
-            xs,
-            ys,
-            label=label,
-            color=colour(label, list(curves)) if len(curves) > 1 else tint,
-            marker=MARKERS[number % len(MARKERS)],
-            markersize=4,
-            markevery=max(1, len(xs) // 8),
-            linewidth=1.5,
-        )
-    if len(curves) > 1:
-        axes.legend(frameon=False, fontsize=9)
+    draw_curves(axes, curves, tint=tint, markers=8, markersize=4, linewidth=1.5, fontsize=9)
     return _svg(figure, name, alt)
 
 

@@ -29,7 +29,7 @@ from ral_gym.errors import ConfigError, RunError
 from ral_gym.presets import PRESETS
 from ral_gym.registry import CRITICS, PRIORS, REWARDS
 from ral_gym.rewards.score_map import ScoreNormalizer
-from ral_gym.rewards.scorer import CriticScorer, encoder_features
+from ral_gym.rewards.scorer import CriticScorer, require_encoder_features
 from ral_gym.rewards.terms import RewardTerm
 from ral_gym.rewards.view import sees_of
 from ral_gym.runs.storage import load_metadata, load_module, save_module
@@ -85,7 +85,7 @@ def build_critic(
     cls = critic_class(settings.kind)
     what, facts, taken = f"critic {settings.kind!r}", _facts(cls, vqvae), constructor_parameters(cls)[0]
     if sees_of(cls, what) == "features":
-        facts["num_features"] = int((extractor or encoder_features(vqvae)).num_features)
+        facts["num_features"] = int((extractor or require_encoder_features(vqvae)).num_features)
     known = _own_arguments(cls, settings, facts, untouched)
     known |= {name: value for name, value in facts.items() if name in taken}
     _check_loss(settings, cls)

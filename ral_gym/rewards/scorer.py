@@ -28,7 +28,7 @@ from ral_gym.errors import ConfigError
 from ral_gym.grid import CodeGrid
 from ral_gym.rewards.score_map import RewardKind, ScoreNormalizer, step_rewards
 from ral_gym.rewards.view import Sees, View, sees_of
-from ral_gym.tokenizers.base import Tokenizer, device_of
+from ral_gym.tokenizers.base import Tokenizer, device_of, encoder_features
 
 if TYPE_CHECKING:  # the quantiser's library takes seconds to import
     from ral_gym.metrics import Extractor
@@ -62,7 +62,7 @@ class CriticScorer:
         self.normalizer = normalizer or ScoreNormalizer("none")
         self.batch_size = batch_size
         self.sees: Sees = sees_of(critic, f"critic {type(critic).__name__}")
-        self.extractor = encoder_features(vqvae) if extractor is None and self.sees == "features" else extractor
+        self.extractor = require_encoder_features(vqvae) if extractor is None and self.sees == "features" else extractor
 
     @property
     def grid(self) -> CodeGrid:
@@ -199,16 +199,15 @@ def _as_map(scores: Tensor) -> Tensor:
     return scores
 
 
-def encoder_features(vqvae: Any) -> Extractor:
+def require_encoder_features(vqvae: Any) -> Extractor:
     """The tokenizer's own encoder, averaged over space.
 
     Raises:
         ConfigError: it has no `encode_features`.
     """
-    from ral_gym.metrics import EncoderFeatures
-
-    if not hasattr(vqvae, "encode_features"):
+    found = encoder_features(vqvae)
+    if found is None:
         raise ConfigError(
             f"{type(vqvae).__name__} has no encode_features to take features from: choose --ral.reward-features pyramid"
         )
-    return EncoderFeatures(vqvae.encode_features, int(vqvae.num_features))
+    return found

@@ -33,7 +33,6 @@ from typing import get_args, get_type_hints
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ral_gym.config import PriorConfig
 from ral_gym.errors import ConfigError
@@ -116,13 +115,7 @@ class ScheduledSampling:
         else:
             self.sampler.refresh()
             mixed = mix_sequential(self.sampler, batch, share)
-        return mixed_loss(model, mixed, batch)
-
-
-def mixed_loss(model: nn.Module, mixed: Tensor, batch: LevelCodes) -> Tensor:
-    """Mean negative log-likelihood of the batch's codes (B, T) given other prefixes (B, T), in nats per code."""
-    logits = logits_of(model, mixed, batch.condition)  # (B, T, K)
-    return F.cross_entropy(logits.flatten(0, 1), batch.codes.flatten())
+        return maximum_likelihood_loss(model, batch.codes, batch.condition, given=mixed)
 
 
 @torch.no_grad()
