@@ -103,6 +103,14 @@ def test_settings_are_checked_before_anything_is_loaded() -> None:
         parse_train(["--prior.dropout", "2"])
 
 
+def test_the_help_of_train_starts_every_line_at_the_margin(capsys) -> None:
+    with pytest.raises(SystemExit):
+        parse_train(["--help"])
+    words = capsys.readouterr().out
+    introduction = words[words.index("Train a") : words.index("--data")].splitlines()
+    assert all(line == line.lstrip() for line in introduction[:4]), introduction
+
+
 def test_help_and_mistakes_do_not_wait_for_torch() -> None:
     code = """if True:
         import sys, ral_gym.commands.cli

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import inspect
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -308,7 +309,7 @@ def _preset(argv: Sequence[str]) -> Config:
 
 
 def _training_help() -> str:
-    return f"{TrainArguments.__doc__}\nPresets: {', '.join(PRESETS)}."
+    return f"{inspect.getdoc(TrainArguments)}\n\nPresets: {', '.join(PRESETS)}."
 
 
 def _complete(arguments: TrainArguments, base: Config) -> TrainArguments:

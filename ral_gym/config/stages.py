@@ -287,7 +287,7 @@ class Config:
     """One run: the stages' settings, a seed and a device."""
 
     preset: str = "demo"
-    """Name of the preset these settings started from."""
+    """The preset that these settings start from: a name, `module:NAME` of your own, or a .json file."""
     data: DataConfig = field(default_factory=DataConfig)
     """Images."""
     vqvae: VQVAEConfig = field(default_factory=VQVAEConfig)
