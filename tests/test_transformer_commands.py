@@ -99,6 +99,7 @@ def test_every_algorithm_trains_it_with_ratio_1_on_the_first_pass(algo: str) -> 
 # --------------------------------------------------------------------------------------- command line
 
 
+@pytest.mark.commands
 def test_all_stages_and_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--preset", "smoke", "--quiet", "--runs", str(tmp_path), "--name", "r", "--prior.kind", "transformer"]
     flags += ["--prior.attention-heads", "2", "--prior.options", "multiple_of", "8", "--vqvae.training-steps", "4"]

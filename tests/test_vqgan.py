@@ -313,6 +313,7 @@ FLAGS += ["--evaluation.n-samples", "12"]
 OPTIONS = ["multipliers", "1,1,2,2", "norm_groups", "4", "z_channels", "8", "codebook_l2_norm", "True"]
 
 
+@pytest.mark.commands
 def test_all_stages_and_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = [*FLAGS, "--runs", str(tmp_path), "--name", "r", "--vqvae.options", *OPTIONS]
     assert main(["train", "--dry-run", *flags]) == 0 and "VQGAN" in capsys.readouterr().out

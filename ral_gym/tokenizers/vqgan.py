@@ -12,7 +12,8 @@ taming-transformers, so that its files load as they are.
 | LlamaGen VQ-8 | 1,2,2,4 | 16384 | 8 | True |
 
 `training_loss` is the reconstruction and the codebook's part of the papers' loss. Their perceptual loss (LPIPS) and
-their discriminator are not here, so that a model trained here is blurrier than theirs.
+their discriminator are not here, so that a model trained here is blurrier than theirs. A code vector moves only when a
+feature chooses it: codes that nobody chooses are not restarted, unlike the VQ-VAE's (`code_usage` in the log shows it).
 
 Group norm and attention look at the whole image: every row of a short image differs from the whole image's, not only
 those at its lower edge.
