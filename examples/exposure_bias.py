@@ -155,10 +155,13 @@ def main(argv: Sequence[str], console: Console) -> None:
     folder, oracle, first = arguments.folder, load_oracle(), arguments.seeds[0]
     episodes = tell_story(load_module(load_light_prior(), PixelCNN), oracle, arguments, console)
     save_animation(folder / "exposure.gif", episodes, oracle.width, arguments.wrong)
-    console.print("\n[bold]2. Many images.[/] Two episodes prove nothing; what follows are means with 95 % intervals.")
+    console.print(
+        "\n[bold]2. Many images.[/] Two episodes prove nothing; what follows are means with 95 % intervals.",
+        markup=True,
+    )
     results = {seed: measure_seed(seed, arguments, oracle, seed == first, console) for seed in arguments.seeds}
     comparison = compare(results)
-    console.print("\n[bold]3. The cures compared.[/]")
+    console.print("\n[bold]3. The cures compared.[/]", markup=True)
     console.print(table_of(comparison, arguments.seeds))
     save_plots(folder, results[first], oracle.width)
     shown = {name: row for name, row in comparison.items() if name not in POOR}
@@ -245,7 +248,8 @@ def tell_story(model: PixelCNN, oracle: PixelCNN, arguments: Arguments, console:
         "\n[bold]1. Two episodes.[/] State: the codes so far; action: the next code; reward: its log-probability under "
         "the oracle. Left, the codes are a sample of the oracle, and the model only says what it would have drawn, as "
         "in training. Right, the model's codes are its own context. KL(oracle || model), in nats per code, is how "
-        "wrong its next code's distribution is."
+        "wrong its next code's distribution is.",
+        markup=True,
     )
     table = Table("row", "KL, teacher-forced", "KL, free-running", "reward, teacher-forced", "reward, free-running")
     for row in range(oracle.height):
@@ -309,7 +313,8 @@ def report(name: str, seed: int, result: Numbers, threshold: float | None, conso
         console.print(f"seed {seed}, {name}: {result['verdict']}", highlight=False, markup=False)
         return
     nll = result["compared"]["nll_test"]["value"]
-    console.print(f"\n[bold]{name}[/], seed {seed} (held-out NLL {nll:.3f} nats per code)", highlight=False)
+    title = f"\n[bold]{name}[/], seed {seed} (held-out NLL {nll:.3f} nats per code)"
+    console.print(title, highlight=False, markup=True)
     for line in lines_of(result, threshold):
         console.print(f"  {line}", highlight=False, markup=False)
     console.print(f"  => {name}: {result['verdict']}", style="bold", highlight=False, markup=False)

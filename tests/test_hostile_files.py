@@ -13,7 +13,9 @@ import torch
 
 from ral_gym.agents.policy import PriorWeights
 from ral_gym.commands.cli import main
+from ral_gym.commands.ending import run_command
 from ral_gym.commands.generate import open_run
+from ral_gym.commands.verify import Difference, _table
 from ral_gym.errors import RalGymError, RunError
 from ral_gym.metrics.table import results_table
 from ral_gym.priors.base import save_prior
@@ -22,7 +24,7 @@ from ral_gym.rewards.critic import PatchCritic
 from ral_gym.rewards.score_map import ScoreNormalizer
 from ral_gym.runs.results import check_rows, load_results
 from ral_gym.runs.run import Run, read_config
-from ral_gym.runs.storage import load_json, load_metadata, load_module
+from ral_gym.runs.storage import load_json, load_metadata, load_module, save_json
 from ral_gym.stages.levels import load_generator, load_vqvae
 from ral_gym.tokenizers.code_set import CodeSet
 from tests.damage import JSON, WEIGHTS, Damage, damages, edit_tensors, same
@@ -184,6 +186,22 @@ def test_text_from_files_reaches_no_terminal_raw(tmp_path, smoke_run, capsys) ->
     captured = capsys.readouterr()
     assert "\x1b" not in captured.out + captured.err and "\x07" not in captured.out + captured.err
     assert r"\x1b]0;gotcha\x07" in captured.out and r"\x1b]0;gotcha\x07" in captured.err
+
+
+def test_names_in_a_table_reach_no_terminal_raw_and_are_no_markup(tmp_path, smoke_run, capsys) -> None:
+    folder = shutil.copytree(smoke_run, tmp_path / "run")
+    results = load_json(folder / "results.json")
+    figures = dict(results["rows"]["ral"], **{"own\x1b[2J": 1.0})
+    results["rows"] |= {name: figures for name in ("\x1b]0;gotcha\x07", "[/bold]", "[red]plain", "two\rlines")}
+    results |= {"extractor": "\x9b31m", "metrics": {"own\x1b[2J": "words\x1b[31m"}}
+    save_json(folder / "results.json", results)
+    assert main(["evaluate", str(folder)]) == 0
+    assert main(["report", str(folder), "--output", str(tmp_path / "page.html")]) == 0
+    differences = [Difference("\x1b]0;row\x07[/b]", "\x1b[2J", "\x1b[31m", 1.0)]
+    assert run_command(lambda argv, console: console.print(_table(differences)), []) == 0
+    shown = capsys.readouterr().out
+    assert not set(shown) & set("\x1b\x07\r\x9b")
+    assert all(text in shown for text in (r"\x1b]0;gotcha\x07", "[/bold]", "[red]plain", r"\x9b31m", r"words\x1b[31m"))
 
 
 def test_a_prior_of_another_grid_is_refused(tmp_path, smoke_run, capsys) -> None:

@@ -19,9 +19,10 @@ from types import FrameType
 from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 from tqdm import tqdm
 
-from ral_gym.errors import RalGymError, printable
+from ral_gym.errors import LONGEST_LINE, RalGymError, printable
 
 INTERRUPT_SECONDS = 1.0
 """Ctrl-C again within this time is the same one."""
@@ -37,7 +38,15 @@ class _Lines(logging.Handler):
 
 
 class _Output(Console):
-    """Where commands print; a reader that has gone away is an error like any other, and not the end of Python."""
+    """Where commands print: text from files, also in the cells of a table, cannot steer the terminal.
+
+    A reader that has gone away is an error like any other, and not the end of Python.
+    """
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Everything that rich is given as text comes through here before it is measured and set."""
+        lines = (printable(line, max(LONGEST_LINE, len(line))) for line in text.split("\n"))
+        return super().render_str("\n".join(lines), **options)
 
     def on_broken_pipe(self) -> None:
         """Called by rich, inside the handling of the error."""
@@ -74,7 +83,7 @@ def run_command(
             if not sys.warnoptions:
                 warnings.simplefilter("ignore")  # libraries' remarks to programmers
             try:
-                command(argv, _Output(quiet=rank > 0))
+                command(argv, _Output(quiet=rank > 0, markup=False))  # a name from a file may look like markup
             finally:
                 sys.stdout.flush()  # where nobody reads any more, that is found out here and not when Python ends
         return 0

@@ -104,7 +104,9 @@ class CacheFolder:
         except FileNotFoundError:  # removed by another process while we looked
             return None
         except (OSError, ValueError, KeyError, TypeError) as error:
-            logger.warning("The image cache %s is damaged (%s): decoding the images again", final, printable(error))
+            logger.warning(
+                "The image cache %s is damaged (%s): decoding the images again", printable(final), printable(error)
+            )
             return None
         return Kept(images, bad)
 

@@ -8,6 +8,7 @@ libraries are optional and imported where they are used. Like there, nothing in 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from array import array
 from pathlib import Path
@@ -282,6 +283,9 @@ def _load_dataset(name: str, split: str | None, progress: bool) -> Any:
     hidden = not progress and not datasets.are_progress_bars_disabled()
     if hidden:
         datasets.disable_progress_bars()
+    library = logging.getLogger("datasets")
+    level = library.level
+    library.setLevel(logging.CRITICAL)  # it says on the terminal what it also raises, and quotes the files as they are
     try:
         if os.path.isfile(os.path.join(name, "dataset_dict.json")):
             return datasets.load_from_disk(os.path.join(name, split or "train"))
@@ -297,6 +301,7 @@ def _load_dataset(name: str, split: str | None, progress: bool) -> Any:
             "or hf:NAME:SPLIT with a hub name, a folder written by save_to_disk, or parquet or image files"
         ) from None
     finally:
+        library.setLevel(level)
         if hidden:
             datasets.enable_progress_bars()
 
