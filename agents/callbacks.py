@@ -19,6 +19,7 @@ from tqdm import tqdm
 from ral_gym.agents.rewards.rollout_reward import RolloutReward
 from ral_gym.agents.vec_env import unwrap_code_env
 from ral_gym.rewards.distribution import DISTRIBUTION_TERMS
+from ral_gym.runs.checked_state import array_of, integer_of
 from ral_gym.runs.event_log import open_event_log
 from ral_gym.runs.run import Run
 from ral_gym.stages.common import Clock, WeightAverage, check_weights, restore_optimizer
@@ -136,14 +137,15 @@ class RunCallback(BaseCallback):
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint: everything but the policy's own weights and the environment."""
-        self.updates = state["updates"]
+        self.updates = integer_of(state["updates"], "updates", high=self.total_updates)
         assert self.average is not None
         self.average.load_state_dict(state["average"], self.model.policy)
         self.reward.load_state_dict(state["critic"])
         for name, tie in self._ties.items():
             tie.load_state_dict(state["ties"][name])
+        hidden = state.get("hidden", {})
         for name, value in state.get("logged", {}).items():
-            self.logger.record(str(name), float(value))
+            self.logger.record(str(name), float(value), exclude=tuple(map(str, hidden.get(name, ()))))
 
     def _init_callback(self) -> None:
         if self.average is None:
@@ -225,6 +227,7 @@ class RunCallback(BaseCallback):
             "n_updates": model._n_updates,
             # What the update logged is written with the next rollout's numbers.
             "logged": numbers_in(self.logger.name_to_value),
+            "hidden": {name: [*outputs] for name, outputs in self.logger.name_to_excluded.items() if any(outputs)},
             "time": time.time(),
         }
 
@@ -237,14 +240,15 @@ def restore_model(model: Any, state: dict[str, Any]) -> None:
     env = unwrap_code_env(model.env)
     assert env is not None
     env.core.load_state_dict(state["env"])
-    starts = np.array(state["last_episode_starts"])
+    starts = array_of(state["last_episode_starts"], "last_episode_starts", (env.num_envs,), bool)
     # None after a stop inside a round: the next `learn` resets the environments.
-    last_obs = None if state["last_obs"] is None else np.array(state["last_obs"])
-    shape = (env.num_envs, *(env.observation_space.shape or ()))
-    if (last_obs is not None and last_obs.shape != shape) or starts.shape != (env.num_envs,):
-        raise ValueError(f"observations that are not of shape {shape}, or not so many episode starts")
+    last_obs, shape = state["last_obs"], (env.num_envs, env.core.grid.n_codes)
+    if last_obs is not None:
+        last_obs = array_of(last_obs, "last_obs", shape, env.observation_space.dtype, 0, env.core.grid.never_drawn)
+        if (env.core.position >= env.core.stop).any():
+            raise ValueError("episodes that have ended already")
     model._last_obs, model._last_episode_starts = last_obs, starts
-    model.num_timesteps = state["num_timesteps"]
-    model._n_updates = state["n_updates"]
+    model.num_timesteps = integer_of(state["num_timesteps"], "num_timesteps")
+    model._n_updates = integer_of(state["n_updates"], "n_updates")
     if state.get("algorithm"):
         model.load_extra_state(state["algorithm"])

@@ -15,6 +15,7 @@ from stable_baselines3.common.buffers import BaseBuffer, RolloutBuffer
 from torch import Tensor
 
 from ral_gym.errors import ConfigError
+from ral_gym.runs.checked_state import array_of
 
 
 def _rank(mask: np.ndarray) -> np.ndarray:
@@ -276,12 +277,27 @@ class EpisodeStorage(RolloutBuffer):
         return {"fill": self._fill, "arrays": arrays, "envs": envs, "slots": slots, "grids": grids}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` gave; the next `reset` keeps it."""
-        self._fill = np.array(state["fill"])
-        for name, values in state["arrays"].items():
-            getattr(self, name)[: len(values)] = values
-        self._start_envs, self._start_slots = [np.array(state["envs"])], [np.array(state["slots"])]
-        self._start_grids = [np.array(state["grids"])]
+        """Restore what `state_dict` gave; the next `reset` keeps it.
+
+        Raises:
+            ValueError: another buffer's, or it does not fit together.
+        """
+        fill = array_of(state["fill"], "fill", (self.n_envs,), np.int64, 0, self._capacity)
+        longest, n, length = int(fill.max(initial=0)), len(state["envs"]), self.n_codes
+        envs = array_of(state["envs"], "envs", (n,), np.int64, 0, self.n_envs - 1)
+        slots = array_of(state["slots"], "slots", (n,), np.int64, 0, longest)
+        grids = array_of(state["grids"], "grids", (n, length), np.int32, 0, self.not_drawn + 1)
+        drawn = fill[envs] - slots
+        if len(set(envs.tolist())) < n or not ((drawn >= 0) & (drawn < (grids == self.not_drawn).sum(1))).all():
+            raise ValueError("the episodes in the buffer do not fit together")
+        shape = (longest, self.n_envs)
+        arrays = {
+            name: array_of(state["arrays"][name], name, shape, getattr(self, name).dtype, 0, self.not_drawn - 1)
+            for name in self._columns
+        }
+        for name, values in arrays.items():
+            getattr(self, name)[:longest] = values
+        self._fill, self._start_envs, self._start_slots, self._start_grids = fill, [envs], [slots], [grids]
         self._table = self._flat = None
         envs, _, _, codes = self._unfinished()
         self._expected[:], self._open[:] = -1, False

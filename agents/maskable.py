@@ -20,6 +20,7 @@ from torch import Tensor
 from ral_gym.agents.episodes import EpisodeRolloutBuffer, Episodes, episode_logits, twice
 from ral_gym.agents.policy import PriorPolicy
 from ral_gym.priors.sampler import draw
+from ral_gym.runs.checked_state import array_of
 
 Masks = np.ndarray | Tensor | None
 
@@ -188,5 +189,8 @@ class MaskableEpisodeRolloutBuffer(EpisodeRolloutBuffer, MaskableRolloutBuffer):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` gave; the next `reset` keeps it."""
         EpisodeRolloutBuffer.load_state_dict(self, state)
-        self._mask_rows = [np.array(mask) for mask in state["masks"]]
+        masks = array_of(state["masks"], "masks", (None, *self._mask_rows[0].shape), np.uint8, 0, 255)
+        if int(self._mask_ids.max(initial=0)) >= len(masks):
+            raise ValueError("the buffer has no mask for some of its steps")
+        self._mask_rows = list(masks)
         self._mask_numbers = {mask.tobytes(): number for number, mask in enumerate(self._mask_rows)}

@@ -25,6 +25,8 @@ from ral_gym.agents.policy import PriorPolicy, PriorWeights
 from ral_gym.agents.vec_env import real_codes
 from ral_gym.errors import ConfigError
 from ral_gym.priors.base import Prior, maximum_likelihood_loss
+from ral_gym.runs.checked_state import number_of
+from ral_gym.stages.common import restore_optimizer
 
 
 class AdaptiveEntropy:
@@ -241,7 +243,7 @@ class EntropyTarget(BaseCallback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """From a checkpoint, after the callback has been given its model."""
         assert self.rule is not None
-        self.rule.target = state["target"]
+        self.rule.target = None if state["target"] is None else number_of(state["target"], "the entropy target")
 
     def _on_rollout_end(self) -> None:
         assert self.rule is not None
@@ -295,7 +297,7 @@ class MLEShare(BaseCallback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """From a checkpoint, after the callback has been given its model; the next rollout's start brings no step."""
         assert self.optimizer is not None
-        self.optimizer.load_state_dict(state["optimizer"])
+        restore_optimizer(self.optimizer, state["optimizer"])
         self._started = False
 
     def _on_rollout_start(self) -> None:

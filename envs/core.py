@@ -26,6 +26,7 @@ import torch
 from gymnasium.error import ResetNeeded
 from torch import Tensor
 
+from ral_gym.envs.core_state import checked_arrays
 from ral_gym.envs.follower import Followers
 from ral_gym.envs.resets import Options, StartDistribution, StartRequest, parse_requests
 from ral_gym.envs.worlds import World
@@ -371,20 +372,16 @@ class GenerationCore:
         """Restore what `state_dict` gave.
 
         Raises:
-            ValueError: it comes from another number of environments or another grid; nothing has changed then.
+            ValueError: it comes from another number of environments or another grid, or does not fit together; nothing
+                but random generators has changed then.
         """
-        shape = np.shape(state["codes"])
-        if shape != self.codes.shape or len(state["rngs"]) != self.num_envs:
-            raise ValueError(f"the state has {shape} codes (environments, T), these environments {self.codes.shape}")
-        for name in ("start", "position", "stop", "image_rows"):
-            setattr(self, name, np.array(state[name], np.int64))
-        self.to_draw = np.array(state["to_draw"], bool)
-        self.codes = np.array(state["codes"], np.int16)
-        self._followers.restart(self._rows)
-        self._paid = np.array(state["paid"], np.float32)
-        self._pending = np.array(state["pending"], np.int64)
+        arrays = checked_arrays(state, self.grid, self.num_envs)
         for rng, bits in zip(self.rngs, state["rngs"], strict=True):
             rng.bit_generator.state = bits
+        self._pending, self._paid = arrays.pop("pending"), arrays.pop("paid")
+        for name, array in arrays.items():
+            setattr(self, name, array)
+        self._followers.restart(self._rows)
 
 
 def _reset_needed(rows: np.ndarray) -> ResetNeeded:

@@ -78,10 +78,14 @@ def test_an_event_file_that_is_none_is_named(tmp_path) -> None:
         open_event_log(tmp_path, "prior", 0)
 
 
-def test_stage_3_shows_every_step_once_after_a_kill(tmp_path, monkeypatch) -> None:
-    """Also what an update logs, which SB3 writes with the next rollout's numbers, and the sample grids."""
+@pytest.mark.parametrize("settings", [{"reward_weights": {"loo_fd": 1.0}}, {"algo": "ppo"}], ids=["loo_fd", "ppo"])
+def test_stage_3_shows_every_step_once_after_a_kill(tmp_path, monkeypatch, settings) -> None:
+    """Also what an update logs, which SB3 writes with the next rollout's numbers, and the sample grids.
+
+    SB3's own algorithms log things that they hide from TensorBoard.
+    """
     monkeypatch.setattr("ral_gym.agents.train_ral.SAMPLE_EVERY", 2)
-    ral = replace(SMOKE.ral, n_updates=6, checkpoint_every=2, reward_weights={"loo_fd": 1.0})
+    ral = replace(SMOKE.ral, n_updates=6, checkpoint_every=2, **settings)
 
     def prepared(name: str) -> tuple[Run, Config]:
         path = make_tiny_run(tmp_path / name)

@@ -21,6 +21,8 @@ from ral_gym.rewards.critic import critic_loss
 from ral_gym.rewards.score_map import Normalization, RewardKind, ScoreNormalizer
 from ral_gym.rewards.scorer import CriticScorer
 from ral_gym.rewards.view import FinishedImages, View
+from ral_gym.runs.checked_state import integer_of, number_of
+from ral_gym.stages.common import restore_optimizer
 from ral_gym.tokenizers.base import Tokenizer
 
 if TYPE_CHECKING:
@@ -248,8 +250,8 @@ class CoTrainedCritic:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """From a checkpoint. One that does not say how many held-out images are scored goes on with all of them."""
         self.critic.load_state_dict(state["critic"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        restore_optimizer(self.optimizer, state["optimizer"])
         self.generator.set_state(state["generator"])
-        self.n_updates = state["n_updates"]
-        self.normalizer.shift, self.normalizer.scale = state["normalizer"]
-        self._choose_held_out(state.get("held_out", 0))
+        self.n_updates = integer_of(state["n_updates"], "n_updates")
+        self.normalizer.shift, self.normalizer.scale = (number_of(one, "normalizer") for one in state["normalizer"])
+        self._choose_held_out(integer_of(state.get("held_out", 0), "held_out"))

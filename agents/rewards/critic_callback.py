@@ -19,6 +19,7 @@ from ral_gym.agents.policy import PriorPolicy
 from ral_gym.agents.rewards.co_trained_critic import CoTrainedCritic
 from ral_gym.agents.rewards.rollout_reward import RolloutReward
 from ral_gym.rewards.view import FinishedImages
+from ral_gym.runs.checked_state import array_of, integer_of
 
 logger = logging.getLogger("ral_gym")
 
@@ -134,6 +135,10 @@ class CriticCallback(RolloutReward):
         """From a checkpoint."""
         self.critic.load_state_dict(state["critic"])
         self.rng.bit_generator.state = state["rng"]
-        self._pending, self._warned = state["pending"], state["warned"]
+        grid = self.critic.vqvae.grid
+        self._pending, self._warned = integer_of(state["pending"], "pending", high=grid.height), bool(state["warned"])
         pool = state["pool"]
-        self._pool = None if pool is None else FinishedImages(pool, self.critic.vqvae.grid)
+        if pool is not None:
+            codes = array_of(pool, "pool", (None, grid.n_codes), np.int64, 0, grid.never_drawn)
+            pool = FinishedImages(torch.from_numpy(codes), grid)
+        self._pool = pool

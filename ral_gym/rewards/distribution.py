@@ -37,6 +37,7 @@ from torch import Tensor
 
 from ral_gym.errors import ConfigError, DivergedError
 from ral_gym.rewards.rank_one import root_trace, root_trace_change, spectral
+from ral_gym.runs.checked_state import integer_of, tensor_like
 
 Form = Literal["exact", "first_order", "diagonal"]
 FORMS = ("exact", "first_order", "diagonal")
@@ -172,11 +173,20 @@ class FrechetReward:
         return {"first": first, "second": second, "batches": self._batches, "axes": self.axes, "root": self.root}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore them, bit for bit."""
-        first, second, axes, device = state["first"], state["second"], state["axes"], self.root.device
-        self._batches, self.root = state["batches"], state["root"].to(device)
-        self.axes = None if axes is None else axes.to(device)
-        self._moments = None if first is None else (first.to(device), second.to(device))
+        """Restore them, bit for bit.
+
+        Raises:
+            ValueError: they are those of other features, or of another form.
+        """
+        batches, first, size = state["batches"], state["first"], len(self.root)
+        root = tensor_like(state["root"], "root", self.root)
+        axes = None if self.axes is None else tensor_like(state["axes"], "axes", self.axes)
+        moments = None
+        if first is not None:
+            second = root.new_empty((size,) if self.form == "diagonal" else (size, size))
+            moments = tensor_like(first, "first", root), tensor_like(state["second"], "second", second)
+        self._batches = None if batches is None else integer_of(batches, "batches")
+        self.root, self.axes, self._moments = root, axes, moments
 
     def _project(self, features: Tensor) -> Tensor:
         """Checked features (N, F) -> (N, D) float64, relative to the reference's mean."""

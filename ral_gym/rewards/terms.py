@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ral_gym.errors import ConfigError
+from ral_gym.errors import ConfigError, RunError
 from ral_gym.registry import REWARDS
 from ral_gym.rewards.view import Sees, View, sees_of
 from ral_gym.runs.storage import pack_state
@@ -126,7 +126,7 @@ class RewardTerm:
             if _remembers(made):
                 self._check_state(made)
             if key in self._restored and _remembers(made):
-                made.load_state_dict(self._restored.pop(key))
+                self._restore(made, self._restored.pop(key))
             elif hasattr(made, "reset"):
                 made.reset()
             self._made[key] = made
@@ -156,6 +156,17 @@ class RewardTerm:
         except TypeError as error:
             raise ConfigError(
                 f"reward {self.name!r}: {error}; let state_dict give tensors, arrays, numbers, text, lists and dicts"
+            ) from error
+
+    def _restore(self, made: Any, state: Any) -> None:
+        """Put back what a checkpoint has of it; here, and not where the checkpoint is read: it is made only now."""
+        try:
+            made.load_state_dict(state)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+            reason = (str(error).splitlines() or [""])[-1].strip() or type(error).__name__
+            raise RunError(
+                f"the checkpoint's state of the reward {self.name!r} does not fit ({reason}); remove "
+                "checkpoints/ral.safetensors of the run to start the stage again"
             ) from error
 
     def _seen(self, view: View) -> Tensor:

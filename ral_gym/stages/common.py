@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ral_gym.errors import DivergedError
+from ral_gym.runs.checked_state import integer_of, tensor_like
 from ral_gym.runs.run import Run
 from ral_gym.runs.storage import weights_of
 
@@ -75,8 +76,12 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -
                 raise ValueError(f"{name} of the optimizer is {group.get(name)!r:.40}, and {value!r:.40} here")
         for parameter in group["params"]:
             for name, value in optimizer.state.get(parameter, {}).items():
-                if not isinstance(value, Tensor) or value.shape not in (parameter.shape, torch.Size([])):
+                shape = torch.Size([]) if name == "step" else parameter.shape
+                if not isinstance(value, Tensor) or value.shape != shape:
                     raise ValueError(f"{name} of the optimizer does not fit its parameter")
+            held = set(optimizer.state.get(parameter, {}))
+            if isinstance(optimizer, torch.optim.Adam) and held not in (set(), {"step", "exp_avg", "exp_avg_sq"}):
+                raise ValueError(f"the optimizer's state of a parameter is {sorted(map(str, held))}")
 
 
 class Clock:
@@ -153,6 +158,7 @@ class WeightAverage:
         """
         device, wanted = next(module.parameters()).device, module.state_dict()
         weights = {name: tensor.to(device) for name, tensor in state["weights"].items()}
-        if [(name, one.shape) for name, one in weights.items()] != [(name, one.shape) for name, one in wanted.items()]:
+        if weights.keys() != wanted.keys():
             raise ValueError("the average is that of another module")
-        self.weights, self.n_updates = weights, int(state["n_updates"])
+        self.weights = {name: tensor_like(one, f"the average's {name}", wanted[name]) for name, one in weights.items()}
+        self.n_updates = integer_of(state["n_updates"], "n_updates")

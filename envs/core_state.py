@@ -1,0 +1,44 @@
+"""The state of generation episodes as a checkpoint has it, checked before it is put back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from ral_gym.grid import CodeGrid
+from ral_gym.runs.checked_state import array_of
+
+
+def checked_arrays(state: Mapping[str, Any], grid: CodeGrid, num_envs: int) -> dict[str, np.ndarray]:
+    """The arrays of `GenerationCore.state_dict`.
+
+    Args:
+        state: what the checkpoint has.
+        grid: the shape of the codes.
+        num_envs: E.
+
+    Returns:
+        fresh arrays by the names of the state.
+
+    Raises:
+        ValueError: they come from another number of environments or another grid, or do not fit together.
+    """
+    shape, rows = (num_envs, grid.n_codes), (num_envs,)
+    if np.shape(state["codes"]) != shape or len(state["rngs"]) != num_envs:
+        found = np.shape(state["codes"])
+        raise ValueError(f"the state has {found} codes (environments, T), these environments {shape}")
+    largest = {"start": grid.n_codes, "position": grid.n_codes, "stop": grid.n_codes}
+    largest |= {"image_rows": grid.height, "pending": grid.height}
+    arrays = {name: array_of(state[name], name, rows, np.int64, 0, most) for name, most in largest.items()}
+    arrays["codes"] = array_of(state["codes"], "codes", shape, np.int16, 0, grid.never_drawn)
+    arrays["to_draw"] = array_of(state["to_draw"], "to_draw", shape, bool)
+    arrays["paid"] = array_of(state["paid"], "paid", shape, np.float32)
+    left = arrays["codes"] == grid.not_drawn  # (E, T)
+    position, stop = left.argmax(1), grid.n_codes - left[:, ::-1].argmax(1)
+    agree = (arrays["position"] == position) & (arrays["stop"] == stop) & (left <= arrays["to_draw"]).all(1)
+    not_running = ~left.any(1) & (arrays["position"] >= arrays["stop"]) | (arrays["stop"] == 0)  # 0: not reset yet
+    if not (agree | not_running).all():
+        raise ValueError("the positions of the episodes are not those of the codes that are left to draw")
+    return arrays
