@@ -38,7 +38,7 @@ def checked_arrays(state: Mapping[str, Any], grid: CodeGrid, num_envs: int) -> d
     left = arrays["codes"] == grid.not_drawn  # (E, T)
     position, stop = left.argmax(1), grid.n_codes - left[:, ::-1].argmax(1)
     agree = (arrays["position"] == position) & (arrays["stop"] == stop) & (left <= arrays["to_draw"]).all(1)
-    not_running = ~left.any(1) & (arrays["position"] >= arrays["stop"]) | (arrays["stop"] == 0)  # 0: not reset yet
-    if not (agree | not_running).all():
+    ended = arrays["position"] >= arrays["stop"]  # or not reset yet: 0 and 0
+    if not np.where(left.any(1) & (arrays["stop"] > 0), agree, ended).all():
         raise ValueError("the positions of the episodes are not those of the codes that are left to draw")
     return arrays
