@@ -39,7 +39,7 @@ import torch
 
 from ral_gym.config import Config
 from ral_gym.config.stages import limits_training_only
-from ral_gym.errors import ConfigError, RunError
+from ral_gym.errors import ConfigError, RunError, printable
 from ral_gym.runs.foreign import is_number
 from ral_gym.runs.lock import LOCK, locked
 from ral_gym.runs.records import append_record, read_records
@@ -211,7 +211,7 @@ class Run:
             path = self.file(f"checkpoints/{stage}.safetensors")
             reason = (str(error).splitlines() or [""])[-1].strip() or type(error).__name__
             raise RunError(
-                f"{path} is no checkpoint that stage {stage} can go on from ({reason}); remove it to start the stage "
+                f"{path} is no checkpoint that stage {stage} can go on from ({printable(reason, 300)}); remove it to start the stage "
                 "again"
             ) from error
 
