@@ -242,11 +242,11 @@ def restore_model(model: Any, state: dict[str, Any]) -> None:
     env.core.load_state_dict(state["env"])
     starts = array_of(state["last_episode_starts"], "last_episode_starts", (env.num_envs,), bool)
     # None after a stop inside a round: the next `learn` resets the environments.
-    last_obs, shape = state["last_obs"], (env.num_envs, env.core.grid.n_codes)
+    last_obs, codes = state["last_obs"], env.core.codes
     if last_obs is not None:
-        last_obs = array_of(last_obs, "last_obs", shape, env.core.codes.dtype, 0, env.core.grid.never_drawn)
-        if (env.core.position >= env.core.stop).any():
-            raise ValueError("episodes that have ended already")
+        last_obs = array_of(last_obs, "last_obs", codes.shape, codes.dtype, 0, env.core.grid.never_drawn)
+        if (last_obs != codes).any() or (env.core.position >= env.core.stop).any():
+            raise ValueError("observations that are not the environment's, or episodes that have ended")
     model._last_obs, model._last_episode_starts = last_obs, starts
     model.num_timesteps = integer_of(state["num_timesteps"], "num_timesteps")
     model._n_updates = integer_of(state["n_updates"], "n_updates")

@@ -209,9 +209,9 @@ class Run:
             yield
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
             path = self.file(f"checkpoints/{stage}.safetensors")
-            reason = (str(error).splitlines() or [""])[-1].strip() or type(error).__name__
+            reason = printable((str(error).splitlines() or [""])[-1].strip() or type(error).__name__, 300)
             raise RunError(
-                f"{path} is no checkpoint that stage {stage} can go on from ({printable(reason, 300)}); remove it to start the stage "
+                f"{path} is no checkpoint that stage {stage} can go on from ({reason}); remove it to start the stage "
                 "again"
             ) from error
 
