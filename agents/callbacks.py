@@ -245,8 +245,8 @@ def restore_model(model: Any, state: dict[str, Any]) -> None:
     last_obs, codes = state["last_obs"], env.core.codes
     if last_obs is not None:
         last_obs = array_of(last_obs, "last_obs", codes.shape, codes.dtype, 0, env.core.grid.never_drawn)
-        if (last_obs != codes).any() or (env.core.position >= env.core.stop).any():
-            raise ValueError("observations that are not the environment's, or episodes that have ended")
+        if (env.core.position >= env.core.stop).any():
+            raise ValueError("episodes that have ended already")
     model._last_obs, model._last_episode_starts = last_obs, starts
     model.num_timesteps = integer_of(state["num_timesteps"], "num_timesteps")
     model._n_updates = integer_of(state["n_updates"], "n_updates")

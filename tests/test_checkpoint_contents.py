@@ -147,7 +147,7 @@ def test_many_more_of_them(stopped, tmp_path) -> None:
         (("env", "stop"), lambda stop: np.concatenate([stop, stop])),
         (("env", "to_draw"), lambda to_draw: to_draw[:0]),
         (("env", "pending"), lambda pending: pending + 100),
-        (("last_obs",), lambda last_obs: last_obs - 1),
+        (("last_obs",), lambda last_obs: last_obs + 2),
         (("buffer", "fill"), lambda fill: fill + 10**6),
         (("buffer", "arrays", "_actions"), lambda actions: actions[:, :1]),
         (("updates",), lambda updates: 10**6),
