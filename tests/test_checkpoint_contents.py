@@ -135,8 +135,8 @@ def test_whatever_a_checkpoint_holds_training_goes_on_or_ends_in_one_line(stoppe
 
 @pytest.mark.faults
 def test_many_more_of_them(stopped, tmp_path) -> None:
-    refused, tried = goes_on_or_says_why(*stopped, 40, tmp_path)
-    assert tried >= 300 and refused >= tried // 3
+    refused, tried = goes_on_or_says_why(*stopped, 12, tmp_path)
+    assert tried >= 100 and refused >= tried // 3
 
 
 @pytest.mark.parametrize(
