@@ -18,6 +18,7 @@ from ral_gym.presets import SMOKE
 from ral_gym.runs.run import Run, read_config
 from ral_gym.stages.levels import load_generator, load_vqvae
 from ral_gym.tokenizers.code_set import CodeSet
+from tests.kills import killed_after
 from tests.tiny import make_tiny_run
 
 CPU = torch.device("cpu")
@@ -31,10 +32,6 @@ STAGES = {
 N_UPDATES = 3
 
 
-class Stopped(BaseException):
-    """Stands for a kill."""
-
-
 @pytest.fixture(scope="module", params=STAGES)
 def stopped(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, dict[str, Any]]:
     """A run that was stopped after its second update, and its checkpoint."""
@@ -42,17 +39,9 @@ def stopped(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     ral = replace(SMOKE.ral, n_updates=N_UPDATES, checkpoint_every=1, n_envs=4, **STAGES[request.param])
     config = replace(read_config(path), ral=ral)
     (path / "config.json").write_text(config.to_json())
-    run, log = Run(path, config), Run.log
-
-    def stop(self: Run, stage: str, step: int, figures: dict[str, float]) -> None:
-        log(self, stage, step, figures)
-        if step == N_UPDATES - 1:
-            raise Stopped
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "log", stop)
-        with pytest.raises(Stopped):
-            train(run)
+    run = Run(path, config)
+    with killed_after(N_UPDATES - 1):
+        train(run)
     state = run.load_checkpoint("ral")
     assert state is not None and state["updates"] == N_UPDATES - 1
     return run, state
