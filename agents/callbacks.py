@@ -182,9 +182,9 @@ class RunCallback(BaseCallback):
 
     def _shown(self) -> dict[str, str]:
         """What the progress bar says: the critic's reward and AUC, and how far the images' distribution is off."""
-        figures = {"reward": "rollout/critic_reward_mean", "auc": "critic/heldout_auc"}
-        figures |= {term: f"reward/{term}_distance" for term in DISTRIBUTION_TERMS}
-        return {label: f"{self._latest[name]:.3g}" for label, name in figures.items() if name in self._latest}
+        metrics = {"reward": "rollout/critic_reward_mean", "auc": "critic/heldout_auc"}
+        metrics |= {term: f"reward/{term}_distance" for term in DISTRIBUTION_TERMS}
+        return {label: f"{self._latest[name]:.3g}" for label, name in metrics.items() if name in self._latest}
 
     def _on_step(self) -> bool:
         return self.updates < self.total_updates

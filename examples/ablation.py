@@ -152,9 +152,9 @@ class Ablation:
             return
         prior = patiently(lambda: self.experiment.continue_mle("mle_continued", self.config))
         run = Run(self.folder / "mle_continued", self.config)
-        figures = {"updates": self.config.ral.n_updates, **seconds_of(run, "prior_continued")}
+        metrics = {"updates": self.config.ral.n_updates, **seconds_of(run, "prior_continued")}
         self.measured(mle, run, self.experiment.prior, {})
-        self.measured(continued, run, prior, figures)
+        self.measured(continued, run, prior, metrics)
 
     def variant(self, variant: Variant) -> None:
         """Train and measure one variant, unless that is done."""
@@ -166,16 +166,16 @@ class Ablation:
         self.say(f"{variant.label} ({config.ral.n_updates} updates)")
         run = patiently(lambda: self.experiment.train(variant.name, config))
         last = run.metrics("ral")[-1]
-        figures = {
+        metrics = {
             "updates": config.ral.n_updates,
             "images": config.ral.n_envs * config.ral.n_updates,
             "codes": int(last["time/total_timesteps"]),
             "heldout_auc": last["critic/heldout_auc"],
             **seconds_of(run, "ral"),
         }
-        self.measured(variant, run, self.experiment.policy(run), figures)
+        self.measured(variant, run, self.experiment.policy(run), metrics)
 
-    def measured(self, variant: Variant, run: Run, prior: Prior, figures: dict[str, Any]) -> None:
+    def measured(self, variant: Variant, run: Run, prior: Prior, metrics: dict[str, Any]) -> None:
         """Measure at both temperatures, one process at a time, and write the variant's file."""
 
         def measure() -> dict[str, Any]:
@@ -187,7 +187,7 @@ class Ablation:
         about = {key: getattr(variant, key) for key in ("name", "group", "label", "paper", "also", "changes")}
         extractor = self.experiment.base.config.evaluation.extractor
         place = {"levels": self.levels, "seed": self.seed, "extractor": extractor}
-        save_json(self.file(variant), {**about, **place, **figures, "rows": rows})
+        save_json(self.file(variant), {**about, **place, **metrics, "rows": rows})
         self.say(f"{variant.label}: FD {rows['1']['fd']:.1f}")
 
     def equal_time(self) -> int:
@@ -214,7 +214,7 @@ class Ablation:
         return int(kept["updates"])
 
     def file(self, variant: Variant) -> Path:
-        """Where the variant's figures are kept; there once it is finished."""
+        """Where the variant's metrics are kept; there once it is finished."""
         return self.folder / f"{variant.name}.json"
 
     def has(self, variant: Variant) -> bool:

@@ -92,7 +92,7 @@ def samples(prior: PixelCNN, n: int, seed: int) -> Tensor:
 def make_critic(
     vqvae: VQVAE, prior: PixelCNN, codes: CodeSet, config: Config, steps: int
 ) -> tuple[CoTrainedCritic, dict[str, float]]:
-    """A critic that tells real codes from the prior's samples, and its figures on held-out ones."""
+    """A critic that tells real codes from the prior's samples, and its metrics on held-out ones."""
     settings = dataclasses.replace(DEMO.critic, loss="hinge")
     network = PatchCritic(vqvae.image_size, vqvae.channels, hidden_units=settings.hidden_units, layers=settings.layers)
     critic = CoTrainedCritic(vqvae, network, codes.train, codes.test, settings, seed=config.seed)
@@ -101,8 +101,8 @@ def make_critic(
         critic.train(critic.finished(fakes), 20)
     critic.critic = round_weights(critic.critic)
     held_out = samples(prior, 500, seed=2).long()
-    _, figures = critic.rewards(critic.finished(held_out))
-    return critic, figures
+    _, metrics = critic.rewards(critic.finished(held_out))
+    return critic, metrics
 
 
 def main(arguments: Arguments) -> None:
@@ -115,13 +115,13 @@ def main(arguments: Arguments) -> None:
     codes = CodeSet.load(run / "codes.safetensors")
     test = torch.from_numpy(codes.test)
 
-    critic, figures = make_critic(vqvae, prior, codes, config, arguments.critic_steps)
+    critic, metrics = make_critic(vqvae, prior, codes, config, arguments.critic_steps)
     facts = {"normalization": critic.normalization, "shift": critic.normalizer.shift, "scale": critic.normalizer.scale}
     write_text(output / "faces/config.json", config.to_json())
     save_half(output / "faces/vqvae.safetensors", vqvae)
     dataclasses.replace(codes, train=codes.train[: codes.clean]).save(output / "faces/codes.safetensors")
     save_half(output / "faces/prior.safetensors", prior, nll_test=nll(prior, test))
-    save_half(output / "faces/critic.safetensors", critic.critic, **facts, heldout_auc=figures["heldout_auc"])
+    save_half(output / "faces/critic.safetensors", critic.critic, **facts, heldout_auc=metrics["heldout_auc"])
 
     shape = {key: prior.config[key] for key in ("codebook_size", "height", "width")}
     oracle, oracle_nll = fit(
@@ -142,7 +142,7 @@ def main(arguments: Arguments) -> None:
     total = sum(file.stat().st_size for file in output.rglob("*/*.*"))
     entropy = nll(oracle, drawn[:256].long())  # of its own samples
     print(f"prior: held-out NLL {nll(prior, test):.3f} nats per code")
-    print(f"critic: held-out AUC {figures['heldout_auc']:.2f}")
+    print(f"critic: held-out AUC {metrics['heldout_auc']:.2f}")
     print(f"oracle: held-out NLL {oracle_nll:.3f}, entropy {entropy:.3f}; light prior on its samples: {light_nll:.3f}")
     print(f"{total / 2**20:.1f} MiB in {output}")
 

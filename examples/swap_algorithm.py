@@ -282,7 +282,7 @@ def evaluate(model: BaseAlgorithm, seed: int, task: Task) -> dict[str, Any]:
         actions, _ = model.predict(observations, deterministic=prior is None)
         observations, _, _, infos = environment.step(actions)
     codes = np.stack([info["codes"] for info in infos]).astype(np.int64)  # (B, T)
-    figures: dict[str, Any] = {
+    metrics: dict[str, Any] = {
         "reward": float(np.mean([info["episode"]["r"] for info in infos])),
         "distinct": len(np.unique(codes, axis=0)) / count,
         "entropy": None,
@@ -290,10 +290,10 @@ def evaluate(model: BaseAlgorithm, seed: int, task: Task) -> dict[str, Any]:
     }
     if prior is not None:
         drawn = torch.as_tensor(codes, device=model.device)
-        figures["entropy"] = entropy(prior, drawn)
+        metrics["entropy"] = entropy(prior, drawn)
         if task.env == ORACLE:
-            figures["kl"] = sequence_kl(prior, load_oracle(task.arguments.device), drawn)
-    return figures
+            metrics["kl"] = sequence_kl(prior, load_oracle(task.arguments.device), drawn)
+    return metrics
 
 
 def comparison(results: dict[str, list[dict[str, Any]]], task: Task) -> tuple[list[str], list[list[str]], str]:
@@ -301,13 +301,13 @@ def comparison(results: dict[str, list[dict[str, Any]]], task: Task) -> tuple[li
     key, name, digits = ("kl", "KL to\noracle", 4) if task.env == ORACLE else ("reward", "reward", 3)
     headings = [name, *(["reward"] if key == "kl" else []), "entropy", "distinct", "CPU s", f"{key}, per seed"]
 
-    def row(label: str, figures: list[dict[str, Any]], cpu: str) -> list[str]:
-        main_figure = [one[key] for one in figures]
-        cells = [mean_and_interval(main_figure, digits)]
-        cells += [mean_and_interval([one["reward"] for one in figures], 1)] if key == "kl" else []
-        cells += [mean_and_interval([one["entropy"] for one in figures], 2)]
-        cells += [f"{np.mean([one['distinct'] for one in figures]):.0%}", cpu]
-        return [label, *cells, " / ".join("-" if value is None else f"{value:.3f}" for value in main_figure)]
+    def row(label: str, metrics: list[dict[str, Any]], cpu: str) -> list[str]:
+        main_values = [one[key] for one in metrics]
+        cells = [mean_and_interval(main_values, digits)]
+        cells += [mean_and_interval([one["reward"] for one in metrics], 1)] if key == "kl" else []
+        cells += [mean_and_interval([one["entropy"] for one in metrics], 2)]
+        cells += [f"{np.mean([one['distinct'] for one in metrics]):.0%}", cpu]
+        return [label, *cells, " / ".join("-" if value is None else f"{value:.3f}" for value in main_values)]
 
     starts = next((runs for algo, runs in results.items() if learns_prior(algo)), [])
     rows = [row("(start)", [run["start"] for run in starts], "-")] if starts else []

@@ -10,14 +10,14 @@ from gymnasium.envs.registration import registry as _registry
 
 __version__ = "0.2.0"
 
-# In the root of a checkout the folder `ral_gym` shadows the installed package, and `envs` and `agents`, which an
-# installation puts inside it, lie beside it.
+# In the root of a checkout, the folder `ral_gym` shadows the installed package; `envs` and `agents`, which are inside
+# the installed package, are next to it here.
 _root = _Path(__file__).resolve().parents[1]
 if not (_root / "ral_gym" / "envs").exists() and (_root / "envs" / "core.py").exists():
     __path__.append(str(_root))
 
-# No max_episode_steps: the last code ends the episode, that is a termination and no time limit. Only a task with a
-# known optimum has a reward threshold; it is stated for `reward="single"`.
+# No max_episode_steps: the last code terminates the episode; there is no time limit. Only a task with a known optimum
+# has a reward threshold; it holds for `reward="single"`.
 for _name, _module, _class, _reward_threshold in [
     ("ral_gym/Toy-v0", "ral_gym.envs.toy", "Toy", 0.9),
     ("ral_gym/Faces-v0", "ral_gym.envs.faces", "Faces", None),

@@ -1,4 +1,4 @@
-"""What can go wrong by a user's hand: one clear line each, never a traceback.
+"""Errors that a user can fix: one clear line each, never a traceback.
 
 Library code raises these; the command line prints the message and exits with 2.
 A message says what is wrong, the value, what is allowed and what to do.
@@ -7,18 +7,18 @@ A message says what is wrong, the value, what is allowed and what to do.
 import unicodedata
 
 LONGEST_LINE = 2000
-"""Characters of a message; text from a file could be of any length."""
+"""Most characters of a message; text from a file could be of any length."""
 
 
 def printable(text: object, longest: int = LONGEST_LINE) -> str:
-    """Text from outside (names of files, keys, settings), made safe for a terminal and for one line.
+    """Untrusted text (names of files, keys, settings), made safe to print on one line of a terminal.
 
     Control and format characters (escape sequences, line ends, changes of the writing direction), halves of surrogate
     pairs (names that are not UTF-8) and unassigned characters become backslash escapes; what is too long is cut in the
     middle.
 
     Args:
-        text: anything with a `str`.
+        text: any object; its `str` is used.
         longest: characters of the result, at least 20.
     """
     given = str(text)
@@ -30,15 +30,15 @@ def printable(text: object, longest: int = LONGEST_LINE) -> str:
 
 
 def _is_safe(character: str) -> bool:
-    """Whether a character shows itself and changes nothing around it."""
+    """Whether a character is visible and does not change the text around it."""
     return unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Cn", "Co", "Zl", "Zp")
 
 
 class RalGymError(Exception):
-    """Base of every error a user can mend; ``str(error)`` is the one line to print."""
+    """Base of every error that a user can fix; ``str(error)`` is the one line to print."""
 
     def __str__(self) -> str:
-        """The message, safe to print: it may quote a stranger's file."""
+        """The message, safe to print: it may quote an untrusted file."""
         return printable(super().__str__())
 
 
@@ -59,4 +59,4 @@ class DivergedError(RalGymError):
 
 
 class DeviceError(RalGymError):
-    """The device asked for does not exist here."""
+    """The requested device does not exist here."""

@@ -1,12 +1,12 @@
 """The shape of an image's codes.
 
-Vocabulary used everywhere: an image is a grid of H rows and W columns of codes, T = H * W of them in raster order
-(left to right, then top to bottom), each one of K. With two levels (VQ-VAE-2) H and W are the top grid's; the bottom
-grid has 2H rows and 2W columns of the same K codes, and the image is one sequence: the top codes in raster order, then
-the bottom codes in raster order, T = 5 * H * W. At rest codes are int16 arrays (N, T).
+Terms used everywhere: an image is a grid of H rows and W columns of codes, T = H * W of them in raster order (left to
+right, then top to bottom), each one of K. With two levels (VQ-VAE-2) H and W are the top grid's; the bottom grid has 2H
+rows and 2W columns of the same K codes, and the image is one sequence: the top codes in raster order, then the bottom
+codes in raster order, T = 5 * H * W. Stored codes are int16 arrays (N, T).
 
-An image's first r rows, counted in rows of the top grid, are a sequence of their own: r * W top codes, then the
-2r * 2W bottom codes under them. Everything that takes codes takes such short sequences.
+An image's first r rows, counted in rows of the top grid, are a sequence of their own: r * W top codes, then the 2r * 2W
+bottom codes under them. Everything that takes codes accepts such short sequences.
 
 Two more tokens appear in observations only: K, "not drawn yet", and K + 1, "will not be drawn in this episode".
 """
@@ -91,7 +91,7 @@ class CodeGrid:
         return rows
 
     def mask(self, prefix_rows: int, stop_rows: int) -> np.ndarray:
-        """Which codes an episode draws that is given rows 0..prefix_rows-1 and stops before row `stop_rows`.
+        """Which codes an episode draws if rows 0..prefix_rows-1 are given and it stops before row `stop_rows`.
 
         Args:
             prefix_rows: (top) rows that are given, 0..stop_rows.
@@ -106,7 +106,7 @@ class CodeGrid:
         return np.concatenate([rows.reshape(-1) for rows in drawn])  # (T,)
 
     def split(self, codes: Codes) -> list[Codes]:
-        """Take a sequence apart: (..., codes_of(r)) -> every level's codes, top first: (..., r*W) and (..., 4*r*W).
+        """Split a sequence (..., codes_of(r)) into every level's codes, top first: (..., r*W) and (..., 4*r*W).
 
         Raises:
             ConfigError: the length is not that of 1..H rows.
@@ -134,7 +134,7 @@ class CodeGrid:
         return joined
 
     def short_position(self, position: Position, rows: int) -> Position:
-        """Where a code of the whole grid stands in the sequence of the image's first `rows` (top) rows.
+        """The position of a code of the whole grid in the sequence of the image's first `rows` (top) rows.
 
         Args:
             position: 0..T-1, a number, an array or a tensor of any shape; they must lie in those rows.

@@ -1,8 +1,8 @@
-"""Pictures of a run: sample grids, generators side by side, curves, FD against entropy; and the results table.
+"""Pictures of a run: sample grids, generators side by side, nearest training images, curves, FD against entropy.
 
 Everything is drawn with matplotlib's object interface (no window, no global state) and written atomically. A generator
-has one colour in all figures, from Okabe and Ito's palette, which colour-blind readers can tell apart; curves and
-points differ in marker too. Images are enlarged by whole numbers without smoothing, so that a pixel stays a pixel.
+has the same colour in all figures, from Okabe and Ito's palette, which colour-blind readers can tell apart; curves and
+points also differ in marker. Images are enlarged by whole factors without smoothing, so that pixels stay sharp.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def colour(label: str, others: Sequence[str] = ()) -> str:
 
     Args:
         label: the name.
-        others: all labels of the figure; those without a colour of their own take turns in a second list.
+        others: all labels of the figure; those without a fixed colour share a second list of colours in order.
     """
     name = _name(label)
     if name in COLOURS:
@@ -77,7 +77,7 @@ def colour(label: str, others: Sequence[str] = ()) -> str:
 
 
 class _Panel(NamedTuple):
-    """A block of images: its label, the picture (H, W, 3), and text beside rows by the height of their middle."""
+    """A block of images: its label, the picture (H, W, 3), and row labels by the height of the row's middle."""
 
     label: str
     canvas: np.ndarray
@@ -106,7 +106,7 @@ def save_grid(path: str | Path, images: Images, *, columns: int, title: str, cap
 def save_comparison(
     path: str | Path, columns: Mapping[str, Images], *, title: str, caption: str | None = None, rows: int = 4
 ) -> None:
-    """Generators side by side, a labelled block of images each.
+    """Generators side by side, each as a labelled block of images.
 
     Args:
         path: PNG file to write.
@@ -264,7 +264,7 @@ def _draw_sweep(axes: Axes, curve: Sequence[tuple[float, float, float]], label: 
     sweep = sorted((entropy, fd, temperature) for temperature, entropy, fd in curve)
     axes.plot([e for e, _, _ in sweep], [f for _, f, _ in sweep], color=line_colour, marker="o", label=label)
     for number, (entropy, fd, temperature) in enumerate(sweep):
-        # Below the curve, on the side that it leaves free.
+        # Below the curve, where it leaves space.
         falling = number + 1 < len(sweep) and sweep[number + 1][1] < fd
         axes.annotate(
             f"T={temperature:g}",
@@ -312,7 +312,7 @@ def _tile(images: np.ndarray, columns: int, scale: int) -> np.ndarray:
 
 
 def _write_panels(path: str | Path, panels: Sequence[_Panel], title: str, caption: str | None) -> None:
-    """Put panels side by side at their exact pixels, with title, labels and caption around them, and write the file."""
+    """Write panels side by side without resampling, with title, labels and caption around them."""
     inner = sum(panel.canvas.shape[1] for panel in panels)
     text = int(min(34, max(15, inner / 55)))  # Pixels; wide pictures are shown smaller.
     between, margin = 2 * text, text
@@ -365,7 +365,7 @@ def _axes(xlabel: str, ylabel: str, title: str) -> tuple[Figure, Axes]:
 
 
 def show_as_written(figure: Figure) -> None:
-    """Take no dollar signs in names and titles for formulas, which may be wrong ones and fail."""
+    """Show dollar signs in names and titles as they are: as formulas they might not parse."""
     for text in figure.findobj(matplotlib.text.Text):
         text.set_parse_math(False)
 

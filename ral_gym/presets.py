@@ -1,4 +1,4 @@
-"""Named settings: the paper's tables as data, small ones for a CPU, and your own: registered, in a module or a file."""
+"""Named configurations: the paper's tables, small ones for a CPU, and your own (registered, in a module or a file)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from ral_gym.registry import PRESETS, is_path
 from ral_gym.schema import config_from, shown
 
 MOST_BYTES = 2**20
-"""Size of a JSON file with settings."""
+"""Largest size of a JSON file with settings."""
 
 # The paper --------------------------------------------------------------------------------------------------------
 
@@ -88,14 +88,14 @@ CELEBA64 = Config(
     evaluation=EvaluationConfig(n_samples=10_000),
 )
 
-# Table 4a: the network that stands for the data where true likelihoods are wanted.
+# Table 4a: the oracle, the network that plays the role of the data where true likelihoods are needed.
 CELEBA64_ORACLE = replace(
     CELEBA64,
     preset="celeba64-oracle",
     prior=replace(CELEBA64.prior, hidden_units=256, residual_units=256, training_steps=90_039),
 )
 
-# What Tables 5 to 10 have in common. Evaluating 20 layers on thousands of held-out codes takes a while.
+# Settings that Tables 5 to 10 share. Evaluating 20 layers on thousands of held-out codes takes a while.
 _LARGE_VQVAE = replace(CELEBA64.vqvae, codebook_size=512)
 _LARGE_PRIOR = replace(CELEBA64.prior, hidden_units=512, residual_units=512, layers=20, evaluate_every=1000)
 _ATTENTION_PRIOR = replace(_LARGE_PRIOR, batch_size=480, attention_layers=8, output_stack_layers=20)
@@ -104,10 +104,10 @@ _ATTENTION_PRIOR = replace(_LARGE_PRIOR, batch_size=480, attention_layers=8, out
 def _paper(
     name: str, source: str, image_size: int, vqvae: VQVAEConfig, prior: PriorConfig, bottom: PriorConfig | None = None
 ) -> Config:
-    """A preset of the supplement's tables; what they do not state is as at 64 x 64.
+    """A preset of the supplement's tables; unstated settings are those of 64 x 64.
 
-    The critic has as many layers as leave a score map of 4 x 4, the best one for the single reward (Table 3b); 5 at
-    128 x 128, as in Section 5.1. A source without a path asks for `--data`.
+    The critic has as many layers as leave a score map of 4 x 4, the best one for the single reward (Table 3b); 5 at 128
+    x 128, as in Section 5.1. The source has no path: give it with `--data`.
     """
     return replace(
         CELEBA64,
@@ -149,7 +149,7 @@ CELEBA128_16X16 = _paper(
 LSUN128_16X16 = replace(CELEBA128_16X16, preset="lsun128-16x16", data=DataConfig(source="lsun:", image_size=128))
 
 # Tables 8 to 10. Their part b has one row "Conditioning Output stack layers 20", which merges two rows of VQ-VAE-2's
-# own table, "conditioning stack residual blocks" and "output stack layers": 20 stands for both here.
+# own table, "conditioning stack residual blocks" and "output stack layers": both are 20 here.
 _BOTTOM_PRIOR = replace(
     _LARGE_PRIOR, batch_size=128, attention_layers=0, output_stack_layers=20, conditioning_stack_layers=20
 )
@@ -254,7 +254,7 @@ DEMO_2LEVEL = replace(
     evaluation=EvaluationConfig(n_samples=1000, temperatures=(0.85,)),
 )
 
-# One level of 16 x 16 codes, whose PixelCNN has self-attention.
+# One level of 16 x 16 codes; the PixelCNN has self-attention.
 DEMO_ATTENTION = replace(
     DEMO,
     preset="demo-attention",
@@ -304,13 +304,13 @@ SMOKE = Config(
 
 
 def get_preset(name: str) -> Config:
-    """The settings called `name`; their `preset` is the last part of it.
+    """The settings called `name`; their `preset` field is its last part.
 
     Args:
         name: a registered preset, ``module:NAME`` of a `Config` in a module, or a ``.json`` file (see `read_preset`).
 
     Raises:
-        ConfigError: there is no such preset, or it may not or cannot be read.
+        ConfigError: there is no such preset, or it may not be imported or cannot be read.
     """
     if name.lower().endswith(".json"):
         return read_preset(Path(name))
@@ -334,14 +334,14 @@ def read_preset(path: Path) -> Config:
 
         {"base": "demo", "seed": 3, "ral": {"algo": "grpo", "grpo": {"group_size": 4}}}
 
-    The file is data: code that it names (``module:Class``) is imported only if the user names it too.
+    The file is treated as data: code that it names (``module:Class``) is imported only if the user names it too.
 
     Args:
-        path: the file. `base` in it is a preset's name; without one the file must be complete. `preset`, the name in
-            logs and of the run folder, is the file's own name where it is not given.
+        path: the file. `base` is the name of a preset to change; without it the file must be complete. `preset`, the
+            name in logs and of the run folder, is the file's own name by default.
 
     Raises:
-        ConfigError: no such file, no JSON, an unknown setting, or one of another type.
+        ConfigError: no such file, not JSON, an unknown setting, or a value of another type.
     """
     values = _json(path)
     base = values.pop("base", None)
@@ -353,7 +353,7 @@ def read_preset(path: Path) -> Config:
         try:
             return Config.from_dict(values)
         except ConfigError as error:
-            raise ConfigError(f'{path}: {error}; or name the preset that it changes: "base": "demo"') from error
+            raise ConfigError(f'{path}: {error}; or name a preset to change, such as "base": "demo"') from error
     if not isinstance(base, str) or base.lower().endswith(".json"):
         raise ConfigError(f"{path}: base is {shown(base)}: give a preset's name")
     if isinstance(values.get("ral"), dict) and "baseline" in values["ral"]:
@@ -369,13 +369,13 @@ def read_preset(path: Path) -> Config:
 def _json(path: Path) -> dict[str, Any]:
     """The names and values of a JSON file."""
     if not path.is_file():
-        raise ConfigError(f"preset {path} is no file: give a .json file, or the name of a preset")
+        raise ConfigError(f"preset {path} is not a file: give a .json file, or the name of a preset")
     if path.stat().st_size > MOST_BYTES:
         raise ConfigError(f"{path} has {path.stat().st_size:,} bytes: a preset has at most {MOST_BYTES:,}")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, RecursionError, ValueError) as error:
-        raise ConfigError(f"{path} is no JSON file ({shown(str(error), bare=True)})") from error
+        raise ConfigError(f"{path} is not a JSON file ({shown(str(error), bare=True)})") from error
     if not isinstance(values, dict):
-        raise ConfigError(f'{path} is no preset: give names and values, such as {{"base": "demo", "seed": 3}}')
+        raise ConfigError(f'{path} is not a preset: give names and values, such as {{"base": "demo", "seed": 3}}')
     return values

@@ -1,16 +1,15 @@
-"""The doors: every kind of part by name, and how a stranger's part comes in without an edit in this package.
+"""The registries ("doors"): parts of every kind by name, so that your own are used without editing this package.
 
 A part is found by its name in one of these ways:
 
-* it comes with the package (imported when it is first asked for);
+* it comes with the package (imported at first use);
 * its module has registered it: ``@REWARDS.register("bright")``;
 * an installed package offers it as an entry point of the kind's group, such as ``ral_gym.rewards``;
-* the name is ``module:Class`` and stands in a call or on the command line.
+* the name is ``module:Class``, given in a call or on the command line.
 
-The last one imports a module, which runs its code. So a name that merely stands in a *file* (config.json, the metadata
-of weights, a checkpoint) is imported only if the same name was also given by the user: on the command line
-(``--plugin module:Class``, or the flag of such a part), or by `allow` in a program. Files from strangers cannot
-name code to run.
+The last one imports a module, which runs its code. So a name that only occurs in a *file* (config.json, the metadata of
+weights, a checkpoint) is imported only if the user also gave the same name: on the command line (``--plugin
+module:Class``, or the flag of such a part), or by `allow` in a program. An untrusted file cannot name code to run.
 """
 
 from __future__ import annotations
@@ -44,14 +43,14 @@ def is_path(name: str) -> bool:
 
 
 def allow(*names: str) -> None:
-    """Let these ``module:Class`` names be imported from now on, wherever they stand. For names that a user gave.
+    """Let these ``module:Class`` names be imported from now on, wherever they occur. Only for names that the user gave.
 
     Raises:
         ConfigError: a name of another form.
     """
     for name in names:
         if not is_path(name):
-            raise ConfigError(f"plug-in {name!r} is no module:Class: give, for instance, my_parts:Bright")
+            raise ConfigError(f"plug-in {name!r} is not a module:Class: give, for instance, my_parts:Bright")
     _allowed.update(names)
 
 
@@ -73,11 +72,11 @@ def allow_given(argv: Iterable[str]) -> None:
 
 
 def load_plugins(names: Iterable[str]) -> None:
-    """Import modules that register parts, or allow ``module:Class`` names: what ``--plugin`` and ``plugins=`` say.
+    """Import modules that register parts, or allow ``module:Class`` names, for ``--plugin`` and ``plugins=``.
 
     Args:
-        names: ``module`` (imported now; its decorators register its parts) or ``module:Class`` (imported when asked
-            for by that name).
+        names: ``module`` (imported now; its decorators register its parts) or ``module:Class`` (imported when that name
+            is used).
 
     Raises:
         ConfigError: a name of another form, or a module that cannot be imported.
@@ -88,16 +87,18 @@ def load_plugins(names: Iterable[str]) -> None:
         elif _MODULE.fullmatch(name):
             _import(name, f"plug-in {name!r}")
         else:
-            raise ConfigError(f"plug-in {name!r} is no module and no module:Class: give my_parts or my_parts:Bright")
+            raise ConfigError(
+                f"plug-in {name!r} is neither a module nor a module:Class: give my_parts or my_parts:Bright"
+            )
 
 
 class Registry(Mapping[str, Any]):
     """The parts of one kind by name.
 
     Args:
-        kind: what messages call it, such as "prior".
+        kind: its name in messages, such as "prior".
         group: the entry-point group of installed packages.
-        builtin: name -> ``module:attribute`` of the package's own parts, imported when they are first asked for.
+        builtin: name -> ``module:attribute`` of the package's own parts, imported at first use.
     """
 
     def __init__(self, kind: str, group: str, builtin: Mapping[str, str] | None = None) -> None:
@@ -106,10 +107,10 @@ class Registry(Mapping[str, Any]):
         self._parts: dict[str, Any] = {}
 
     def register(self, name: str) -> Callable[[Part], Part]:
-        """Decorate a part to make it known under `name`; registering the same object again changes nothing.
+        """Decorator that registers a part as `name`; registering the same object again changes nothing.
 
         Raises:
-            ConfigError: the name is empty, looks like ``module:Class``, or is another part's.
+            ConfigError: the name is empty, looks like ``module:Class``, or belongs to another part.
         """
         if not name or ":" in name or name != name.strip():
             raise ConfigError(f"{self.kind} {name!r}: give a name without a colon or spaces around it")
@@ -137,7 +138,7 @@ class Registry(Mapping[str, Any]):
         if is_path(name):
             raise ConfigError(
                 f"{self.kind} {name!r} is code that a file names; it is imported only if you name it too: add --plugin "
-                f"{name}, or call ral_gym.registry.allow({name!r}); known without it: {known}"
+                f"{name}, or call ral_gym.registry.allow({name!r}); registered ones: {known}"
             )
         near = difflib.get_close_matches(name, list(self), n=1)
         meant = f" (did you mean {near[0]}?)" if near else ""
@@ -163,9 +164,9 @@ class Registry(Mapping[str, Any]):
         return self._parts[name]
 
     def name_of(self, part: Any) -> str:
-        """The name of a part that is at hand, such as the class of an object in a call.
+        """The name of a given part, such as the class of an object in a call.
 
-        A class without a name becomes known in this process as ``module:Class``.
+        A class that is not registered becomes known in this process as ``module:Class``.
         """
         for name, known in self._parts.items():
             if known is part:
@@ -181,7 +182,7 @@ class Registry(Mapping[str, Any]):
         return self.get(name)
 
     def __iter__(self) -> Iterator[str]:
-        """The known names: the package's own first, then registered and offered ones."""
+        """The known names: the package's own first, then registered ones and entry points."""
         return iter(dict.fromkeys([*self._builtin, *self._parts, *self._offered()]))
 
     def __len__(self) -> int:
@@ -191,13 +192,13 @@ class Registry(Mapping[str, Any]):
         return isinstance(name, str) and name in list(self)
 
     def _offered(self) -> dict[str, str]:
-        """What installed packages offer: name -> ``module:attribute``."""
+        """The entry points of installed packages: name -> ``module:attribute``."""
         return _entry_points(self.group)
 
 
 @functools.cache
 def _entry_points(group: str) -> dict[str, str]:
-    """Name -> ``module:attribute``; looking through all installed packages takes tens of milliseconds."""
+    """Name -> ``module:attribute``; searching all installed packages takes tens of milliseconds."""
     return {point.name: point.value for point in entry_points(group=group)}
 
 
@@ -208,21 +209,21 @@ def path_of(part: Any) -> str:
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Whether two parts are one: classes and functions by their path, other objects (such as presets) by value."""
+    """Whether two parts are the same: classes and functions by path, other objects (such as presets) by value."""
     named = hasattr(one, "__qualname__") and hasattr(other, "__qualname__")
     return path_of(one) == path_of(other) if named else bool(one == other)
 
 
 def _import(module: str, what: str) -> Any:
-    if "" not in sys.path:  # the working directory, whichever it is now; "." would be that of the first import
-        sys.path.append("")  # last, so that a user's own file is found and shadows nothing
+    if "" not in sys.path:  # the current working directory; "." would stay that of the first import
+        sys.path.append("")  # last, so that a user's file is found but shadows nothing
     try:
         return importlib.import_module(module)
     except Exception as error:
         reason = (str(error).strip() or "no reason given").splitlines()[0]
         raise ConfigError(
-            f"{what}: importing {module} failed ({type(error).__name__}: {reason}); it must be installed, or lie in "
-            "the folder where you start"
+            f"{what}: importing {module} failed ({type(error).__name__}: {reason}); it must be installed, or be in "
+            "the current folder"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""Settings from outside: every value is checked against its dataclass's annotations, before anything is done with it.
+"""Checking of untrusted settings: every value is checked against its dataclass's annotations before it is used.
 
 One checker for config.json, for presets in JSON files, and for a `Config` that a program has built.
 """
@@ -18,11 +18,11 @@ from ral_gym.errors import ConfigError
 Settings = TypeVar("Settings")
 
 LONGEST_TEXT = 4096
-"""Characters of a setting that is text, such as a path; the longest path that Linux knows."""
+"""Most characters of a text setting, such as a path; the longest path on Linux."""
 LARGEST_INTEGER = 2**53
-"""Integers up to here are exact as floating-point numbers too."""
+"""Integers up to this are exact as floating-point numbers too."""
 MOST_ITEMS = 10_000
-"""Entries of a setting that is a list or a dict."""
+"""Most entries of a setting that is a list or a dict."""
 _SHOWN = 60
 
 
@@ -34,10 +34,10 @@ def config_from(
     Args:
         cls: the dataclass; its fields may be numbers, truth values, text, `Literal`, optional ones, tuples, dicts with
             text as keys, and further dataclasses.
-        values: name -> value; what is left out has its default.
+        values: name -> value; missing ones get their defaults.
         where: the file's name or another source, for the messages.
-        defaults: an instance whose values stand for what is left out; None: the dataclass's own defaults.
-        path: name of the section that this is, such as ``prior``; empty for the whole.
+        defaults: an instance that supplies missing values; None: the dataclass's own defaults.
+        path: name of this section, such as ``prior``; empty for the whole.
 
     Raises:
         ConfigError: an unknown name, a value of another type, or one that is missing and has no default.
@@ -64,7 +64,7 @@ def config_from(
 
 
 def check_types(settings: Any, path: str = "") -> None:
-    """Refuse a settings object that holds a value of another type than its annotation's, as a program may build one.
+    """Refuse a settings object, such as one built by a program, with a value of another type than its annotation's.
 
     Raises:
         ConfigError: which setting, its value and what is allowed.
@@ -81,19 +81,19 @@ def check_types(settings: Any, path: str = "") -> None:
 
 @functools.cache
 def type_hints(cls: Any) -> dict[str, Any]:
-    """Field of a dataclass -> type, without what is only said to the command line."""
+    """Field of a dataclass -> type, without annotations for the command line."""
     hints = typing.get_type_hints(cls)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
 def shown(value: Any, bare: bool = False) -> str:
-    """A foreign value for a message: on one line, with an end."""
+    """An untrusted value for a message: on one line, shortened."""
     text = str(value) if bare and isinstance(value, str) else _short_repr(value)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def _short_repr(value: Any) -> str:
-    """`repr` of a scalar; of a list or a dict only what it is, since it may be deep or endless."""
+    """`repr` of a scalar; only the kind of a list or a dict, since it may be deep or endless."""
     if isinstance(value, str):
         return repr(value[: _SHOWN + 1])
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) > LARGEST_INTEGER:
@@ -104,7 +104,7 @@ def _short_repr(value: Any) -> str:
 
 
 def _value(hint: Any, value: Any, start: str, name: str, default: Any) -> Any:
-    """The value as its type; lists become tuples, and integers numbers."""
+    """The value, converted to its type: lists become tuples, and integers floats where needed."""
     if dataclasses.is_dataclass(hint):
         return config_from(hint, value, start.removesuffix(": "), defaults=default, path=name)  # type: ignore[arg-type]
     origin, arguments = get_origin(hint), get_args(hint)
@@ -161,7 +161,7 @@ def _scalar(hint: Any, value: Any) -> Any:
 
 
 def _in_words(hint: Any) -> str:
-    """What a value must be."""
+    """What a value must be, in words."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Literal:
         return " or ".join(map(str, arguments))

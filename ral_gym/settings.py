@@ -1,4 +1,4 @@
-"""Settings that are dicts: named rewards with their weights, a part's own options; how a command line gives them."""
+"""Settings that are dicts (reward weights, a part's own options), and their form on the command line."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ CRITIC_ALONE = {"critic": 1.0}
 
 
 def weight_words(weights: dict[str, float]) -> list[str]:
-    """What a command line would say."""
+    """The weights as words of a command line."""
     return [word for term, weight in weights.items() for word in (term, _number(weight))]
 
 
 def _number(value: float) -> str:
-    """The shortest words that are read as this number again."""
+    """The shortest text that parses to this number again."""
     short = f"{value:g}"
     return short if float(short) == value else repr(value)
 
@@ -42,7 +42,7 @@ def _parse(words: list[str]) -> dict[str, float]:
 
 RewardWeights = Annotated[
     dict[str, float],
-    # Without it, a dict with a default becomes one flag per term that is there, and no term could be added.
+    # Without it, a dict with a default becomes one flag per existing term, and no term could be added.
     tyro.constructors.PrimitiveConstructorSpec(
         nargs="*",
         metavar="TERM WEIGHT ..",
@@ -55,7 +55,7 @@ RewardWeights = Annotated[
 
 
 def option_words(options: dict[str, Any]) -> list[str]:
-    """What a command line would say; text that would be read as something else, or as a flag, is quoted."""
+    """The options as words of a command line; text that would parse as another value or as a flag is quoted."""
     words: list[str] = []
     for name, value in options.items():
         plain = isinstance(value, str) and _literal(value) == value and not value.startswith("-")
@@ -64,7 +64,7 @@ def option_words(options: dict[str, Any]) -> list[str]:
 
 
 def _literal_of(value: Any) -> str:
-    """What `ast.literal_eval` reads as this value; infinity is not one of Python's literals."""
+    """Text that `ast.literal_eval` parses to this value; infinity is not a Python literal."""
     return repr(value).replace("inf", "1e999") if isinstance(value, float) else repr(value)
 
 
@@ -95,10 +95,10 @@ Options = Annotated[
 
 
 def check_reward_weights(weights: Any) -> None:
-    """Refuse what is no set of weighed terms; `check_parts` looks the names up.
+    """Refuse anything but a dict of weighted terms; `check_parts` looks the names up.
 
     Raises:
-        ConfigError: no term, a name that is no text, or a weight that is not a finite number above 0.
+        ConfigError: no term, a name that is not text, or a weight that is not a finite number above 0.
     """
     known = ", ".join(REWARDS)
     if not isinstance(weights, dict) or not weights:
@@ -107,13 +107,15 @@ def check_reward_weights(weights: Any) -> None:
         if not isinstance(term, str) or not term or "/" in term or not term.isprintable():
             raise ConfigError(f"ral.reward_weights names {term!r}: choose among {known}, or your own module:function")
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
-            raise ConfigError(f"ral.reward_weights: {term} weighs {weight!r}: give a number above 0, or leave it out")
+            raise ConfigError(
+                f"ral.reward_weights: {term} has weight {weight!r}: give a number above 0, or leave it out"
+            )
 
 
 def check_parts(weights: dict[str, float], critic: str) -> None:
     """Refuse names of rewards, and of the critic if there is one, that stage 3 would not find; nothing is imported.
 
-    `Config.check` does not, so that a run made with someone's own parts can be sampled from without them.
+    `Config.check` does not do this, so that a run made with custom parts can be sampled from without them.
 
     Raises:
         ConfigError: an unknown name, or code that only a file names.
@@ -127,7 +129,7 @@ def check_parts(weights: dict[str, float], critic: str) -> None:
 def constructor_parameters(cls: type) -> tuple[frozenset[str], bool]:
     """The names that a class's constructor takes, and whether it takes any others.
 
-    A constructor with ``**kwargs`` is taken to hand them on to its base's.
+    A constructor with ``**kwargs`` is assumed to pass them on to its base class's.
     """
     names: set[str] = set()
     for base in cls.__mro__:
@@ -151,18 +153,18 @@ def part_arguments(
     given: Collection[str],
     untouched: Sequence[Any],
 ) -> dict[str, Any]:
-    """A part's constructor arguments from its section of the settings: those of them that it takes, and its options.
+    """A part's constructor arguments from its section of the settings: the fields that it takes, and its options.
 
     Args:
         cls: the part's class.
         settings: a dataclass with `kind`, `options` and further fields.
         section: its name, such as ``prior``.
-        training: fields that the stage's loop reads, and no part.
+        training: fields that the stage's training loop reads instead of the part.
         given: arguments that the caller fills in.
-        untouched: settings such as the defaults and the preset's: what equals one of them was not asked for.
+        untouched: defaults and the preset's settings: a value that equals one of them was not changed by the user.
 
     Raises:
-        ConfigError: a setting that was changed and that the part does not take, or an option that is not its.
+        ConfigError: a changed setting or an option that the part does not take.
     """
     taken, any_other = constructor_parameters(cls)
     values = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}

@@ -170,7 +170,7 @@ def test_a_truncated_file_is_named_and_may_be_removed(refused, finishes, run, na
     file = run / f"{name}.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     message = refused()
-    assert f"{file} is damaged or no safetensors file" in message and "remove it to make it again" in message
+    assert f"{file} is damaged or not a safetensors file" in message and "remove it to make it again" in message
     file.unlink()  # as it says
     finishes()
 
@@ -289,7 +289,7 @@ def test_ctrl_c_is_one_line_and_130(capsys) -> None:
         raise KeyboardInterrupt
 
     assert run_command(command, []) == 130
-    assert capsys.readouterr().err == "stopped: what was saved is kept; run the same command again to continue\n"
+    assert capsys.readouterr().err == "stopped: saved files are kept; run the same command again to continue\n"
 
 
 def test_other_errors_are_bugs_and_keep_their_traceback() -> None:

@@ -226,7 +226,7 @@ def test_ctrl_c_in_every_stage_loses_nothing(train, smoke_run, tmp_path, monkeyp
                 interrupt_when(patch, target, wanted)
                 assert train(tmp_path) == 130, stage
             lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("warning: ")]
-            assert lines == ["stopped: what was saved is kept; run the same command again to continue"]
+            assert lines == ["stopped: saved files are kept; run the same command again to continue"]
             assert all(path.read_bytes() == content for path, content in kept.items()), stage
             kept = {path: path.read_bytes() for path in run.glob("*.safetensors")}
             assert not list(run.rglob(".*.tmp"))
@@ -257,7 +257,7 @@ def test_ctrl_c_from_outside_stops_the_script(tmp_path) -> None:
     finally:
         process.kill()
     assert process.returncode == 130
-    assert errors.splitlines()[-1] == "stopped: what was saved is kept; run the same command again to continue"
+    assert errors.splitlines()[-1] == "stopped: saved files are kept; run the same command again to continue"
     assert "Traceback" not in errors and "Exception" not in errors
 
 

@@ -93,7 +93,7 @@ def test_ctrl_c_twice_in_a_hurry_is_one(pause) -> None:
             time.sleep(pause)
         out, err = process.communicate(timeout=30)
     assert (process.returncode, out) == (130, "tidy\n")
-    assert err == "stopped: what was saved is kept; run the same command again to continue\n"
+    assert err == "stopped: saved files are kept; run the same command again to continue\n"
 
 
 def test_after_a_command_inside_a_program_ctrl_c_is_its_own_again() -> None:

@@ -74,7 +74,7 @@ def test_a_log_that_was_cut_short_goes_on_with_what_is_whole(tmp_path, cut) -> N
 def test_an_event_file_that_is_none_is_named(tmp_path) -> None:
     (tmp_path / "tensorboard").mkdir()
     os.mkfifo(tmp_path / "tensorboard" / "events.out.tfevents.1.host.1.0.prior")
-    with pytest.raises(RunError, match="is no regular file"):
+    with pytest.raises(RunError, match="is not a regular file"):
         open_event_log(tmp_path, "prior", 0)
 
 

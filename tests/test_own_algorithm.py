@@ -216,7 +216,7 @@ def test_the_example_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nam
         ({"algo": "a2c", "ppo": PPOConfig(clip_range=0.3)}, r"ral.ppo.clip_range is 0.3, but ral.algo is a2c"),
         ({"algo": "ppo", "reinforce": ReinforceConfig(baseline="none")}, "ral.reinforce.baseline is none, but"),
         ({"algo": "trpo", "max_grad_norm": 0.5}, "ral.max_grad_norm is 0.5, but trpo has no such argument: give 1.0"),
-        ({"algo": "ppo", "ppo": PPOConfig(entropy_target="start")}, r"ral.ppo.ent_coef, which it steers, is 0"),
+        ({"algo": "ppo", "ppo": PPOConfig(entropy_target="start")}, r"ral.ppo.ent_coef, which it adapts, is 0"),
         ({"grpo": GRPOConfig(entropy_schedule=True)}, "ral.grpo.entropy_schedule needs ral.grpo.entropy_target"),
         ({"reinforce": ReinforceConfig(vf_coef=0.1)}, "only ral.reinforce.baseline value trains a value head"),
     ],

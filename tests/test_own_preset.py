@@ -62,9 +62,9 @@ def test_a_file_may_choose_another_algorithm(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ("[", "is no JSON file"),
-        ("[" * 100_000, "is no JSON file"),
-        ([1], "is no preset: give names and values"),
+        ("[", "is not a JSON file"),
+        ("[" * 100_000, "is not a JSON file"),
+        ([1], "is not a preset: give names and values"),
         ({"seed": 1}, 'data is missing; or name the preset that it changes: "base": "demo"'),
         ({"base": "nothing"}, "preset 'nothing' is unknown"),
         ({"base": "evil:Config"}, "is code that a file names"),
@@ -83,7 +83,7 @@ def test_a_file_that_is_no_preset_is_refused_in_one_line(tmp_path: Path, values:
 
 
 def test_what_is_no_file_or_no_configuration_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="is no file"):
+    with pytest.raises(ConfigError, match="is not a file"):
         get_preset(str(tmp_path / "none.json"))
     allow(f"{__name__}:CPU")
     with pytest.raises(ConfigError, match=r"is a device: give a ral_gym\.config\.Config"):

@@ -48,9 +48,9 @@ def test_a_judge_with_a_taste_costs_diversity() -> None:
     codes = random_codes(400, 4)
     kept = reject(codes, lambda c: -(c - 3).abs().sum(1).float(), 0.1)
     assert kept.diversity.distance < kept.unfiltered.distance - 0.03
-    figures = kept.figures()
-    assert figures["distance"] == kept.diversity.distance and figures["samples_per_kept"] == 10.0
-    assert figures["distance_unfiltered"] == kept.unfiltered.distance
+    metrics = kept.metrics()
+    assert metrics["distance"] == kept.diversity.distance and metrics["samples_per_kept"] == 10.0
+    assert metrics["distance_unfiltered"] == kept.unfiltered.distance
 
 
 def test_as_many_are_drawn_as_it_takes() -> None:

@@ -230,7 +230,7 @@ def test_a_run_of_stages_1_and_2_says_what_is_missing(tmp_path, levels) -> None:
     page = check_page(report(path))
     assert set(page.figures) == SAMPLES - {"fig-ral"}
     assert "No samples of RAL: stage 3 (RAL) has not run yet." in page.text
-    assert "No curves of stage 1 (VQ-VAE): metrics.jsonl has no lines of it." in page.text
+    assert "No curves of stage 1 (VQ-VAE): metrics.jsonl has no entries of it." in page.text
     assert f"bottom ({len(dataclasses.fields(SMOKE.bottom))} settings" in page.text or levels == 1
 
 

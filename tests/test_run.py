@@ -81,7 +81,7 @@ def test_what_is_no_run_folder_is_refused_and_left_alone(tmp_path) -> None:
     (tmp_path / "file").write_text("text")
     assert "it is a file" in message_of(tmp_path / "file")
     (tmp_path / "photos" / "config.json").write_text('{"theme": "dark"}')
-    assert "its config.json is another's" in message_of(tmp_path / "photos")
+    assert "its config.json is not ral_gym's" in message_of(tmp_path / "photos")
     (tmp_path / "photos" / "config.json").write_text("{")
     assert "config.json cannot be read" in message_of(tmp_path / "photos")
 

@@ -90,7 +90,7 @@ def test_what_does_not_fit_is_said_in_one_line(tmp_path: Path) -> None:
     broken: dict[str, Any] = {
         "nothing": lambda: None,
         "empty": lambda: ([], bytes),
-        "no function": lambda: ([1, 2], 3),
+        "not a function": lambda: ([1, 2], 3),
         "twice": lambda: (["a", "a"], bytes),
         "labels": lambda: ([1, 2], bytes, [0]),
         "negative": lambda: ([1, 2], bytes, [0, -1]),
@@ -101,7 +101,7 @@ def test_what_does_not_fit_is_said_in_one_line(tmp_path: Path) -> None:
         SOURCES.register(name)(part)
         assert name in message_of(small(name))
     assert "no images: write needs:PATH" in message_of(small("needs"))
-    assert "takes nothing behind a colon" in message_of(small("twice:x"))
+    assert "takes no argument after a colon" in message_of(small("twice:x"))
 
 
 def test_code_that_only_a_file_names_is_not_imported(tmp_path: Path) -> None:

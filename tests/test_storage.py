@@ -155,7 +155,7 @@ def test_a_truncated_file_is_named(tmp_path, share) -> None:
     path = tmp_path / "critic.safetensors"
     save_module(path, critic())
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
-    assert "damaged or no safetensors file" in message_of(path) and "remove it" in message_of(path)
+    assert "damaged or not a safetensors file" in message_of(path) and "remove it" in message_of(path)
 
 
 def test_a_missing_file_and_a_folder_are_named(tmp_path) -> None:
@@ -166,7 +166,7 @@ def test_a_missing_file_and_a_folder_are_named(tmp_path) -> None:
 def test_foreign_files_are_refused(tmp_path) -> None:
     path = tmp_path / "a.safetensors"
     path.write_bytes(b"PK\x03\x04 a pickle, for example" * 20)
-    assert "no safetensors file" in message_of(path)
+    assert "not a safetensors file" in message_of(path)
     for metadata in (None, {"format": "pt"}, {"ral_gym": "{"}, {"ral_gym": "[1]"}):
         safetensors.torch.save_file(critic().state_dict(), path, metadata)
         assert "was not written by ral_gym" in message_of(path)

@@ -26,7 +26,7 @@ from ral_gym.agents.vec_env import CodeVecEnv, check_code_env, real_codes
 from ral_gym.errors import ConfigError
 from ral_gym.priors.base import Prior, maximum_likelihood_loss
 
-Figures = dict[str, float]
+Metrics = dict[str, float]
 
 
 class EpisodeArguments(TypedDict, total=False):
@@ -232,7 +232,7 @@ class EpisodeAlgorithm(OnPolicyAlgorithm):
 
     def policy_loss(
         self, log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, row: Tensor
-    ) -> tuple[Tensor, Figures]:
+    ) -> tuple[Tensor, Metrics]:
         """The loss of every transition, another hook; here -A log pi, whose gradient is REINFORCE's (Eq. 2).
 
         Args:
@@ -261,7 +261,7 @@ class EpisodeAlgorithm(OnPolicyAlgorithm):
         """Squared errors of the value head (N,), or None without one."""
         return None
 
-    def _stop_early(self, figures: Figures) -> bool:
+    def _stop_early(self, metrics: Metrics) -> bool:
         """Whether to make no further epoch."""
         return False
 
@@ -270,14 +270,14 @@ class EpisodeAlgorithm(OnPolicyAlgorithm):
         self.policy.set_training_mode(True)
         self._update_learning_rate(self.policy.optimizer)
         advantages = self.advantages()
-        epochs: list[Figures] = []
+        epochs: list[Metrics] = []
         for _ in range(self.n_epochs):
             epochs.append(self._epoch(advantages))
             self._n_updates += 1
             if self._stop_early(epochs[-1]):
                 break
         for name in epochs[0]:
-            self.logger.record(f"train/{name}", sum(figures[name] for figures in epochs) / len(epochs))
+            self.logger.record(f"train/{name}", sum(metrics[name] for metrics in epochs) / len(epochs))
         self.logger.record("train/advantage_std", float(advantages.std()))
         self.logger.record("train/n_updates", self._n_updates)
 
@@ -294,20 +294,20 @@ class EpisodeAlgorithm(OnPolicyAlgorithm):
         name = tb_log_name or type(self).__name__
         return super().learn(total_timesteps, callback, log_interval, name, reset_num_timesteps, progress_bar)
 
-    def _epoch(self, advantages: np.ndarray) -> Figures:
+    def _epoch(self, advantages: np.ndarray) -> Metrics:
         """One optimizer step on all episodes; gradients are summed over chunks of them."""
         buffer = self.rollout_buffer
         returns, old_log_probs = buffer.returns, buffer.log_probs
         lengths = buffer.lengths
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         self.policy.optimizer.zero_grad()
-        sums: Figures = {}
+        sums: Metrics = {}
         for rows in self._chunks(lengths):
             flat = slice(offsets[rows[0]], offsets[rows[-1] + 1])
-            loss, figures = self._loss(rows, advantages[flat], returns[flat], old_log_probs[flat], len(advantages))
+            loss, metrics = self._loss(rows, advantages[flat], returns[flat], old_log_probs[flat], len(advantages))
             loss.backward()
-            for name, figure in figures.items():
-                sums[name] = sums.get(name, 0.0) + figure
+            for name, value in metrics.items():
+                sums[name] = sums.get(name, 0.0) + value
         if self.mle_coef:
             sums["mle_loss"] = self._mle_backward(len(lengths))
         norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
@@ -323,7 +323,7 @@ class EpisodeAlgorithm(OnPolicyAlgorithm):
 
     def _loss(
         self, rows: np.ndarray, advantages: np.ndarray, returns: np.ndarray, old_log_probs: np.ndarray, total: int
-    ) -> tuple[Tensor, Figures]:
+    ) -> tuple[Tensor, Metrics]:
         """The share of some episodes in the loss, and in the logged means over all `total` transitions."""
         episodes = self.rollout_buffer.episodes(rows)
         features, position, stop = self.policy._features(episodes)
@@ -332,29 +332,29 @@ class EpisodeAlgorithm(OnPolicyAlgorithm):
         log_prob = log_probs.gather(1, actions[:, None]).squeeze(1)  # (N,)
         entropy = -(log_probs.exp() * log_probs).sum(1)  # (N,)
         old_log_prob = torch.as_tensor(old_log_probs, device=self.device)
-        losses, figures = self.policy_loss(
+        losses, metrics = self.policy_loss(
             log_prob, old_log_prob, torch.as_tensor(advantages, device=self.device), episodes.row
         )
         policy_loss = losses.sum() / total
         loss = policy_loss - self.ent_coef * entropy.sum() / total
-        figures = {name: figure / total for name, figure in figures.items()}
-        figures |= {"policy_gradient_loss": policy_loss.item(), "entropy_loss": -entropy.sum().item() / total}
+        metrics = {name: value / total for name, value in metrics.items()}
+        metrics |= {"policy_gradient_loss": policy_loss.item(), "entropy_loss": -entropy.sum().item() / total}
         with torch.no_grad():
             log_ratio = log_prob - old_log_prob
-            figures["approx_kl"] = (log_ratio.exp() - 1 - log_ratio).sum().item() / total
+            metrics["approx_kl"] = (log_ratio.exp() - 1 - log_ratio).sum().item() / total
         value_losses = self._value_loss(features, position, stop, torch.as_tensor(returns, device=self.device))
         if value_losses is not None:
             value_loss = value_losses.sum() / total
             loss = loss + self.vf_coef * value_loss
-            figures["value_loss"] = value_loss.item()
+            metrics["value_loss"] = value_loss.item()
         if self._reference is not None:
             with torch.no_grad():
                 reference = episode_logits(self._reference, episodes).log_softmax(1)
             divergence = self._prior_kl(log_probs, log_prob, reference, actions).sum() / total
             loss = loss + self.kl_coef * divergence
-            figures["kl_to_prior"] = divergence.item()
-        figures["loss"] = loss.item()
-        return loss, figures
+            metrics["kl_to_prior"] = divergence.item()
+        metrics["loss"] = loss.item()
+        return loss, metrics
 
     def _mle_backward(self, n_images: int) -> float:
         """Gradient of the maximum-likelihood share, on a batch of real codes."""

@@ -24,7 +24,7 @@ from stable_baselines3.common.utils import FloatSchedule
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
-from ral_gym.agents.algorithms.base import EpisodeAlgorithm, EpisodeArguments, Figures
+from ral_gym.agents.algorithms.base import EpisodeAlgorithm, EpisodeArguments, Metrics
 from ral_gym.agents.algorithms.reinforce import batch_baseline
 from ral_gym.agents.episodes import EpisodeRolloutBuffer
 from ral_gym.agents.policy import PriorPolicy
@@ -206,7 +206,7 @@ class GRPO(EpisodeAlgorithm):
 
     def policy_loss(
         self, log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, row: Tensor
-    ) -> tuple[Tensor, Figures]:
+    ) -> tuple[Tensor, Metrics]:
         """The clipped surrogate of every transition (N,), and how many ratios were clipped."""
         clip_range = self._clip_range
         losses, ratio = clipped_surrogate(
@@ -218,8 +218,8 @@ class GRPO(EpisodeAlgorithm):
         difference = reference.gather(1, actions[:, None]).squeeze(1) - log_prob  # (N,)
         return difference.exp() - difference - 1
 
-    def _stop_early(self, figures: Figures) -> bool:
-        return self.target_kl is not None and figures["approx_kl"] > 1.5 * self.target_kl
+    def _stop_early(self, metrics: Metrics) -> bool:
+        return self.target_kl is not None and metrics["approx_kl"] > 1.5 * self.target_kl
 
     def train(self) -> None:
         """An update from the finished episodes of the round: one optimizer step per epoch."""

@@ -146,33 +146,33 @@ class CoTrainedCritic:
         rows = torch.randint(len(self.real_codes), (len(fake_codes),), generator=self.generator)
         real = self.real(rows, self.vqvae.grid.rows_of(fake_codes.shape[1]))
         self.critic.train()
-        loss, figures = self._loss(real, self.see(fake_codes))
-        if not np.isfinite(figures["loss"]):
+        loss, metrics = self._loss(real, self.see(fake_codes))
+        if not np.isfinite(metrics["loss"]):
             raise DivergedError(
-                f"stage ral: the critic's loss is {figures['loss']} after {self.n_updates} critic steps; the last good "
+                f"stage ral: the critic's loss is {metrics['loss']} after {self.n_updates} critic steps; the last good "
                 "checkpoint is kept; lower critic.learning_rate"
             )
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
         self.n_updates += 1
-        return figures
+        return metrics
 
     def _loss(self, real: Tensor, fake: Tensor) -> tuple[Tensor, dict[str, float]]:
         """The critic's own loss where it has one, else that of the settings; what to log holds `loss`."""
         own = getattr(self.critic, "loss", None)
         if own is not None:
             found = own(real, fake, self.generator)
-            loss, figures = found if isinstance(found, tuple) else (found, {})
-            return loss, {name: float(figure) for name, figure in figures.items()} | {"loss": float(loss.detach())}
+            loss, metrics = found if isinstance(found, tuple) else (found, {})
+            return loss, {name: float(value) for name, value in metrics.items()} | {"loss": float(loss.detach())}
         return critic_loss(self.critic, real, fake, self.config.gradient_penalty, self.generator, self.config.loss)
 
     def train(self, pool: FinishedImages, n_steps: int) -> dict[str, float]:
-        """Several steps on a pool of fakes; the mean figures: `loss`, `gap`, `gradient_penalty`, or the loss's own."""
+        """Several steps on a pool of fakes; the mean metrics: `loss`, `gap`, `gradient_penalty`, or the loss's own."""
         sums: dict[str, float] = {}
         for _ in range(n_steps):
-            for name, figure in self.train_step(pool.batch(self.config.batch_size, self.generator)).items():
-                sums[name] = sums.get(name, 0.0) + figure / n_steps
+            for name, value in self.train_step(pool.batch(self.config.batch_size, self.generator)).items():
+                sums[name] = sums.get(name, 0.0) + value / n_steps
         return sums
 
     @torch.no_grad()
@@ -198,7 +198,7 @@ class CoTrainedCritic:
             pool: n grids.
 
         Returns:
-            (n, T) float32, 0 where nothing was drawn; figures `heldout_gap` (mean real - mean fake score),
+            (n, T) float32, 0 where nothing was drawn; metrics `heldout_gap` (mean real - mean fake score),
             `heldout_auc` (chance that a real image scores above a fake one) and `score_mean`.
 
         Raises:

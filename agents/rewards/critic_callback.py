@@ -75,10 +75,10 @@ class CriticCallback(RolloutReward):
             (n, T) float32 rewards, 0 where nothing was drawn.
         """
         self._train_critic()
-        rewards, figures = self.critic.rewards(images)
+        rewards, metrics = self.critic.rewards(images)
         self._pool = FinishedImages(images.codes, images.grid)  # what was decoded of them is not kept
         rewards = rewards * mask
-        self._report(rewards, figures)
+        self._report(rewards, metrics)
         return rewards
 
     def _train_critic(self) -> None:
@@ -86,11 +86,11 @@ class CriticCallback(RolloutReward):
         if self.critic.n_updates == 0:
             for done in range(0, config.warmup_steps, WARM_UP_POOL_STEPS):
                 self._pool = self._fresh()
-                figures = self.critic.train(self._pool, min(WARM_UP_POOL_STEPS, config.warmup_steps - done))
+                metrics = self.critic.train(self._pool, min(WARM_UP_POOL_STEPS, config.warmup_steps - done))
         pool = self._fresh() if config.fakes == "fresh" or self._pool is None else self._pool
-        figures = self.critic.train(pool, config.n_critic)
-        for name, figure in figures.items():
-            self.logger.record(f"critic/{name}", figure)
+        metrics = self.critic.train(pool, config.n_critic)
+        for name, value in metrics.items():
+            self.logger.record(f"critic/{name}", value)
 
     def _fresh(self) -> FinishedImages:
         """As many new samples of the policy as there are environments, started as the environment's episodes are."""
@@ -107,17 +107,17 @@ class CriticCallback(RolloutReward):
         drawn, _, _ = policy.draw_round(codes.to(policy.device), with_values=False)
         return FinishedImages(drawn.cpu(), grid)
 
-    def _report(self, rewards: np.ndarray, figures: dict[str, float]) -> None:
+    def _report(self, rewards: np.ndarray, metrics: dict[str, float]) -> None:
         totals = rewards.sum(1)  # (n,)
         self.logger.record("rollout/critic_reward_mean", float(totals.mean()))
-        for name, figure in figures.items():
-            self.logger.record(f"critic/{name}", figure)
-        if figures["heldout_auc"] < LEARNT_NOTHING_AUC and not self._warned:
+        for name, value in metrics.items():
+            self.logger.record(f"critic/{name}", value)
+        if metrics["heldout_auc"] < LEARNT_NOTHING_AUC and not self._warned:
             self._warned = True
             logger.warning(
                 "the critic tells held-out real images from drawn ones with an AUC of only %.2f (0.5 is chance): its "
                 "rewards are close to noise; raise critic.warmup_steps or critic.learning_rate",
-                figures["heldout_auc"],
+                metrics["heldout_auc"],
             )
 
     def state_dict(self) -> dict[str, Any]:

@@ -41,7 +41,7 @@ class CriticFeed:
         train: False: only score, with the critic as it is.
 
     Attributes:
-        figures: of the last update: `loss`, `gap`, `gradient_penalty`, `heldout_gap`, `heldout_auc`, `score_mean`.
+        metrics: of the last update: `loss`, `gap`, `gradient_penalty`, `heldout_gap`, `heldout_auc`, `score_mean`.
 
     Raises:
         ConfigError: intermediate rewards, or an environment of another kind.
@@ -60,7 +60,7 @@ class CriticFeed:
             raise ConfigError("the critic scores codes of an environment from make_sb3_env, and there is none inside")
         self.critic, self.train = critic, train
         self.episodes_per_update = episodes_per_update or max(env.num_envs, critic.config.batch_size)
-        self.figures: dict[str, float] = {}
+        self.metrics: dict[str, float] = {}
         self._codes: list[torch.Tensor] = []
         if train and critic.n_updates == 0:
             self._warm_up(found)
@@ -70,8 +70,8 @@ class CriticFeed:
         pool = self._random_pool(grid)
         for done in range(0, steps, WARM_UP_POOL_STEPS):
             pool = self._random_pool(grid)
-            self.figures = self.critic.train(pool, min(WARM_UP_POOL_STEPS, steps - done))
-        self.figures |= self.critic.rewards(pool)[1]
+            self.metrics = self.critic.train(pool, min(WARM_UP_POOL_STEPS, steps - done))
+        self.metrics |= self.critic.rewards(pool)[1]
 
     def _random_pool(self, grid: CodeGrid) -> FinishedImages:
         shape = (self.episodes_per_update, grid.n_codes)
@@ -92,8 +92,8 @@ class CriticFeed:
         """End of a round."""
         pool = self.critic.finished(torch.cat(self._codes))
         self._codes = []
-        self.figures = self.critic.rewards(pool)[1]  # of a critic that has not seen these images
-        self.figures |= self.critic.train(pool, self.critic.config.n_critic)
+        self.metrics = self.critic.rewards(pool)[1]  # of a critic that has not seen these images
+        self.metrics |= self.critic.train(pool, self.critic.config.n_critic)
         self.critic.rewards(pool)  # fits the scale to the critic as it is now
 
 
@@ -138,8 +138,8 @@ class StepCriticCallback(BaseCallback):
 
     def _on_step(self) -> bool:
         _deliver(self.feed, self.locals["rewards"], self.locals["dones"], self.locals["infos"])
-        for name, figure in self.feed.figures.items():
-            self.logger.record(f"critic/{name}", figure)
+        for name, value in self.feed.metrics.items():
+            self.logger.record(f"critic/{name}", value)
         return True
 
 

@@ -64,7 +64,7 @@ def measure(model: PixelCNN, oracle: PixelCNN, fresh: Tensor, protocol: Protocol
     """A model on its own prefixes and on the oracle's: `fresh` (N, T) are samples that no model has seen."""
     given, own = fresh[: protocol.n], draw(model, protocol.n, seed + 2)  # (n, T) each
     exposure = exposure_bias(model, oracle, own, given)
-    figures = oracle_metrics(model, oracle, own, given)
+    metrics = oracle_metrics(model, oracle, own, given)
     excess = Estimate.around(
         float(exposure.excess.mean[-1]), float(exposure.excess.error[-1]), protocol.n, "delta", degrees=protocol.n - 1
     )
@@ -72,9 +72,9 @@ def measure(model: PixelCNN, oracle: PixelCNN, fresh: Tensor, protocol: Protocol
         conditional_log_probs(oracle, codes[: protocol.n_prefixes]) for codes in (own, given)
     )  # (B, T, K)
     rare = rarity(log_o, own[: protocol.n_prefixes]) < protocol.wrong  # (B, T)
-    compared = {name: as_lists(figures[name]) for name in ("nll_test", "entropy", "kl_model_oracle")}
+    compared = {name: as_lists(metrics[name]) for name in ("nll_test", "entropy", "kl_model_oracle")}
     compared |= {"gap": as_lists(exposure.gap), "excess": as_lists(excess)}
-    compared |= {"kl_given": as_lists(figures["kl_oracle_model"])}
+    compared |= {"kl_given": as_lists(metrics["kl_oracle_model"])}
     compared |= {"kl_own": {"value": float(exposure.on_model["kl"].mean.mean())}}
     return {
         "compared": compared,
@@ -201,27 +201,27 @@ def table_of(comparison: Mapping[str, Mapping[str, Numbers]], seeds: Sequence[in
     for column in table.columns[1:]:
         column.justify = "right"
     for name, row in comparison.items():
-        figures = [cell(row[column], column, column == "excess") for column in COMPARED]
-        table.add_row(name.replace("_", " "), *figures)
+        metrics = [cell(row[column], column, column == "excess") for column in COMPARED]
+        table.add_row(name.replace("_", " "), *metrics)
     table.caption = f"Means over seeds {', '.join(map(str, seeds))}; nats per code"
     return table
 
 
-def cell(figure: Numbers, column: str, interval: bool = True) -> str:
-    """A figure, and half its interval if it is wanted and known."""
+def cell(metric: Numbers, column: str, interval: bool = True) -> str:
+    """A metric, and half its interval if it is wanted and known."""
     digits = ".1f" if column == "excess" else ".3f"
     sign = "+" if column in ("gap", "excess") else ""
-    half = f" ± {(figure['high'] - figure['low']) / 2:{digits}}" if interval and "high" in figure else ""
-    return f"{figure['value']:{sign}{digits}}{half}"
+    half = f" ± {(metric['high'] - metric['low']) / 2:{digits}}" if interval and "high" in metric else ""
+    return f"{metric['value']:{sign}{digits}}{half}"
 
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def _interval(figure: Numbers) -> str:
-    """A figure and its interval."""
-    return f"{figure['value']:+.3f} ({figure['low']:+.3f} to {figure['high']:+.3f})"
+def _interval(metric: Numbers) -> str:
+    """A metric and its interval."""
+    return f"{metric['value']:+.3f} ({metric['low']:+.3f} to {metric['high']:+.3f})"
 
 
 def _entry(curve: Numbers, entry: int) -> str:

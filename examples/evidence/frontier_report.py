@@ -56,9 +56,9 @@ Seed = Mapping[str, Any]
 """`curves` {name: rows by temperature, `seconds`}, `recipes` {name: `label`, `rows`, `checkpoints`, `seconds`, ..}."""
 
 
-def on_curve(rows: Sequence[Row], entropy: float, figure: str = "fd") -> float | None:
-    """A curve's figure at an entropy, interpolated between its temperatures; None beyond its ends."""
-    points = sorted((row["entropy"], row[figure]) for row in rows)
+def on_curve(rows: Sequence[Row], entropy: float, metric: str = "fd") -> float | None:
+    """A curve's metric at an entropy, interpolated between its temperatures; None beyond its ends."""
+    points = sorted((row["entropy"], row[metric]) for row in rows)
     xs, ys = [x for x, _ in points], [y for _, y in points]
     return float(np.interp(entropy, xs, ys)) if xs[0] <= entropy <= xs[-1] else None
 
@@ -68,30 +68,30 @@ def best(rows: Sequence[Row]) -> Row:
     return min(rows, key=lambda row: row["fd"])
 
 
-def beyond(rows: Sequence[Row], curve: Sequence[Row], figure: str = "fd") -> float | None:
-    """A recipe's figure at its best point minus the curve's at the same entropy; of FD, below 0 is beyond the curve."""
+def beyond(rows: Sequence[Row], curve: Sequence[Row], metric: str = "fd") -> float | None:
+    """A recipe's metric at its best point minus the curve's at the same entropy; of FD, below 0 is beyond the curve."""
     point = best(rows)
-    there = on_curve(curve, point["entropy"], figure)
-    return None if there is None else point[figure] - there
+    there = on_curve(curve, point["entropy"], metric)
+    return None if there is None else point[metric] - there
 
 
 def summary(seeds: Mapping[str, Seed]) -> dict[str, dict[str, list[float | None]]]:
-    """Generator -> figure -> one value per seed, for the generators that every seed has."""
+    """Generator -> metric -> one value per seed, for the generators that every seed has."""
     found: dict[str, dict[str, list[float | None]]] = {}
     first, *others = seeds.values()
     names = [(kind, name) for kind in ("curves", "recipes") for name in first[kind]]
     for kind, name in names:
         if all(name in seed[kind] for seed in others):
-            per_seed = [_figures(seed, seed[kind][name], name) for seed in seeds.values()]
-            found[name] = {figure: [one[figure] for one in per_seed] for figure in per_seed[0]}
+            per_seed = [_metrics(seed, seed[kind][name], name) for seed in seeds.values()]
+            found[name] = {metric: [one[metric] for one in per_seed] for metric in per_seed[0]}
     return found
 
 
-def _figures(seed: Seed, entry: Mapping[str, Any], name: str) -> dict[str, float | None]:
+def _metrics(seed: Seed, entry: Mapping[str, Any], name: str) -> dict[str, float | None]:
     """What one seed says about a generator: at T = 1, at its best temperature, and against the curves there."""
     rows = entry["rows"]
     start, top = next(row for row in rows if row["temperature"] == 1), best(rows)
-    figures: dict[str, float | None] = {
+    metrics: dict[str, float | None] = {
         "fd": start["fd"],
         "recall_at_1": start.get("recall"),
         "best_fd": top["fd"],
@@ -102,10 +102,10 @@ def _figures(seed: Seed, entry: Mapping[str, Any], name: str) -> dict[str, float
     for curve in CURVES:
         if curve in seed["curves"] and curve != name:
             control = seed["curves"][curve]["rows"]
-            figures[f"beyond_{curve}"] = beyond(rows, control)
-            figures[f"recall_beyond_{curve}"] = beyond(rows, control, "recall")
-            figures[f"best_minus_best_{curve}"] = top["fd"] - best(control)["fd"]
-    return figures
+            metrics[f"beyond_{curve}"] = beyond(rows, control)
+            metrics[f"recall_beyond_{curve}"] = beyond(rows, control, "recall")
+            metrics[f"best_minus_best_{curve}"] = top["fd"] - best(control)["fd"]
+    return metrics
 
 
 def label_of(name: str, seeds: Mapping[str, Seed]) -> str:
@@ -114,7 +114,7 @@ def label_of(name: str, seeds: Mapping[str, Seed]) -> str:
 
 
 def each(values: Sequence[float | None]) -> str:
-    """One signed figure per seed; "out" where the curve does not reach that entropy."""
+    """One signed value per seed; "out" where the curve does not reach that entropy."""
     return " / ".join("out" if value is None else f"{value:+.1f}" for value in values)
 
 
@@ -123,12 +123,12 @@ def terminal_table(table: Mapping[str, Mapping[str, list[float | None]]], seeds:
     short = {curve: label for curve, label in SHORT.items() if curve in table}
     headings = ["generator", "FD\nT=1", "FD\nbest", "T", "re-\ncall", "en-\ntropy", *short.values(), "s"]
     rows = []
-    for name, figures in table.items():
-        cells = [_mean(figures[key], digits) for key, digits in (("fd", 1), ("best_fd", 1), ("temperature", 2))]
-        cells += [_mean(figures[key], 2) for key in ("recall", "entropy")]
-        cells += [_mean(figures.get(f"beyond_{curve}"), 1, "+") for curve in short]
+    for name, metrics in table.items():
+        cells = [_mean(metrics[key], digits) for key, digits in (("fd", 1), ("best_fd", 1), ("temperature", 2))]
+        cells += [_mean(metrics[key], 2) for key in ("recall", "entropy")]
+        cells += [_mean(metrics.get(f"beyond_{curve}"), 1, "+") for curve in short]
         rows.append(
-            [label_of(name, seeds).replace("MLE continued, ", "MLE cont., "), *cells, _mean(figures["seconds"], 0)]
+            [label_of(name, seeds).replace("MLE continued, ", "MLE cont., "), *cells, _mean(metrics["seconds"], 0)]
         )
     caption = (
         "means over seeds; beyond: FD at the best T minus that of MLE continued at the same entropy (equal updates; "
@@ -151,11 +151,11 @@ def markdown(results: Mapping[str, Any]) -> str:
     digits = {"fd": 1, "best_fd": 1, "temperature": 2, "kid": 1, "recall": 3, "entropy": 3, "nll_test": 3}
     digits |= {"memorisation": 3}
     rows = []
-    for name, figures in table.items():
-        cells = [mean_and_interval(figures[key], places) for key, places in digits.items()]
-        against = [figures.get(f"beyond_{curve}") for curve in shown]
+    for name, metrics in table.items():
+        cells = [mean_and_interval(metrics[key], places) for key, places in digits.items()]
+        against = [metrics.get(f"beyond_{curve}") for curve in shown]
         cells += ["-" if values is None else each(values) for values in against]
-        rows.append([label_of(name, seeds), *cells, _mean(figures["seconds"], 0)])
+        rows.append([label_of(name, seeds), *cells, _mean(metrics["seconds"], 0)])
     interval = "mean ± half the 95 % interval by Student's t over the seeds" if len(seeds) > 1 else "one seed"
     caption = (
         f"Seeds {', '.join(seeds)} ({interval}); {results['extractor']} features, n = {results['n_samples']:,} per "
@@ -184,11 +184,11 @@ def sentences(results: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _verdict(label: str, figures: Mapping[str, list[float | None]]) -> str:
+def _verdict(label: str, metrics: Mapping[str, list[float | None]]) -> str:
     """One recipe in a sentence."""
     parts = []
     for curve, control in CURVES.items():
-        values = figures.get(f"beyond_{curve}")
+        values = metrics.get(f"beyond_{curve}")
         if values is None:
             continue
         if None in values:
@@ -198,7 +198,7 @@ def _verdict(label: str, figures: Mapping[str, list[float | None]]) -> str:
         else:
             word = "behind" if all(value >= 0 for value in values if value is not None) else "not clearly off"
         parts.append(f"{word} {control} ({each(values)}{_interval(values)})")
-    recall = figures.get("recall_beyond_mle_continued")
+    recall = metrics.get("recall_beyond_mle_continued")
     price = ""
     if recall and None not in recall:
         price = "; recall against MLE continued there: " + " / ".join(
@@ -264,12 +264,12 @@ def save_panels(path: Path, results: Mapping[str, Any]) -> None:
     write_atomic(path, lambda temporary: figure.savefig(temporary, format="png", metadata={"Software": None}))
 
 
-def _panel(axes: Axes, seed: Seed, figure: str) -> None:
-    """One seed's figure over entropy."""
+def _panel(axes: Axes, seed: Seed, metric: str) -> None:
+    """One seed's metric over entropy."""
     for kind, style in (("curves", "-"), ("recipes", "--")):
         for name, entry in seed[kind].items():
             colour, marker = LOOKS.get(name, ("#000000", "x"))
-            points = sorted((row["temperature"], row["entropy"], row[figure]) for row in entry["rows"])
+            points = sorted((row["temperature"], row["entropy"], row[metric]) for row in entry["rows"])
             xs, ys = [x for _, x, _ in points], [y for _, _, y in points]
             width = 1.8 if kind == "curves" else 0.8
             size = 4 if kind == "curves" else 7
@@ -282,13 +282,13 @@ def _panel(axes: Axes, seed: Seed, figure: str) -> None:
             label = CURVES.get(name) or entry["label"]
             axes.plot(xs, ys, style, linewidth=width, markersize=size, label=label, **look)
             axes.plot(xs[-1:], ys[-1:], "none", markersize=size + 4, **look)
-            _on_the_way(axes, entry.get("checkpoints", ()), figure, colour)
+            _on_the_way(axes, entry.get("checkpoints", ()), metric, colour)
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _on_the_way(axes: Axes, checkpoints: Sequence[Row], figure: str, colour: str) -> None:
+def _on_the_way(axes: Axes, checkpoints: Sequence[Row], metric: str, colour: str) -> None:
     """Checkpoints of a training as small joined points, each with its number of updates."""
-    points = [(row["entropy"], row[figure]) for row in checkpoints if math.isfinite(row[figure])]
+    points = [(row["entropy"], row[metric]) for row in checkpoints if math.isfinite(row[metric])]
     axes.plot([x for x, _ in points], [y for _, y in points], ":", color=colour, marker=".", markersize=5, linewidth=1)

@@ -1,1 +1,1 @@
-"""What `ral_gym.commands.cli` is made of: the arguments of its commands, how they end, and all but training."""
+"""The commands of ``ral-gym``, their arguments, and how they report errors; `ral_gym.commands.cli` joins them."""

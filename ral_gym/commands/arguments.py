@@ -29,9 +29,9 @@ ImageFile = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE")]
 
 @dataclass
 class TrainArguments:
-    """Train a VQ-VAE, a PixelCNN and RAL on a set of images, and compare the generators.
+    """Train a tokenizer, a prior and RAL on a set of images, and compare the generators.
 
-    The same command run again continues where it stopped; a finished run prints its table.
+    Running the same command again continues a stopped run; a finished run prints its results table.
     """
 
     config: Annotated[Config, tyro.conf.arg(name="")]
@@ -41,16 +41,16 @@ class TrainArguments:
     --data.source."""
     algo: str | None = None
     """Algorithm of stage 3: reinforce, ppo, a2c, trpo, grpo, maskable_ppo, or your own `module:Class`. Short for
-    --ral.algo; what is its alone has a section, such as --ral.ppo.clip-range."""
+    --ral.algo; its own settings have a section, such as --ral.ppo.clip-range."""
     start_from: str | None = None
-    """A run folder whose trained VQ-VAE and prior this run starts from: only stage 3 is trained. Its settings take the
-    place of the preset's; those of `ral`, `critic` and `evaluation` may be changed. Give --name too."""
+    """A run folder whose trained tokenizer and prior this run starts from: only stage 3 is trained. Its settings
+    replace the preset's; only those of `ral`, `critic` and `evaluation` may be changed. Give --name too."""
     stages: tuple[Stage, ...] = STAGES
-    """Only these stages, for instance `--stages vqvae prior`; each needs the files of those before it."""
+    """Run only these stages, for instance `--stages vqvae prior`; each needs the files of the stages before it."""
     dry_run: bool = False
-    """Print parameters, codes, memory and operations of every stage, and train nothing."""
+    """Print parameters, codes, memory and FLOPs of every stage, and train nothing."""
     name: str | None = None
-    """Name of the run folder. None: the preset's, with the algorithm and the seed where they are not the default."""
+    """Name of the run folder. None: the preset's, plus algorithm and seed if they are not the preset's."""
     runs: str = "runs"
     """Folder that holds the run folders."""
     device: str = "auto"
@@ -58,7 +58,7 @@ class TrainArguments:
     mixed_precision: Literal["no", "bf16"] = "no"
     """Stages 1 and 2: `bf16` computes in 16 bits; weights and optimizer stay in 32."""
     gradient_accumulation: int = 1
-    """Stages 1 and 2: work through each batch in this many parts, for less memory; the step stays the same."""
+    """Stages 1 and 2: split each batch into this many parts, for less memory; the step stays the same."""
     quiet: bool = False
     """No progress bars."""
     plugins: Plugins = ()
@@ -67,18 +67,18 @@ class TrainArguments:
 
 @dataclass
 class SampleArguments:
-    """Draw images from a trained generator: a picture, and their codes where wanted."""
+    """Draw images from a trained generator: a picture, and optionally their codes."""
 
     run: RunFolder
     """The run folder, for instance runs/demo."""
     n: int = 64
-    """How many images."""
+    """Number of images."""
     generator: Generator | None = None
-    """Which generator. None: policy_ema, or prior where RAL has not been trained."""
+    """Which generator. None: policy_ema, or prior if RAL has not been trained."""
     temperature: float = 1.0
     """Divides the logits; below 1 sharper and less diverse."""
     seed: int = 0
-    """Seeds the drawing; generators with equal seeds draw from the same uniforms."""
+    """Seed of the random numbers; with equal seeds, all generators draw from the same uniforms."""
     output: str | None = None
     """PNG file. None: RUN/samples/sample_GENERATOR.png."""
     codes: str | None = None
@@ -91,20 +91,20 @@ class SampleArguments:
 
 @dataclass
 class CompleteArguments:
-    """Hide the lower rows of an image and let MLE and RAL draw them anew (Section 5.5, Figure 7)."""
+    """Hide the lower rows of an image and let MLE and RAL draw them (Section 5.5, Figure 7)."""
 
     run: RunFolder
     """The run folder, for instance runs/demo."""
     image: ImageFile
-    """An image file; it is cut and resized as the run's images were."""
+    """An image file; it is cropped and resized like the run's images."""
     visible_rows: float = 0.5
     """Share of the image's rows that stays visible, above 0 and below 1; rounded to whole rows of codes."""
     seeds: int = 4
-    """How many completions of each generator."""
+    """Number of completions by each generator."""
     temperature: float = 1.0
     """Divides the logits; below 1 sharper and less diverse."""
     seed: int = 0
-    """The first seed; completions use this one and those after it."""
+    """Seed of the first completion; the others use the following seeds."""
     output: str | None = None
     """PNG file. None: RUN/samples/complete_IMAGE.png."""
     device: str = "auto"
@@ -115,7 +115,7 @@ class CompleteArguments:
 
 @dataclass
 class EvaluateArguments:
-    """Measure a trained run's generators, and draw its pictures; a measured run prints its table."""
+    """Measure a trained run's generators and draw its pictures; a measured run prints its results table."""
 
     run: RunFolder
     """The run folder, for instance runs/demo."""
@@ -132,17 +132,17 @@ class PresetsArguments:
     """List the presets, or all settings of one."""
 
     name: Annotated[str | None, tyro.conf.Positional] = None
-    """A preset, `module:NAME` or a .json file; None: all that are registered, in a table."""
+    """A preset, `module:NAME` or a .json file; None: a table of all registered presets."""
     plugins: Plugins = ()
     """Your own parts: modules that register some."""
 
 
 @dataclass
 class ReportArguments:
-    """Write a run as one HTML page: samples, completions, table, curves, score maps, settings; it needs no network."""
+    """Write a run as one self-contained HTML page: samples, completions, results, curves, score maps, settings."""
 
     run: RunFolder
-    """The run folder, for instance runs/demo; stages that have not run are left out, and named."""
+    """The run folder, for instance runs/demo; the page says which stages have not run."""
     output: str | None = None
     """HTML file. None: RUN/report.html."""
     device: str = "auto"
@@ -153,18 +153,19 @@ class ReportArguments:
 
 @dataclass
 class VerifyArguments:
-    """Measure a finished run again from its saved weights and list what differs from its results.json; writes nothing.
+    """Measure a finished run again from its saved weights and list differences from results.json; writes nothing.
 
-    On the machine, device and number of threads that measured the run all figures agree. Elsewhere rounding changes a
-    code here and there: allow for it with `--tolerance 0.5`. Ends with 0 where all agree, with 2 where not.
+    On the machine, device and number of threads that measured the run, all metrics agree. Elsewhere rounding changes
+    some
+    codes: allow for it with `--tolerance 0.5`. The exit code is 0 if all metrics agree, else 2.
     """
 
     run: RunFolder
     """The run folder, for instance runs/demo."""
     rows: tuple[str, ...] = ()
-    """Only these rows of the table, for instance `--rows mle ral`, and those that they need. None: all."""
+    """Measure only these rows of the table, for instance `--rows mle ral`, and rows that they need. None: all."""
     tolerance: float = 0.0
-    """Accept differences up to this share of half a figure's 95 % interval; 0: up to a millionth of the figure."""
+    """Accept differences up to this fraction of half a metric's 95 % interval; 0: up to a millionth of the metric."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
     quiet: bool = False
@@ -175,12 +176,12 @@ class VerifyArguments:
 
 @dataclass
 class CacheArguments:
-    """List the decoded images that are kept on disk for the next command, or remove them."""
+    """List the decoded images that are cached on disk, or remove them."""
 
     clear: bool = False
-    """Remove them all."""
+    """Remove all of them."""
     cache_dir: str | None = None
-    """Their folder, as data.cache_dir of a run. None: ~/.cache/ral_gym."""
+    """The cache folder, as data.cache_dir of a run. None: ~/.cache/ral_gym."""
 
 
 Arguments = (
@@ -233,10 +234,10 @@ COMMANDS = ("train", "sample", "complete", "evaluate", "verify", "report", "pres
 
 
 def _check_command(argv: Sequence[str]) -> None:
-    """Name a command that does not exist, also before ``--help``.
+    """Refuse an unknown command, also before ``--help``.
 
     Raises:
-        ConfigError: the first word is no command; which there are.
+        ConfigError: the first word is not a command; lists the commands.
     """
     if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
         near = difflib.get_close_matches(argv[0], COMMANDS, n=1)
@@ -245,22 +246,22 @@ def _check_command(argv: Sequence[str]) -> None:
 
 
 def check_name(name: str) -> None:
-    """Refuse a run's name that would not be a folder directly inside ``--runs``, here or on another system.
+    """Refuse a run's name that is not a valid folder name directly inside ``--runs`` on every system.
 
     Raises:
-        ConfigError: what a name may be.
+        ConfigError: what is allowed.
     """
     system = name.partition(".")[0].upper() in _RESERVED
     if _NAME.fullmatch(name) is None or name.endswith((".", " ")) or system or not name.isprintable():
         raise ConfigError(
             f"--name is {name[:60]!r}: give the name of a folder inside --runs, of letters, digits and characters such "
-            "as . _ - + (at most 120, no / or \\, none that a system reserves); --runs says where it lies"
+            "as . _ - + (at most 120, no / or \\, no name that a system reserves); --runs is the folder it is in"
         )
 
 
 _NAME = re.compile(r"[^\s./\\:*?\"<>|\x00][^/\\:*?\"<>|\x00]{0,119}")
 _RESERVED = {"CON", "PRN", "AUX", "NUL", *(f"{port}{number}" for port in ("COM", "LPT") for number in range(1, 10))}
-"""Windows' devices, with any ending."""
+"""Device names of Windows, reserved with any suffix."""
 
 
 def parse_train(argv: Sequence[str]) -> TrainArguments:
@@ -277,7 +278,7 @@ def parse_train(argv: Sequence[str]) -> TrainArguments:
 
 
 def _load_plugins(argv: Sequence[str]) -> None:
-    """Let in the parts that this command line names, before anything asks for them.
+    """Load or allow the parts that this command line names, before they are used.
 
     Raises:
         ConfigError: a plug-in that cannot be imported.
@@ -292,8 +293,8 @@ def _preset(argv: Sequence[str]) -> Config:
     """The settings that the arguments start from: a preset's, or another run's.
 
     Raises:
-        ConfigError: an unknown preset, or a preset beside another run.
-        RunError: no run folder.
+        ConfigError: an unknown preset, or both a preset and another run are given.
+        RunError: not a run folder.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", default=None)
@@ -327,12 +328,12 @@ def _complete(arguments: TrainArguments, base: Config) -> TrainArguments:
     if "ral" in arguments.stages:
         check_parts(config.ral.reward_weights, config.critic.kind)
     if not arguments.stages:
-        raise ConfigError(f"--stages names no stage: give one or more of {' '.join(STAGES)}")
+        raise ConfigError(f"--stages is empty: give one or more of {' '.join(STAGES)}")
     if arguments.gradient_accumulation < 1:
         raise ConfigError(f"--gradient-accumulation is {arguments.gradient_accumulation}: give 1 or more")
     arguments.config = config
     if arguments.start_from is not None and arguments.name is None:
-        raise ConfigError(f"--start-from {arguments.start_from} makes a run of its own: name it with --name")
+        raise ConfigError(f"--start-from {arguments.start_from} makes a new run: name it with --name")
     if arguments.name is None:
         algo = config.ral.algo.rpartition(":")[2]
         parts = [config.preset, *([algo] if algo != "reinforce" else [])]
@@ -343,10 +344,10 @@ def _complete(arguments: TrainArguments, base: Config) -> TrainArguments:
 
 
 def _own_section(ral: RALConfig, base: RALConfig) -> RALConfig:
-    """Stage 3's settings; with another algorithm than the preset's, without what the preset sets for its own.
+    """Stage 3's settings; if the algorithm is not the preset's, the preset's settings for its algorithm are reset.
 
     Raises:
-        ConfigError: the command line sets something for another algorithm.
+        ConfigError: the command line changes a setting of another algorithm.
     """
     own: str | None = ral.algo
     if own not in SECTIONS:

@@ -1,4 +1,4 @@
-"""`ral-gym cache`: which decoded images lie on disk, where, and how to be rid of them."""
+"""`ral-gym cache`: list the decoded images that are cached on disk, or remove them."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The command line, the one place above the three layers: ``ral-gym train | sample | complete | evaluate | ...``.
+"""The command line, above all other layers: ``ral-gym train | sample | complete | evaluate | ...``.
 
-The arguments are those of `ral_gym.commands.arguments`; each command is one file beside this one.
+The arguments are in `ral_gym.commands.arguments`; the commands are in the other files of this folder.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""What a configuration will cost, without training: its models on the meta device, which computes shapes only.
+"""The cost of a configuration, without training: its models run on the meta device, which computes shapes only.
 
-Operations are `torch.utils.flop_counter`'s, of matrix products and convolutions, forward and backward; a multiply-add
-counts as two. Memory is weights, gradients, Adam's two moments and averages, and what the backward pass keeps of one
-part of a batch; a framework's own buffers come on top. The quantiser's forward does not run on the meta device, so
-encoder, lookup and decoder are counted apart.
+FLOPs are those of `torch.utils.flop_counter`, for matrix products and convolutions, forward and backward; a
+multiply-add counts as two. Memory is weights, gradients, Adam's two moments and averages, and the activations that the
+backward pass keeps for one part of a batch, without the framework's own buffers. The quantiser's forward does not run
+on the meta device, so encoder, lookup and decoder are counted separately.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from ral_gym.tokenizers.vqvae import VQVAE
 
 META = torch.device("meta")
 DECODER_PARTS = ("decoder", "upsample_top")
-"""Submodules of a VQ-VAE that paint; the others encode."""
+"""Submodules of a VQ-VAE's decoder; the others belong to the encoder."""
 PENALTY_PASSES = 6
-"""A gradient penalty in forward passes: one forward, one to the image, and twice each for their own gradients."""
+"""Cost of a gradient penalty in forward passes: one forward, one to the image, and twice each for their gradients."""
 
 
 @dataclass(frozen=True)
@@ -49,13 +49,13 @@ class StageCost:
     batch_size: int
     """Images or code grids per step."""
     steps: int
-    """How many steps it takes."""
+    """Number of steps."""
     flops_per_step: int
-    """Operations of one step, forward and backward."""
+    """FLOPs of one step, forward and backward."""
     memory: int
     """Bytes per process while it trains."""
     parts: dict[str, int] = field(default_factory=dict)
-    """Operations per image of the forward pass's parts."""
+    """Part of the forward pass -> its FLOPs per image."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class DryRun:
 
 @dataclass
 class _Count:
-    """What one pass over a batch on the meta device takes."""
+    """The cost of one pass over a batch, counted on the meta device."""
 
     flops: int = 0
     kept: int = 0
@@ -85,8 +85,8 @@ def dry_run(config: Config, compute: Compute | None = None, processes: int = 1) 
 
     Args:
         config: the settings; no data are read: images have one channel if `data.grey` or `faces`, else three.
-        compute: precision and parts of stages 1 and 2.
-        processes: how many share each batch of stages 1 and 2.
+        compute: precision and accumulation parts of stages 1 and 2.
+        processes: number of processes that share each batch of stages 1 and 2.
 
     Raises:
         ConfigError: the settings do not fit one another.
@@ -131,7 +131,7 @@ def _vqvae_cost(config: Config, vqvae: Any, compute: Compute, processes: int) ->
 
 
 def _lookup_memory(vqvae: VQVAE, n: int) -> int:
-    """Bytes that the distances of n images to a codebook take on the way; the levels' one after the other.
+    """Peak bytes of the distances of n images to a codebook; levels are computed one after the other.
 
     The library holds distances, copies of them, one-hot integers and one-hot numbers at once (24 bytes, measured); in
     pieces it is distances and one-hot numbers of a quarter of `PIECE`.
@@ -141,13 +141,13 @@ def _lookup_memory(vqvae: VQVAE, n: int) -> int:
 
 
 def _own_tokenizer_cost(config: Config, tokenizer: Any, images: Tensor, compute: Compute, shares: int) -> StageCost:
-    """Stage 1 of another tokenizer: what its loss takes, where it can be counted without computing."""
+    """Stage 1 of a tokenizer of your own: the cost of its loss, if it can be counted on the meta device."""
     settings, once = config.vqvae, _Count()
     learns = hasattr(tokenizer, "training_loss")
     if learns:
         try:
             once = _count(lambda: _loss(tokenizer, images))
-        except Exception:  # somebody else's code may look at values, which are not there
+        except Exception:  # third-party code may read values, which the meta device does not have
             once = _Count()
     return StageCost(
         stage=f"1 {type(tokenizer).__name__}",
@@ -165,7 +165,7 @@ def _loss(tokenizer: Any, images: Tensor) -> Tensor:
 
 
 def _decoding_flops(tokenizer: Any) -> int:
-    """Operations of decoding one image; 0 where they cannot be counted without computing."""
+    """FLOPs of decoding one image; 0 if they cannot be counted on the meta device."""
     if isinstance(tokenizer, VQVAE):
         with _without_lookup(tokenizer, [0]):
             one = torch.empty(1, *_image_shape(tokenizer), device=META)
@@ -243,7 +243,7 @@ def _ral_cost(config: Config, vqvae: Any, priors: list[nn.Module], grid: CodeGri
 
 
 def _seen(scorer: CriticScorer, n: int) -> Tensor:
-    """What a critic sees of n images, on the meta device."""
+    """A critic's input for n images, on the meta device."""
     if scorer.sees == "codes":
         return torch.zeros(n, scorer.grid.n_codes, dtype=torch.int64, device=META)
     if scorer.sees == "features":
@@ -253,7 +253,7 @@ def _seen(scorer: CriticScorer, n: int) -> Tensor:
 
 
 def _critic_count(run: Callable[[], Any], backward: bool = True) -> _Count:
-    """As `_count`; nothing for someone's own critic whose operations cannot be counted without numbers."""
+    """Like `_count`, but zero for a critic of your own that does not run on the meta device."""
     try:
         return _count(run, backward)
     except (NotImplementedError, RuntimeError, TypeError, ValueError):
@@ -295,7 +295,7 @@ def _count(run: Callable[[], Any], backward: bool = True) -> _Count:
 
 @contextmanager
 def _without_lookup(vqvae: VQVAE, vectors: list[int]) -> Iterator[None]:
-    """Let a VQ-VAE's quantisers pass vectors on as they are, and count them."""
+    """Make a VQ-VAE's quantisers return their input, and count the vectors."""
 
     def passed(z: Tensor, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
         vectors[0] += z.shape[:-1].numel()

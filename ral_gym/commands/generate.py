@@ -29,18 +29,18 @@ def open_run(path: str) -> Run:
     """An existing run folder, whatever its configuration.
 
     Raises:
-        RunError: it is none.
+        RunError: it is not a run folder.
     """
     if not (Path(path) / "config.json").is_file():
-        raise RunError(f"{path} is not a run folder (no config.json in it): give one that ral-gym train has made")
+        raise RunError(f"{path} is not a run folder (no config.json in it): give one that ral-gym train made")
     return Run(path, read_config(path))
 
 
 def need(run: Run, names: list[str], remedy: str) -> None:
-    """Refuse to go on without files of the run.
+    """Refuse to continue without some of the run's files.
 
     Raises:
-        RunError: which are missing, and what makes them.
+        RunError: which are missing, and how to make them.
     """
     missing = [name for name in names if not run.has(name)]
     if missing:
@@ -48,7 +48,7 @@ def need(run: Run, names: list[str], remedy: str) -> None:
 
 
 def check_fits(run: Run, name: str, prior: Any, vqvae: Any) -> None:
-    """Refuse a generator that draws other codes than the run's VQ-VAE decodes.
+    """Refuse a generator that draws other codes than the run's tokenizer decodes.
 
     Raises:
         RunError: which file, and the two grids.
@@ -56,7 +56,7 @@ def check_fits(run: Run, name: str, prior: Any, vqvae: Any) -> None:
     if prior.grid != vqvae.grid:
         raise RunError(
             f"{run.file(name + '.safetensors')} draws {prior.grid}, but vqvae.safetensors beside it decodes "
-            f"{vqvae.grid}; one of them is another run's"
+            f"{vqvae.grid}; one of them belongs to another run"
         )
 
 
@@ -67,11 +67,11 @@ def generator_files(run: Run, name: str) -> list[str]:
 
 
 def sample(arguments: SampleArguments, console: Console) -> Path:
-    """Draw images; the picture's path.
+    """Draw images; returns the picture's path.
 
     Raises:
         ConfigError: n or the temperature is out of range.
-        RunError: no run folder, or the generator has not been trained.
+        RunError: not a run folder, or the generator has not been trained.
     """
     if arguments.n < 1 or not 0 < arguments.temperature < math.inf:
         raise ConfigError(
@@ -98,12 +98,12 @@ def sample(arguments: SampleArguments, console: Console) -> Path:
 
 
 def complete_image(arguments: CompleteArguments, console: Console) -> Path:
-    """Complete an image with MLE and RAL; the picture's path.
+    """Complete an image with MLE and RAL; returns the picture's path.
 
     Raises:
         ConfigError: the visible share, the number of seeds or the temperature is out of range.
         DataError: the image cannot be read.
-        RunError: no run folder, or it has not come so far.
+        RunError: not a run folder, or a stage of it has not run yet.
     """
     if not 0 < arguments.visible_rows < 1:
         raise ConfigError(f"--visible-rows is {arguments.visible_rows}: give a share above 0 and below 1, such as 0.5")
@@ -132,7 +132,7 @@ def complete_image(arguments: CompleteArguments, console: Console) -> Path:
 
 
 def _save_codes(path: Path, codes: np.ndarray, grid: CodeGrid) -> None:
-    """Codes and what they fit, as a compressed npz file."""
+    """Write codes and the shape of their grid as a compressed npz file."""
     facts = {"codebook_size": grid.codebook_size, "height": grid.height, "levels": grid.levels}
 
     def write(temporary: Path) -> None:

@@ -1,4 +1,4 @@
-"""`ral-gym presets` and `ral-gym train --dry-run`: what there is, and what it costs."""
+"""`ral-gym presets` and `ral-gym train --dry-run`: the presets, and what a run would cost."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def show_presets(arguments: PresetsArguments, console: Console) -> None:
     """
     console.print(_all_presets() if arguments.name is None else _one_preset(get_preset(arguments.name)))
     if arguments.name is None:
-        console.print("One with all its settings: ral-gym presets NAME", highlight=False)
+        console.print("All settings of one: ral-gym presets NAME", highlight=False)
 
 
 def _table(title: str, *columns: str, left: int = 1) -> Table:
@@ -46,7 +46,7 @@ def _all_presets() -> Table:
             "\n".join(_network(prior.hidden_units, prior.layers, prior.attention_layers) for prior in priors),
             "\n".join([", ".join(f"{step:,}" for step in steps[:2]), *(f"{step:,}" for step in steps[2:])]),
         )
-    table.caption = "PixelCNN: units x layers, a: attention layers; two levels: top above bottom"
+    table.caption = "PixelCNN: hidden units x layers, a: attention layers; two levels: top above bottom"
     return table
 
 
@@ -108,7 +108,7 @@ def show_dry_run(arguments: TrainArguments, console: Console) -> None:
 
 
 def _flops(count: int) -> str:
-    """Operations with three digits and a unit: 1.23 T."""
+    """FLOPs with three digits and a unit: 1.23 T."""
     value, units = float(count), ("", "k", "M", "G", "T", "P", "E", "Z")
     for unit in units:
         if value < 999.5:

@@ -1,4 +1,4 @@
-"""`ral-gym report`: everything about a run on one page."""
+"""`ral-gym report`: a run as one HTML page."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from ral_gym.stages.device import resolve_device
 
 
 def report_run(arguments: ReportArguments, console: Console) -> Path:
-    """Write the page; its path.
+    """Write the page; returns its path.
 
     Raises:
-        RunError: no run folder, a damaged file in it, or the page cannot be written.
+        RunError: not a run folder, a damaged file in it, or the page cannot be written.
     """
     device, run = resolve_device(arguments.device), open_run(arguments.run)
     path = write_report(run, Path(arguments.output or run.file("report.html")), device)

@@ -1,7 +1,7 @@
-"""`ral-gym train`: images -> VQ-VAE -> PixelCNN -> RAL -> table and pictures, one stage after the other.
+"""`ral-gym train`: images -> tokenizer -> prior -> RAL -> results table and pictures, one stage after the other.
 
-Each stage loads what is there, continues what was begun, or trains. Under ``torchrun`` or ``accelerate launch``
-stages 1 and 2 are shared among the processes; the first one alone goes on.
+Each stage loads its finished files, continues from its checkpoint, or trains. Under ``torchrun`` or ``accelerate
+launch`` all processes share stages 1 and 2; only the first continues with the later stages.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from ral_gym.commands.arguments import STAGES, EvaluateArguments, TrainArguments
 from ral_gym.config import Config
 from ral_gym.errors import RalGymError, RunError, printable
 
-# torch and the stages are imported inside the functions: --help and a mistyped flag answer at once, and Ctrl-C during
-# the seconds that they take to load is caught like any other.
+# torch and the stages are imported inside the functions, so that --help and a mistyped flag respond at once, and Ctrl-C
+# during the seconds of their import is handled like any other.
 if TYPE_CHECKING:
     import torch
 
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 
 WEIGHTS = ("vqvae", "codes", "prior", "prior_ema", "prior_continued", "policy", "policy_ema", "critic")
 FINISHED = ("results.json", *(f"{name}.safetensors" for name in WEIGHTS))
-"""The files of a finished run of one level; one that was removed is made again."""
+"""The files of a finished run of one level; a removed one is made again."""
 MADE_BY = {"vqvae": ("vqvae",), "prior": ("codes", "prior", "prior_ema"), "ral": WEIGHTS[4:]}
-"""What each stage leaves for those after it."""
+"""Stage -> the files that later stages need from it."""
 
 
 def finished_files(config: Config) -> tuple[str, ...]:
@@ -42,7 +42,7 @@ def finished_files(config: Config) -> tuple[str, ...]:
 
 
 def files_of(stage: str, config: Config) -> list[str]:
-    """What a stage leaves; with two levels every prior is two files, and there may be no critic."""
+    """A stage's files; with two levels every prior is two files, and there may be no critic."""
     names = [
         name + suffix
         for name in MADE_BY[stage]
@@ -53,14 +53,14 @@ def files_of(stage: str, config: Config) -> list[str]:
 
 
 def train(arguments: TrainArguments, console: Console) -> dict[str, Any]:
-    """The stages in order; each loads what is there, continues what was begun, or trains.
+    """Run the stages in order; each loads its finished files, continues from its checkpoint, or trains.
 
     Returns:
-        the results table; empty where it was not asked for.
+        the results table; empty if the evaluation was not requested.
 
     Raises:
-        RunError: a stage that was asked for needs one that was not and that has not been trained, or another process
-            is at work in the folder.
+        RunError: a requested stage needs one that was neither requested nor trained, or another process is using the
+            folder.
     """
     from ral_gym.agents.algorithm import check_stage
     from ral_gym.commands.extras import check_extras
@@ -112,7 +112,7 @@ def _fork(source: str, path: Path, config: Config) -> Run:
 
 
 def _run_stages(pipeline: Pipeline, stages: Sequence[str], console: Console) -> dict[str, Any]:
-    """Stages 1 and 2 on all processes, then the others on the first one alone; the results table, or nothing."""
+    """Run stages 1 and 2 on all processes, then the others on the first only; returns the results table, or {}."""
     from ral_gym.stages.processes import end_processes
 
     for stage in STAGES[:2]:
@@ -129,7 +129,7 @@ def _run_stages(pipeline: Pipeline, stages: Sequence[str], console: Console) -> 
 
 
 def _check_stages(run: Run, stages: Sequence[str]) -> None:
-    """Refuse a stage whose forerunners are neither asked for nor there, before any is begun."""
+    """Before any stage starts, refuse one whose required earlier stages are neither requested nor finished."""
     for number, stage in enumerate(STAGES):
         for earlier in STAGES[:number] if stage in stages else ():
             missing = [name for name in files_of(earlier, run.config) if not run.has(name)]
@@ -141,13 +141,13 @@ def _check_stages(run: Run, stages: Sequence[str]) -> None:
 
 
 class Pipeline:
-    """The stages of one run, with what they hand to one another.
+    """The stages of one run, with the objects they pass to one another.
 
     Args:
         run: the run folder.
-        device: where to train.
-        arguments: the command's.
-        console: where to say what data these are.
+        device: device to train on.
+        arguments: the command's arguments.
+        console: where to print the description of the data.
     """
 
     def __init__(self, run: Run, device: torch.device, arguments: TrainArguments, console: Console) -> None:
@@ -163,7 +163,7 @@ class Pipeline:
 
     @functools.cached_property
     def images(self) -> ImageSet:
-        """The run's images, loaded by the first process before the others, which find its cache."""
+        """The run's images, loaded by the first process before the others, which use its cache."""
         from ral_gym.data.images import load_images
         from ral_gym.stages.evaluate import check_images
         from ral_gym.stages.processes import main_process_first
@@ -178,7 +178,7 @@ class Pipeline:
 
     @functools.cached_property
     def vqvae(self) -> Tokenizer:
-        """The trained VQ-VAE."""
+        """The trained tokenizer."""
         from ral_gym.stages.levels import load_vqvae
 
         return load_vqvae(self.run, self.device)
@@ -237,7 +237,7 @@ class Pipeline:
 
 
 def _introduce(images: ImageSet, run: Run, device: torch.device, console: Console) -> None:
-    """The first lines: which data, how to give other data, where the run lives."""
+    """Print the first lines: the data, how to use your own, and the run folder."""
     lines = [f"Data: {images.description}"]
     if images.cache is not None:
         lines += [f"  Decoded images are kept in {images.cache} (ral-gym cache lists them, --clear removes them)"]
@@ -248,7 +248,7 @@ def _introduce(images: ImageSet, run: Run, device: torch.device, console: Consol
 
 
 def _list_files(run: Run, stages: Sequence[str], console: Console) -> None:
-    """Where the stages' files are, when there is no table to print."""
+    """Print the stages' files, if there is no table to print."""
     _say(console, [f"  {run.file(name)}" for stage in stages for name in files_of(stage, run.config)])
 
 
@@ -258,24 +258,24 @@ def _say(console: Console, lines: Sequence[str]) -> None:
 
 
 def report(run: Run, results: dict[str, Any], console: Console) -> dict[str, Any]:
-    """The table, and the pictures' paths.
+    """Print the table and the pictures' paths.
 
     Raises:
-        RunError: the results are not ral_gym's.
+        RunError: the results were not written by ral_gym.
     """
     from ral_gym.pictures import results_table
 
     try:
         table = results_table(results)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise RunError(f"{run.file('results.json')} is no results file; remove it to evaluate again") from error
+        raise RunError(f"{run.file('results.json')} is not a results file; remove it to evaluate again") from error
     console.print(table)
     _say(console, [f"  {picture}" for picture in sorted(run.file("samples").glob("*.png"))])
     return results
 
 
 def evaluate_run(arguments: EvaluateArguments, console: Console) -> None:
-    """`ral-gym evaluate`: the last stage of the run in this folder."""
+    """`ral-gym evaluate`: run the last stage of an existing run."""
     from ral_gym.commands.generate import open_run
 
     run = open_run(arguments.run)
@@ -287,13 +287,13 @@ def evaluate_run(arguments: EvaluateArguments, console: Console) -> None:
 def base_run(
     preset: str, seed: int, runs: str | Path, console: Console, quiet: bool = False, flags: Sequence[str] = ()
 ) -> Run:
-    """A run with finished stages 1 and 2, for variants of stage 3; what is missing is trained.
+    """A run with finished stages 1 and 2, for variants of stage 3; missing stages are trained.
 
     Args:
         preset: its settings.
         seed: its seed.
-        runs: the folder of run folders; the run is called as `ral-gym train` would call it.
-        console: where to say what is trained.
+        runs: the folder of run folders; the run gets the name that `ral-gym train` would give it.
+        console: where to print progress.
         quiet: no progress bars.
         flags: more arguments of `ral-gym train`.
 

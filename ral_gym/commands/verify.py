@@ -1,8 +1,9 @@
-"""`ral-gym verify`: is ``results.json`` what the saved weights give? Everything is measured again, nothing is written.
+"""`ral-gym verify`: do the saved weights reproduce ``results.json``? Everything is measured again, nothing is written.
 
-On the machine, device and number of threads that measured the run, every metric comes out the same. Elsewhere sums are
-rounded otherwise, now and then another code is drawn and the rest of its image with it: the same measurement with
-slightly other samples. Its metrics differ by a part of their intervals, which is what `--tolerance` counts in.
+On the machine, device and number of threads that measured the run, every metric is reproduced exactly. Elsewhere sums
+round differently, so that now and then another code is drawn, and the rest of its image differs too: the same
+measurement with slightly different samples. Metrics then differ by a fraction of their intervals, the unit of
+`--tolerance`.
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ from ral_gym.stages.levels import load_vqvae
 from ral_gym.tokenizers.code_set import CodeSet
 
 ROUNDING = 1e-6
-"""Relative difference that counts as none."""
+"""Relative difference that counts as rounding."""
 WITHOUT_INTERVAL = 0.02
-"""What stands for half the interval's width of a metric that has none, relative to it where it is above 1."""
+"""Half the interval's width, for a metric without an interval; relative to the metric if that is above 1."""
 MOST_SHOWN = 60
-"""Lines of the table."""
+"""Most lines of the printed table."""
 SETTINGS = ("extractor", "reference", "n_samples", "seed", "preset", "measurement", "held_out")
 
 BEST = "_best_temperature"
@@ -44,14 +45,14 @@ Rows = dict[str, dict[str, Any]]
 
 @dataclass(frozen=True)
 class Difference:
-    """A metric that is not what it was.
+    """A metric that differs from results.json.
 
     Attributes:
-        row: name of the row; `settings` for what the table as a whole was measured with.
+        row: name of the row; `settings` for the settings of the whole table.
         metric: name of the metric, or of one end of its interval; empty for a whole row.
-        saved: in ``results.json``; None: not there.
-        again: measured now; None: not there.
-        interval: half the width of its interval; None where it has none.
+        saved: value in ``results.json``; None: missing there.
+        again: value measured now; None: missing now.
+        interval: half the width of its interval, or None.
     """
 
     row: str
@@ -72,12 +73,12 @@ class Difference:
 
 @dataclass
 class Comparison:
-    """Saved and measured rows, compared.
+    """The comparison of saved and measured rows.
 
     Attributes:
-        differences: what differs, in the rows' order.
-        compared: how many metrics were, ends of intervals not counted.
-        largest: the largest relative difference of a metric, also of those that are accepted.
+        differences: the metrics that differ, in the rows' order.
+        compared: number of metrics compared, without interval ends.
+        largest: the largest relative difference of a metric, including accepted ones.
         unknown: metrics that ``results.json`` does not have.
     """
 
@@ -88,12 +89,12 @@ class Comparison:
 
 
 def verify_run(arguments: VerifyArguments, console: Console) -> Comparison:
-    """Measure a finished run again, and print what differs from its results.
+    """Measure a finished run again, and print the differences from its results.
 
     Raises:
-        ConfigError: the tolerance is out of range, or the extractor cannot be had.
-        DataError: the run's images cannot be had.
-        RunError: a metric differs; or the run is not finished or damaged, or has no such row.
+        ConfigError: the tolerance is out of range, or the extractor is not available.
+        DataError: the run's images are not available.
+        RunError: a metric differs; or the run is not finished, is damaged, or has no such row.
     """
     if not 0 <= arguments.tolerance < math.inf:
         raise ConfigError(f"--tolerance is {arguments.tolerance}: give 0 or more")
@@ -108,14 +109,14 @@ def verify_run(arguments: VerifyArguments, console: Console) -> Comparison:
     measurement = results.get("measurement", 1)
     evaluation = GeneratorMetrics(run, vqvae, codes, images, device, measurement)
     if measurement < MEASUREMENT:
-        _say(console, f"{run.path.name} was measured by an older rule ({measurement}): the same one is used again.")
+        _say(console, f"{run.path.name} was measured by an older rule ({measurement}), which is used again.")
     measured: Rows = {}
     only = {_of_sweep(name) for name in arguments.rows} or None
     measure(evaluation, priors, measured, only=only, progress=not arguments.quiet)
     again = results_of(run, evaluation, measured)
     rows = flat_rows(again, run)
     if only is not None:
-        # Of a generator that was drawn at one temperature, that one is not the best of several.
+        # If a generator was sampled at one temperature only, there is no best of several.
         rows = {name: row for name, row in rows.items() if name in only or not name.endswith(BEST)}
         saved = {name: row for name, row in saved.items() if name in rows or name in arguments.rows}
     settings, settings_again = ({"settings": {key: of.get(key) for key in SETTINGS}} for of in (results, again))
@@ -125,12 +126,12 @@ def verify_run(arguments: VerifyArguments, console: Console) -> Comparison:
 
 
 def compare(saved: Rows, again: Rows, tolerance: float = 0.0) -> Comparison:
-    """Compare rows by name, metric by metric, and the ends of the intervals where the metrics agree.
+    """Compare rows by name, metric by metric; if two metrics agree, also the ends of their intervals.
 
     Args:
         saved: rows of ``results.json``; metrics that they do not have are not compared (an older version wrote them).
         again: rows measured now.
-        tolerance: differences up to this share of half an interval's width are accepted; 0: only of rounding.
+        tolerance: differences up to this fraction of half an interval's width are accepted; 0: only rounding.
     """
     found = Comparison([], 0, 0.0, [])
     for name in [*saved, *(name for name in again if name not in saved)]:
@@ -150,7 +151,7 @@ def compare(saved: Rows, again: Rows, tolerance: float = 0.0) -> Comparison:
 def _compare_metric(
     found: Comparison, name: str, key: str, there: Mapping[str, Any], here: Mapping[str, Any], tolerance: float
 ) -> Iterator[Difference]:
-    """The metric if it differs, else the ends of its interval that do."""
+    """Yield the metric if it differs, else the interval ends that differ."""
     old, new = there[key], here.get(key)
     ends = [row.get("intervals", {}).get(key) for row in (there, here)]
     widths = [(high - low) / 2 for low, high in filter(None, ends)]
@@ -176,10 +177,10 @@ def _agree(old: Any, new: Any, width: float | None, tolerance: float) -> bool:
 
 
 def flat_rows(results: Any, run: Run) -> Rows:
-    """Every row of the results by a name of its own: the table's, `mle_at_0.85` of the sweeps, `ral_after_10`.
+    """Every row of the results by a unique name: the table's rows, `mle_at_0.85` of a sweep, `ral_after_10`.
 
     Raises:
-        RunError: the results are not ral_gym's.
+        RunError: the results were not written by ral_gym.
     """
     try:
         rows = dict(results["rows"])
@@ -189,9 +190,9 @@ def flat_rows(results: Any, run: Run) -> Rows:
             rows[f"ral_after_{row['updates']}"] = {key: value for key, value in row.items() if key != "updates"}
         for row in rows.values():
             if not isinstance(row["fd"], float | int) or not isinstance(row.get("intervals", {}), dict):
-                raise TypeError(f"a metric of {row} is no number")
+                raise TypeError(f"a metric of {row} is not a number")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise RunError(f"{run.file('results.json')} is no results file; remove it to evaluate again") from error
+        raise RunError(f"{run.file('results.json')} is not a results file; remove it to evaluate again") from error
     return rows
 
 
@@ -199,7 +200,7 @@ def _open(path: str) -> tuple[Run, Any]:
     """The run and its results.
 
     Raises:
-        RunError: no run folder, or no results in it.
+        RunError: not a run folder, or no results in it.
     """
     folder = Path(path)
     if (folder / "config.json").is_file() and not (folder / "results.json").is_file():
@@ -209,13 +210,13 @@ def _open(path: str) -> tuple[Run, Any]:
 
 
 def _of_sweep(name: str) -> str:
-    """What to ask `measure` for: a sweep is measured as a whole."""
+    """The name to pass to `measure`: a sweep is measured as a whole."""
     start, at, _ = name.partition("_at_")
     return start + BEST if at else name
 
 
 def _report(run: Run, found: Comparison, n_rows: int, tolerance: float, console: Console) -> None:
-    """The differences, what was compared, and an error if something differs."""
+    """Print the differences and what was compared; raise an error if something differs."""
     allowed = (
         f"{tolerance:g} of the 95 % interval's half width" if tolerance else f"rounding ({ROUNDING:g} of a metric)"
     )
@@ -233,7 +234,7 @@ def _report(run: Run, found: Comparison, n_rows: int, tolerance: float, console:
     if found.differences:
         names = list(dict.fromkeys(difference.row for difference in found.differences))
         more = f" and {len(names) - 6} more rows" if len(names) > 6 else ""
-        remedy = "" if tolerance else "; on another machine, device or number of threads allow for it: --tolerance 0.5"
+        remedy = "" if tolerance else "; on another machine, device or number of threads use --tolerance 0.5"
         raise RunError(
             f"{run.path}: {len(found.differences)} metrics differ from results.json, in {', '.join(names[:6])}{more}"
             f"{remedy}"

@@ -1,4 +1,4 @@
-"""A configuration as the command line that gives it: what differs from a preset, as flags of ``ral-gym train``."""
+"""A configuration as a command line: its differences from a preset, as flags of ``ral-gym train``."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from ral_gym.settings import option_words, weight_words
 def flags(config: Config, base: Config | None = None) -> list[str]:
     """The words that turn `base` into `config`, so that parsing them after ``--preset BASE`` gives `config`.
 
-    Works for every field of every section, nested ones too: a section that is added needs nothing here. Sections of
-    other algorithms than `config.ral.algo` are left out, since the command line resets them.
+    Works for every field of every section, nested ones too, so new sections need no change here. Sections of other
+    algorithms than `config.ral.algo` are left out, since the command line resets them.
 
     Args:
         config: the settings wanted.
-        base: where the command line starts, the preset's settings; None: unknown, so that every setting is named.
+        base: the preset's settings, from which the command line starts; None: unknown, so that every setting is named.
     """
     other = {name for name in SECTIONS if name != config.ral.algo and not changed_settings(getattr(config.ral, name))}
     return list(_words(config, base, "", {"preset", *(f"ral.{name}" for name in other)}))
 
 
 def parts_named(config: Config) -> list[str]:
-    """The ``module:Class`` names of a configuration: what --plugin has to name where its run folder is opened.
+    """The ``module:Class`` names of a configuration, which --plugin must name to open its run folder.
 
-    A data source may have an argument behind it: ``module:Class:images.npy``.
+    A data source may be followed by an argument: ``module:Class:images.npy``.
     """
     found: dict[str, None] = {}
     for text in _texts(dataclasses.asdict(config)):
-        if text.partition(":")[0] not in SOURCES:  # folder:images looks like a path too
+        if text.partition(":")[0] not in SOURCES:  # folder:images looks like a module:Class too
             found |= {name: None for name in (text, ":".join(text.split(":")[:2])) if is_path(name)}
     return list(found)
 
@@ -74,7 +74,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def settings(config: Config) -> dict[str, Any]:
-    """Every setting by its name on the command line; the bottom prior's and an algorithm's only where there is one."""
+    """Every setting by its name on the command line; those of the bottom prior and of algorithms only if used."""
     unused = {
         f"ral.{name}"
         for name in SECTIONS

@@ -1,4 +1,4 @@
-"""Which numbers a setting may have, in words and as a test, and the largest sizes, since files may ask for any."""
+"""The allowed range of every setting, in words and as a test, and largest sizes, since files are untrusted."""
 
 from __future__ import annotations
 
@@ -63,13 +63,13 @@ _NAMES: dict[_Rule, str] = {
 
 
 def both_priors(names: str) -> tuple[str, ...]:
-    """Names of settings; those of the prior are those of the bottom one too."""
+    """Names of settings; those of the prior are repeated for the bottom prior."""
     given = names.split()
     return (*given, *(name.replace("prior.", "bottom.") for name in given if name.startswith("prior.")))
 
 
 RANGES: dict[_Rule, tuple[str, ...]] = {rule: both_priors(names) for rule, names in _NAMES.items()}
-"""What a setting may be (in words, and as a test), and the settings that this holds for; both priors' alike."""
+"""A rule (in words, and as a test) -> the settings that it applies to, those of both priors included."""
 
 SIZES: dict[int, str] = {
     16: "vqvae.layers critic.layers",
@@ -96,7 +96,7 @@ SIZES: dict[int, str] = {
         ral.reinforce.batch_size ral.grpo.batch_size ral.ppo.batch_size ral.maskable_ppo.batch_size ral.trpo.batch_size
         """,
 }
-"""The largest size -> the settings that it holds for."""
+"""The largest size -> the settings that it applies to."""
 
 
 def check_ranges(config: Any) -> None:
@@ -114,7 +114,7 @@ def check_ranges(config: Any) -> None:
 
 
 def check_sizes(config: Any) -> None:
-    """Refuse sizes of a `Config` that nothing could be built with.
+    """Refuse sizes of a `Config` that no model could be built with.
 
     Raises:
         ConfigError: which one, and the largest that is allowed.

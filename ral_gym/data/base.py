@@ -1,7 +1,7 @@
-"""Stage 0, the door for images: what a data source is, and how one is found by its name.
+"""Stage 0, data sources: their interface, and how one is found by its name.
 
 ``--data NAME:ARGUMENT`` calls the part that is registered as NAME (`ral_gym.registry.SOURCES`) with the argument. It
-gives the items, a function that reads one, and labels where it knows any::
+returns the items, a function that reads one, and optionally labels::
 
     @SOURCES.register("npy")
     class Array:
@@ -34,7 +34,7 @@ from ral_gym.data.opening import LIMITS, Limits, check_regular
 from ral_gym.errors import DataError, RalGymError, printable
 from ral_gym.registry import SOURCES, is_path
 
-TEST_SHARE, TEST_LIMIT = 0.05, 10_000  # of sources without a split of their own
+TEST_SHARE, TEST_LIMIT = 0.05, 10_000  # for sources without an own split
 KNOWN = (
     "faces, celeba:PATH (a folder or zip of img_align_celeba), folder:PATH, lsun:PATH (an LMDB folder) or "
     "hf:NAME[:SPLIT] (a Hugging Face dataset)"
@@ -49,13 +49,13 @@ class Split(NamedTuple):
     test: np.ndarray
     """(M,) int64: held-out images."""
     new_people: np.ndarray | None
-    """(P,) int64: held-out people, where it is known who is on an image."""
+    """(P,) int64: images of held-out people, if the source knows who is on an image."""
     words: str
     """How they were chosen."""
 
 
 class Source:
-    """Images before they are decoded and split; what a part of `SOURCES` gives is made into one.
+    """Images before they are decoded and split; whatever a part of `SOURCES` returns is converted to one.
 
     Args:
         files: the images, in order.
@@ -65,13 +65,13 @@ class Source:
         labels: (N,) the class of every file, from 0; None: unknown.
         classes: the names of the classes.
         skipped: files that cannot be used, each as "path: reason".
-        cacheable: whether the files' sizes and stamps tell that an image has changed, so that decoded ones may be kept.
+        cacheable: whether sizes and stamps reveal changed images, so that decoded ones may be cached.
     """
 
     argument: ClassVar[str] = "ARGUMENT"
-    """What stands behind the colon, for messages."""
+    """The argument after the colon, for messages."""
     crop: int | None = None
-    """Side of the centre crop in source pixels; None: the shorter side. `data.crop` goes before it."""
+    """Side of the centre crop in source pixels; None: the shorter side. `data.crop` overrides it."""
     grey: bool = False
     """Whether all images are grey."""
 
@@ -92,12 +92,12 @@ class Source:
         self.classes, self.skipped, self.cacheable = tuple(classes), tuple(skipped), cacheable
 
     def split(self, seed: int) -> Split:
-        """Which images are held out: a seeded random share, unless the source knows better."""
+        """Which images are held out: a seeded random share, unless a source overrides it."""
         return random_split(np.arange(len(self.files)), seed)
 
 
 def random_split(rows: np.ndarray, seed: int) -> Split:
-    """Hold out a seeded share, at least one image of two; both parts keep their order."""
+    """Hold out a seeded share, at least one if there are two images; both parts keep their order."""
     count = len(rows)
     n_test = min(TEST_LIMIT, max(1, round(TEST_SHARE * count))) if count > 1 else 0
     held_out = np.zeros(count, bool)
@@ -107,7 +107,7 @@ def random_split(rows: np.ndarray, seed: int) -> Split:
 
 
 class Entries:
-    """Rows of a database as `ImageFile`s that exist only while they are looked at: millions cost some MB, not GB.
+    """Rows of a database as `ImageFile`s that are created on access: millions cost some MB, not GB.
 
     Args:
         name_of: the name of a row of the database.
@@ -123,7 +123,7 @@ class Entries:
         return len(self.rows)
 
     def __iter__(self) -> Iterator[ImageFile]:
-        """Make one `ImageFile` after the other."""
+        """Create one `ImageFile` after the other."""
         return (ImageFile(self.name_of(int(row)), self.size, self.stamp) for row in self.rows)
 
     def take(self, indices: np.ndarray) -> Entries:
@@ -146,7 +146,7 @@ def split_source(source: str) -> tuple[str, str]:
     """``NAME:ARGUMENT`` or ``module:Class:ARGUMENT`` -> name and argument, which may be empty.
 
     Raises:
-        DataError: no name of a data source.
+        DataError: not the name of a data source.
         ConfigError: a ``module:Class`` that only a file names.
     """
     name, _, argument = source.partition(":")
@@ -165,7 +165,7 @@ def split_source(source: str) -> tuple[str, str]:
 
 
 def source_part(source: str) -> Any:
-    """The part of `SOURCES` that a setting ``data.source`` names; not called, so no images are looked for.
+    """The part of `SOURCES` that a setting ``data.source`` names; not called, so no images are searched for.
 
     Raises:
         DataError, ConfigError: there is none, or it may not be imported.
@@ -178,8 +178,8 @@ def open_source(source: str, progress: bool = False, limits: Limits = LIMITS) ->
 
     Args:
         source: ``NAME:ARGUMENT``.
-        progress: passed on to a part that takes it: let it show progress bars.
-        limits: passed on to a part that takes it: what is too large.
+        progress: whether to show progress bars; passed to parts that take it.
+        limits: size limits; passed to parts that take it.
 
     Raises:
         DataError: the source is unknown, missing, empty or unusable.
@@ -190,12 +190,12 @@ def open_source(source: str, progress: bool = False, limits: Limits = LIMITS) ->
     try:
         taken = inspect.signature(part).parameters
     except (TypeError, ValueError):
-        raise DataError(f"data source {name!r} is no function or class") from None
+        raise DataError(f"data source {name!r} is not a function or class") from None
     options = {key: value for key, value in given.items() if key in taken}
     by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     needed = [p for key, p in taken.items() if key not in options and p.kind in by_position]
     if argument and not needed:
-        raise DataError(f"data source {source!r}: {name} takes nothing behind a colon; write {name}")
+        raise DataError(f"data source {source!r}: {name} takes no argument after a colon; write {name}")
     if not argument and needed and needed[0].default is inspect.Parameter.empty:
         wanted = getattr(part, "argument", needed[0].name.upper())
         raise DataError(f"Data source {source!r} names no images: write {name}:{wanted}")
@@ -204,7 +204,7 @@ def open_source(source: str, progress: bool = False, limits: Limits = LIMITS) ->
         return found if isinstance(found, Source) else _adopted(found, name, argument, part, limits)
     except RalGymError:
         raise
-    except Exception as error:  # a stranger's code may raise anything
+    except Exception as error:  # third-party code may raise anything
         if getattr(part, "__module__", "").startswith("ral_gym."):
             raise
         reason = (str(error).strip() or "no reason given").splitlines()[0]
@@ -212,7 +212,7 @@ def open_source(source: str, progress: bool = False, limits: Limits = LIMITS) ->
 
 
 def existing_path(text: str, kind: str) -> Path:
-    """The path that ``kind:text`` names, of a regular file or a folder; links stay, as more may lie beside one.
+    """The path that ``kind:text`` names, of a regular file or a folder; links are not resolved.
 
     Raises:
         DataError: there is none, or it is a FIFO, a device or a socket.
@@ -232,7 +232,7 @@ def existing_path(text: str, kind: str) -> Path:
 
 
 def require_images(files: Sequence[ImageFile], unreadable: Sequence[str], root: Path) -> None:
-    """Raise `DataError` where there are none."""
+    """Raise `DataError` if there are none."""
     if not files:
         reason = f" ({unreadable[0]})" if unreadable else ""
         raise DataError(
@@ -240,7 +240,7 @@ def require_images(files: Sequence[ImageFile], unreadable: Sequence[str], root: 
         )
 
 
-# A stranger's source ------------------------------------------------------------------------------------------------
+# Sources of your own ------------------------------------------------------------------------------------------------
 
 
 class ItemReader:
@@ -257,11 +257,11 @@ class ItemReader:
         return self._read(self._items[self._rows[name]])
 
     def close(self) -> None:
-        """Close nothing: what the source holds open is its own."""
+        """Nothing to close: the source keeps its own files open."""
 
 
 def _adopted(found: Any, name: str, argument: str, part: Any, limits: Limits) -> Source:
-    """What a stranger's part gave, as a `Source`: (items, read), (items, read, labels) or an object with these."""
+    """A third-party part's result as a `Source`: (items, read), (items, read, labels) or an object with these."""
     if isinstance(found, tuple) and len(found) in (2, 3):
         (items, read), labels = found[:2], found[2] if len(found) == 3 else None
     elif hasattr(found, "items") and hasattr(found, "read"):
@@ -282,7 +282,7 @@ def _adopted(found: Any, name: str, argument: str, part: Any, limits: Limits) ->
     stamp = _stamp(getattr(found, "stamp", None), argument, part)
     files = [ImageFile(str(item), 0, stamp or 0) for item in items]
     if len({file.name for file in files}) < len(files):
-        raise DataError(f"data source {name!r} has two items of one name: the text of each must be its own")
+        raise DataError(f"data source {name!r} has two items of one name: their texts must differ")
     source = Source(
         files,
         root=f"{name}:{argument}" if argument else name,
@@ -297,7 +297,7 @@ def _adopted(found: Any, name: str, argument: str, part: Any, limits: Limits) ->
 
 
 def _stamp(stated: Any, argument: str, part: Any) -> int | None:
-    """A number that changes when the images may have: by what the source says, else by its file; None: unknown."""
+    """A number that changes when the images may have changed: from the source's stamp or its file; None: unknown."""
     if stated is None:
         path = os.path.expanduser(argument)
         if not argument or "\0" in argument or not os.path.isfile(path):
@@ -308,7 +308,7 @@ def _stamp(stated: Any, argument: str, part: Any) -> int | None:
 
 
 def _code_stamp(part: Any) -> Any:
-    """What changes with the file of a part's code."""
+    """A value that changes with the file of a part's code."""
     try:
         status = os.stat(inspect.getfile(part))
     except (OSError, TypeError):
@@ -320,7 +320,7 @@ def _labels(labels: Sequence[int] | np.ndarray, count: int, title: str) -> np.nd
     """(N,) int64.
 
     Raises:
-        DataError: another number of labels than of images, or one that is no integer from 0.
+        DataError: the numbers of labels and images differ, or a label is not an integer of 0 or more.
     """
     values = np.asarray(labels)
     if values.shape != (count,) or values.dtype.kind not in "iu" or (count and values.min() < 0):

@@ -1,8 +1,8 @@
-"""Stage 0, files to one array: decoded images in memory, or in a cache on disk where they are too many.
+"""Stage 0, files to one array: decoded images in memory, or in a cache on disk if there are too many.
 
-`ral_gym.data.images` decides which files are training images and which are held out; this file has them decoded by
-`ral_gym.data.files` into one uint8 array, in the order given, so that every part of the split is one slice of it. What
-takes long to decode is kept on disk for the next command; `ral_gym.data.cache_folder` is the cache.
+`ral_gym.data.images` decides which files are training images and which are held out; here `ral_gym.data.files` decodes
+them into one uint8 array, in the given order, so that every part of the split is one slice of it. Images that take long
+to decode are kept on disk for the next command; `ral_gym.data.cache_folder` is the cache.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ KEEP_AFTER_SECONDS = 2.0  # of decoding; less is not worth a file
 
 
 class Keeping(NamedTuple):
-    """Where decoded images go; the settings of `DataConfig`."""
+    """Where decoded images are kept; the settings of `DataConfig`."""
 
     memory_budget_mb: int = 2048
     """A larger array is a read-only memory map of a cache on disk."""
     cache_dir: str | None = None
     """Folder of the cache; None: `~/.cache/ral_gym`."""
     cache_mb: int = 10_240
-    """What arrays that fit into memory may take there, all together."""
+    """Most MiB of disk for arrays that fit into memory, all together."""
     cacheable: bool = True
-    """Whether the files' sizes and stamps tell when an image has changed."""
+    """Whether the files' sizes and stamps reveal changed images."""
 
 
 class DecodedImages(NamedTuple):
@@ -50,7 +50,7 @@ class DecodedImages(NamedTuple):
     kept: list[np.ndarray]
     """Which files of every group are usable, (n_g,) bool each."""
     cache: Path | None
-    """Where the images lie on disk, if they do."""
+    """Where the images are on disk, or None."""
 
 
 def decode_groups(
@@ -61,7 +61,7 @@ def decode_groups(
     Args:
         groups: Files, in the order wanted.
         decoding: Where they are and how they are cut.
-        keeping: What goes to memory and what to disk.
+        keeping: What is kept in memory and what on disk.
         workers: Processes that decode.
         progress: Show a bar.
 
@@ -76,7 +76,7 @@ def decode_groups(
         raise DataError(
             f"The images of {decoding.root} take {need / MB:,.0f} MiB, more than data.memory_budget_mb "
             f"{keeping.memory_budget_mb}: raise it, or give the source a `stamp` that changes when its images do, so "
-            "that they can lie on disk"
+            "that they can be cached on disk"
         )
     use_disk = too_many or (keeping.cacheable and keeping.cache_mb > 0)
     final = folder.place_of(groups, decoding) if use_disk else None
@@ -152,7 +152,7 @@ def _decode_to_cache(
     workers: int,
     progress: bool,
 ) -> Kept:
-    """Decode straight to disk, chunk by chunk, and give a memory map of it."""
+    """Decode to disk, chunk by chunk, and return a memory map."""
     with folder.writing(final, decoding.root, decoding.shape, need) as writer:
         writer.finish(_decode_into(writer.append, groups, decoding, workers, progress))
     found = folder.read(final, list(map(len, groups)), decoding.shape, in_memory=False)

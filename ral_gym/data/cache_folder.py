@@ -1,8 +1,8 @@
 """The cache of decoded images: a folder with one subfolder per set, `images.npy` and `index.json` in each.
 
-A set's name is a hash of everything that decides its pixels: the files with their sizes and stamps, the cut, Pillow's
-version and this format's. Sets appear whole or not at all (written beside, then renamed), several processes may use one
-folder at once, and a damaged set is made again. `ral-gym cache` lists and empties it.
+A set's name is a hash of everything that determines its pixels: the files with their sizes and stamps, crop and size,
+Pillow's version and this format's. Sets are written atomically (to a temporary folder, then renamed), several processes
+may use one folder at once, and a damaged set is made again. `ral-gym cache` lists and empties it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from ral_gym.errors import DataError, printable
 
 logger = logging.getLogger("ral_gym")
 
-FORMAT_VERSION = 2  # of the cache on disk; raise it whenever the same file would be decoded to other pixels
+FORMAT_VERSION = 2  # of the cache on disk; raise it whenever the same file decodes to other pixels
 STALE_SECONDS = 24 * 3600  # an unfinished set this old was left by a killed process
 CHUNK_BYTES = 16 * MB
 PREFIX = "images-"
@@ -46,12 +46,12 @@ class Kept(NamedTuple):
     images: np.ndarray
     """(N, C, S, S) uint8."""
     bad: Bad
-    """The files that gave none."""
+    """The files that could not be decoded."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What `ral-gym cache` shows of a set."""
+    """One set, as `ral-gym cache` shows it."""
 
     path: Path
     source: str
@@ -69,7 +69,7 @@ class CacheFolder:
 
     @classmethod
     def of(cls, cache_dir: str | None) -> CacheFolder:
-        """The one that `data.cache_dir` says; None: `~/.cache/ral_gym`."""
+        """The folder that `data.cache_dir` names; None: `~/.cache/ral_gym`."""
         return cls(Path(cache_dir or "~/.cache/ral_gym").expanduser())
 
     def place_of(self, groups: Sequence[Files], decoding: Decoding) -> Path:
@@ -77,7 +77,7 @@ class CacheFolder:
         return self.path / f"{PREFIX}{cache_key(groups, decoding)}"
 
     def read(self, final: Path, sizes: Sequence[int], shape: tuple[int, int, int], in_memory: bool) -> Kept | None:
-        """A finished set, or None where there is none or it is damaged.
+        """A finished set, or None if there is none or it is damaged.
 
         Args:
             final: its folder.
@@ -111,9 +111,9 @@ class CacheFolder:
         return Kept(images, bad)
 
     def keep(self, final: Path, kept: Kept, source: str, limit_mb: int) -> Path | None:
-        """Write a set that is in memory, where it fits below the limit; where it lies, or None.
+        """Write a set that is in memory, if it fits below the limit; returns its folder, or None.
 
-        Others that were not used for longest make room for it. A failure to write is only warned of.
+        The least recently used sets are removed to make room. A failure to write only logs a warning.
         """
         if kept.images.nbytes > limit_mb * MB:
             return None
@@ -125,13 +125,13 @@ class CacheFolder:
                     writer.append(kept.images[start : start + rows])
                 writer.finish(kept.bad)
         except DataError as error:
-            logger.warning("%s; going on without", error)
+            logger.warning("%s; continuing without the cache", error)
             return None
         return final
 
     @contextlib.contextmanager
     def writing(self, final: Path, source: str, shape: tuple[int, ...], need: int) -> Iterator[_Writer]:
-        """Write a set; it is there once the block has ended, and nothing is where the block raised.
+        """Write a set; it exists once the block has ended, and nothing is left if the block raised.
 
         Raises:
             DataError: the disk is full or the folder cannot be written.
@@ -171,7 +171,7 @@ class CacheFolder:
         return sorted(found, key=lambda entry: entry.used)
 
     def clear(self) -> int:
-        """Remove all sets, unfinished ones too; how many bytes that were."""
+        """Remove all sets, unfinished ones too; returns the number of bytes removed."""
         removed = 0
         for path in list(self.path.glob(f"{PREFIX}*")) if self.path.is_dir() else ():
             removed += sum(file.stat().st_size for file in path.glob("*") if file.is_file())
@@ -179,7 +179,7 @@ class CacheFolder:
         return removed
 
     def _make_room(self, need: int, limit: int) -> None:
-        """Remove what was not used for longest, until a set of `need` bytes fits below the limit."""
+        """Remove the least recently used sets until `need` bytes fit below the limit."""
         entries = self.entries()
         total = sum(entry.bytes for entry in entries)
         for entry in entries:
@@ -196,7 +196,7 @@ class CacheFolder:
 
 
 class _Writer:
-    """Plain file writes: a full disk is an error there, while writing to a memory map would kill us."""
+    """Plain file writes: a full disk raises an error there, while writing to a memory map would kill the process."""
 
     def __init__(self, file: BinaryIO, folder: Path, source: str, shape: tuple[int, ...], need: int) -> None:
         self.file, self.folder, self.source, self.shape, self.need = file, folder, source, shape, need
@@ -213,7 +213,7 @@ class _Writer:
         self.count += len(images)
 
     def finish(self, bad: Bad) -> None:
-        """Write what is known at the end."""
+        """Write the index and the final header."""
         with disk_errors(self.folder.parent, self.need):
             self.file.seek(0)
             _write_header(self.file, (self.count, *self.shape))
@@ -224,7 +224,7 @@ class _Writer:
 
 
 def cache_key(groups: Sequence[Files], decoding: Decoding) -> str:
-    """A hash that differs where the decoded array would: source, crop, size, channels, files and their order."""
+    """A hash of everything that changes the decoded array: source, crop, size, channels, files and their order."""
     cut = {name: getattr(decoding, name) for name in ("root", "crop", "image_size", "grey")}
     version = [FORMAT_VERSION, PIL.__version__, astuple(decoding.limits)]
     digest = hashlib.sha256(json.dumps([version, cut, list(map(len, groups))]).encode())
@@ -247,13 +247,13 @@ def _rename_unless_there(temporary: Path, final: Path) -> None:
     try:
         os.rename(temporary, final)
     except OSError:
-        if not final.exists():  # else another run was faster, and its set is as good
+        if not final.exists():  # else another run was faster, and its set is identical
             raise
 
 
 @contextlib.contextmanager
 def disk_errors(folder: Path, need: int) -> Iterator[None]:
-    """Tell what can be done where the cache cannot be written."""
+    """Turn errors of writing the cache into one that says what can be done."""
     try:
         yield
     except OSError as error:

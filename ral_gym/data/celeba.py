@@ -1,6 +1,6 @@
 """Stage 0, `celeba:PATH`: CelebA (Liu et al., 2015), as its downloads unpack, with the official partition.
 
-Found are, from any level of their folders: torchvision's (`celeba/img_align_celeba`), Kaggle's nesting
+These layouts are found, from any level of their folders: torchvision's (`celeba/img_align_celeba`), Kaggle's nesting
 (`img_align_celeba/img_align_celeba` beside a csv file), the official one (`Img/img_align_celeba`, or the PNG files
 `Img/img_align_celeba_png`, and `Eval/`), and zips of the images with the partition inside or beside them.
 """
@@ -26,7 +26,7 @@ logger = logging.getLogger("ral_gym")
 CROP = 148  # of 178x218 pixels, as in every work on CelebA since Larsen et al. (2016)
 PARTITION_NAMES = ("list_eval_partition.txt", "list_eval_partition.csv")
 IMAGE_FOLDERS = ("img_align_celeba", "img_align_celeba_png")
-DEPTH = 3  # folders between the one that is given and that of the images, either way
+DEPTH = 3  # most levels between the given folder and that of the images, up or down
 FIRST_VALIDATION, FIRST_TEST, LAST = 162_771, 182_638, 202_599  # the official partition, by the files' numbers
 
 
@@ -75,7 +75,7 @@ class CelebA(Source):
         super().__init__(files, root=root, title=title, skipped=[*skipped, *twice, *outside])
 
     def split(self, seed: int) -> Split:
-        """By the partition; at random among the training images where it has no validation images."""
+        """By the partition; at random among the training images if it has no validation images."""
         if self.parts is None:
             split = super().split(seed)
             return split._replace(words=f"{split.words}: no {PARTITION_NAMES[0]} found")
@@ -163,7 +163,7 @@ def _partition_of_zip(root: Path, limits: Limits) -> tuple[str, dict[str, int]] 
 
 
 def _read_partition(content: bytes, source: str) -> dict[str, int]:
-    """Lines "NAME PART", or "NAME,PART" after a header as on Kaggle; a byte-order mark is passed over."""
+    """Lines "NAME PART", or "NAME,PART" after a header as on Kaggle; a byte-order mark is skipped."""
     partition: dict[str, int] = {}
     for number, line in enumerate(content.decode("utf-8-sig", errors="replace").splitlines(), start=1):
         words = line.replace(",", " ").split()
@@ -194,7 +194,7 @@ def _number(base: str) -> int | None:
 
 
 def _each_once(files: Sequence[ImageFile]) -> tuple[list[ImageFile], list[str]]:
-    """Leave out further files of an image that is there already, as jpg and png, or in two folders."""
+    """Leave out duplicates of an image, such as jpg and png versions, or copies in two folders."""
     first: dict[str, ImageFile] = {}
     kept, twice = [], []
     for file in files:

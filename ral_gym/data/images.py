@@ -1,11 +1,11 @@
 """Stage 0, images: where they come from and which of them are held out.
 
-`load_images` turns a `DataConfig` into uint8 arrays, cut as in the paper's experiments (CelebA: the usual centre crop
-of 148 pixels, then an antialiased resize). Unlike the paper, which reports no held-out figures, every source keeps
-images aside: `test` always, and `new_people` where it is known who is on a photo, so that memorising shows.
-Sources come by name through `ral_gym.data.base`, their images are decoded by `ral_gym.data.files` and kept by
-`ral_gym.data.cache`. Whatever the source, more images than `memory_budget_mb` go through memory in small chunks, into a
-cache on disk. At the end stand the conversions between uint8 and the networks' [-1, 1], and stage 1's augmentation.
+`load_images` turns a `DataConfig` into uint8 arrays, cropped and resized as in the paper's experiments (CelebA: the
+usual centre crop of 148 pixels, then an antialiased resize). Unlike the paper, which reports no held-out metrics, every
+source holds images out, so that memorisation can be measured: `test` always, and `new_people` if it is known who is on
+a photo. `ral_gym.data.base` finds sources by name, `ral_gym.data.files` decodes their images and `ral_gym.data.cache`
+keeps them. Images of more than `memory_budget_mb` are written to a cache on disk in small chunks, whatever the source.
+Also here: conversions between uint8 and the networks' [-1, 1], and stage 1's augmentation.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ logger = logging.getLogger("ral_gym")
 
 @dataclass(frozen=True, eq=False)
 class Labels:
-    """The classes of the images of an `ImageSet`, where the source knows them."""
+    """The classes of the images of an `ImageSet`, if the source knows them."""
 
     train: np.ndarray
     """(N,) int64, from 0."""
     test: np.ndarray
     """(M,) int64."""
     classes: tuple[str, ...]
-    """The classes' names; empty where only numbers are known."""
+    """The classes' names; empty if only numbers are known."""
 
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
-    """The images of a run, all uint8 and cut alike.
+    """The images of a run, uint8, all cropped and resized alike.
 
     Larger sets are read-only memory maps: take rows first (`train[rows]` copies just those), then make tensors.
     """
@@ -54,15 +54,15 @@ class ImageSet:
     test: np.ndarray
     """(M, C, S, S) held-out images; faces: 2 photos of each of 36 people; CelebA: its validation part."""
     new_people: np.ndarray | None
-    """(40, C, S, S) all photos of 4 people who are in neither `train` nor `test`; None but for faces."""
+    """(40, C, S, S) all photos of 4 people who are in neither `train` nor `test`; only for faces, else None."""
     description: str
-    """One sentence: which data this is, whose, and how many images."""
+    """One sentence: the data set, its source, and the numbers of images."""
     skipped: tuple[str, ...]
     """Files that could not be used, each as "path: reason"."""
     labels: Labels | None = None
     """The classes of `train` and `test`; None: unknown."""
     cache: Path | None = None
-    """Where the decoded images lie on disk, if they do."""
+    """Where the decoded images are on disk, or None."""
 
     @property
     def channels(self) -> int:
@@ -76,12 +76,12 @@ class ImageSet:
 
 
 def load_images(config: DataConfig, seed: int = 0, progress: bool = True) -> ImageSet:
-    """Load, cut and split the images of a run.
+    """Load, crop, resize and split the images of a run.
 
     Args:
         config: Source, crop, size and where to keep them.
-        seed: Decides what is held out, where the source leaves that open, and what the limits keep.
-        progress: Show a progress bar where decoding takes longer than a moment.
+        seed: Decides which images are held out, unless the source does, and which ones the limits keep.
+        progress: Show a progress bar if decoding takes longer than a moment.
 
     Returns:
         The images. Unusable files among good ones are left out, listed in `skipped` and warned of once.
@@ -109,12 +109,12 @@ def load_images(config: DataConfig, seed: int = 0, progress: bool = True) -> Ima
 
 
 def limits_of(config: DataConfig) -> Limits:
-    """What one image, file or set may take."""
+    """Size limits of one image, file or set."""
     return Limits(config.max_megapixels, config.max_file_mb, config.max_files)
 
 
 def crop_of(config: DataConfig) -> int | None:
-    """Side of the centre crop in source pixels, the source's own where none is set; None: the shorter side.
+    """Side of the centre crop in source pixels, the source's own if none is set; None: the shorter side.
 
     Raises:
         DataError, ConfigError: the source is unknown, or may not be imported.
@@ -123,7 +123,7 @@ def crop_of(config: DataConfig) -> int | None:
 
 
 def channels_of(config: DataConfig) -> int:
-    """1 (grey) or 3, as far as it is known before the images are."""
+    """1 (grey) or 3, as far as it is known before images are read."""
     return 1 if config.grey or getattr(source_part(config.source), "grey", False) is True else 3
 
 
@@ -156,7 +156,7 @@ def _limited(rows: np.ndarray, limit: int | None, seed: int) -> np.ndarray:
 def _image_set(
     source: Source, decoding: Decoding, decoded: DecodedImages, rows: list[np.ndarray], split: str, resized: str
 ) -> ImageSet:
-    """Cut the decoded images into parts, and say what they are."""
+    """Slice the decoded images into the parts of the split, and describe them."""
     n_train, n_test = decoded.counts[:2]
     # Unusable files may have emptied one side of the split: each keeps an image where there are two.
     n_known = n_train + n_test
@@ -184,7 +184,7 @@ def _image_set(
 
 
 def _resized(groups: Sequence[Files], decoding: Decoding) -> str:
-    """Words for what the resize does, by the first image that can be read; a warning where it enlarges."""
+    """A description of the resize, by the first readable image; warns if it enlarges."""
     side = source_side(decoding, (file.name for group in groups for file in group))
     if side is None or side == decoding.image_size:
         return ""
@@ -213,7 +213,7 @@ def _warn_of_skipped(skipped: Sequence[str], root: str) -> None:
 
 
 def to_float(images_uint8: Tensor) -> Tensor:
-    """Images at rest, uint8 of any shape, as the networks take them: float32 in [-1, 1].
+    """Stored images, uint8 of any shape, as the networks' input: float32 in [-1, 1].
 
     Raises:
         TypeError: They are not uint8, so that they may have been converted already.

@@ -1,4 +1,4 @@
-"""Stage 0, which files there are: image files of a folder or a zip, with what tells that one has changed."""
+"""Stage 0, listing: the image files of a folder or a zip, with stamps that reveal changes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Files(Sized, Iterable[ImageFile], Protocol):
 
 
 def is_image(name: str) -> bool:
-    """True for image suffixes, whatever their case; hidden files (`._a.jpg` of macOS) are no images."""
+    """True for image suffixes, whatever their case; hidden files (`._a.jpg` of macOS) are not images."""
     base = name[name.rfind("/") + 1 :]
     dot = base.rfind(".")
     if dot < 1 or base[dot:].lower() not in SUFFIXES:
@@ -79,10 +79,10 @@ def _walk(root: Path, unreadable: list[str]) -> Iterator[tuple[str, str]]:
 
 
 def list_zip(path: Path, limits: Limits = LIMITS) -> tuple[list[ImageFile], list[str]]:
-    """All images in a zip file sorted by path, and which names it holds twice: the last of them counts.
+    """All images in a zip file sorted by path, and the names it holds twice, of which the last counts.
 
     Raises:
-        DataError: it is no readable zip file, or lists more files than the limit.
+        DataError: it is not a readable zip file, or lists more files than the limit.
     """
     archive = open_zip(path, limits)
     try:

@@ -1,8 +1,8 @@
 """Stage 0, the one place where image files are opened: which formats, which kinds of file, how large.
 
-Image folders, zips and datasets may come from strangers. Only the formats that the documentation names are ever given
-to Pillow, judged by content and not by suffix (a `.png` that is PostScript would start Ghostscript); FIFOs, devices and
-sockets are never opened; sizes have limits, checked before memory is taken. Nothing here imports torch.
+Image folders, zips and datasets are untrusted. Only the formats that the documentation names are ever given to Pillow,
+judged by content and not by suffix (a `.png` that is PostScript would start Ghostscript); FIFOs, devices and sockets
+are never opened; sizes have limits, checked before memory is taken. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from PIL import Image
 from ral_gym.errors import DataError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "PPM", "BMP", "TIFF", "GIF")
-"""Pillow's names of what is opened; PPM is pgm and ppm."""
+"""Pillow's names of the formats that are opened; PPM is pgm and ppm."""
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".pgm", ".ppm", ".tif", ".tiff", ".gif"})
 MB = 2**20
 ZIP_RECORD = 46
-"""Bytes of the shortest record in a zip's list of its files."""
+"""Bytes of the shortest record in a zip's central directory."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one source may take; `data.max_*` of the settings.
+    """Size limits of one source; the settings `data.max_*`.
 
     Decoding one image takes at most about `max_file_mb` and 12 bytes per pixel; listing a zip about 0.7 kB per file.
     """
@@ -82,7 +82,7 @@ def read_file(path: Path | str, limits: Limits = LIMITS) -> bytes:
         ValueError: it is a FIFO, a device or the like, which is not opened, or larger than the limit.
     """
     check_regular(os.stat(path).st_mode)
-    # Not blocking: had it become a FIFO since, opening it would wait for a writer.
+    # Not blocking: if it has become a FIFO since, opening it would wait for a writer.
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     try:
         status = os.fstat(descriptor)
@@ -112,7 +112,7 @@ def open_image(data: bytes, limits: Limits = LIMITS) -> Image.Image:
 
 @contextmanager
 def own_pixel_limit(limits: Limits) -> Iterator[None]:
-    """Let Pillow pass what `limits` allows, where that is more than Pillow's own limit."""
+    """Raise Pillow's own pixel limit to that of `limits`, if that is larger."""
     before = Image.MAX_IMAGE_PIXELS
     if before is None or limits.pixels <= before:
         yield
@@ -144,7 +144,7 @@ def open_zip(path: Path | str, limits: Limits = LIMITS) -> zipfile.ZipFile:
     """Open a zip file that lists at most `limits.max_files` files.
 
     Raises:
-        DataError: it is no readable zip file, or lists more.
+        DataError: it is not a readable zip file, or lists more.
     """
     file = None
     try:

@@ -1,8 +1,8 @@
-"""Stage 0, images that are no files of their own: LSUN's LMDB folders and Hugging Face datasets.
+"""Stage 0, images stored in databases instead of files: LSUN's LMDB folders and Hugging Face datasets.
 
-Each of the two lists its images as `Entries`, names made when asked for, and has a reader that worker processes open
-for themselves; what it reads goes the way of every other image, `ral_gym.data.files` and `ral_gym.data.cache`. Their
-libraries are optional and imported where they are used. Like there, nothing in this file imports torch.
+Each of the two lists its images as `Entries`, whose names are made on access, and has a reader that every worker
+process opens for itself; images then go through `ral_gym.data.files` and `ral_gym.data.cache` like all others. Their
+libraries are optional and imported on use. Nothing in this file imports torch.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def list_lsun(path: Path, limits: Limits = LIMITS) -> tuple[Path, Entries]:
     if not data.is_file():
         inside = sorted(place.parent.name for place in folder.glob("*/data.mdb"))
         hint = f"one of its folders {', '.join(inside[:5])}" if inside else "the folder that LSUN's zip unpacks to"
-        raise DataError(f"{path} holds no data.mdb, so it is no LMDB: give {hint} (such as bedroom_train_lmdb)")
+        raise DataError(f"{path} holds no data.mdb, so it is not an LMDB: give {hint} (such as bedroom_train_lmdb)")
     status = data.stat()
     environment = open_lmdb(str(folder))
     try:
@@ -109,7 +109,7 @@ def list_lsun(path: Path, limits: Limits = LIMITS) -> tuple[Path, Entries]:
 
 
 def open_lmdb(folder: str) -> Any:
-    """Open an LMDB to read; raises `DataError` where that is impossible."""
+    """Open an LMDB for reading; raises `DataError` if that is impossible."""
     lmdb = _lmdb()
     try:
         return lmdb.open(folder, readonly=True, lock=False, readahead=False, create=False)
@@ -130,7 +130,7 @@ def _lmdb() -> Any:
 
 
 def _check_whole(environment: Any, data: Path, size: int) -> None:
-    """Refuse a file that ends early: LMDB reads it as memory, and the system kills who reads beyond the end."""
+    """Refuse a file that ends early: reading a memory map beyond its end kills the process."""
     need = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
     if size < need:
         raise DataError(f"{data} is cut off ({size:,} of {need:,} bytes): download or unpack it again")
@@ -175,7 +175,7 @@ class HuggingFace(Source):
 
 
 def _class_labels(dataset: Any) -> tuple[np.ndarray | None, list[str]]:
-    """The first ClassLabel column as integers, and its names; nothing where there is none, or rows lack a label."""
+    """The first ClassLabel column as integers, and its names; None and [] if there are none."""
     kind = _datasets().ClassLabel
     column = next((name for name, feature in dataset.features.items() if isinstance(feature, kind)), None)
     if column is None:
@@ -216,8 +216,8 @@ def list_huggingface(text: str, progress: bool, limits: Limits = LIMITS) -> tupl
         limits: what is too large.
 
     Returns:
-        Where they come from (name, split and column), the rows, and what reads them. The image column is the one
-        called image or img, else the first that holds images.
+        A description (name, split and column), the rows, and their reader. The image column is the one called image or
+        img, else the first that holds images.
 
     Raises:
         DataError: the package datasets is missing, the dataset cannot be loaded, or it has no images.
@@ -242,7 +242,7 @@ def list_huggingface(text: str, progress: bool, limits: Limits = LIMITS) -> tupl
 
 
 def _check_files(name: str, limits: Limits) -> None:
-    """Refuse a folder with a FIFO, a device or a socket in it: the library would open it, and wait."""
+    """Refuse a folder that holds a FIFO, a device or a socket: the library would open it and block."""
     seen = 0
     for folder, _, files in os.walk(name) if os.path.isdir(name) else [(os.path.dirname(name), [], [name])]:
         for file in files:
@@ -263,7 +263,7 @@ def _row_name(row: int) -> str:
 
 
 def _name_and_split(text: str) -> tuple[str, str | None]:
-    """Take NAME:SPLIT apart; a path, and a split such as `train[:10%]`, may hold colons too."""
+    """Split NAME:SPLIT; a path, and a split such as `train[:10%]`, may hold colons too."""
     parts = text.split(":")
     for end in range(len(parts), 0, -1):
         path = os.path.expanduser(":".join(parts[:end]))

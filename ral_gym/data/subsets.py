@@ -1,4 +1,4 @@
-"""A seeded random part of a set: what is measured or shown where the whole set would take too long.
+"""A seeded random part of a set, measured or shown where the whole set would take too long.
 
 Sets are sorted by path, so that the first images of a folder per class are all of one class.
 """
@@ -17,7 +17,7 @@ def subset(total: int, limit: int | None, seed: int) -> np.ndarray:
         seed: the same one gives the same rows.
 
     Returns:
-        (min(total, limit),) int64 without repetition: all rows, in order, where the set is no larger than `limit`.
+        (min(total, limit),) int64 without repetition: all rows, in order, if the set is not larger than `limit`.
     """
     if limit is None or total <= limit:
         return np.arange(total)

@@ -1,7 +1,7 @@
-"""The report's pictures: strips of images, score maps over images, and plots that follow the page's colours.
+"""The report's figures: strips of images, score maps over images, and plots in the page's colours.
 
-The same colours and markers as in `ral_gym.pictures`, drawn for a page: images without a frame or words in them, since
-the page has its own, and plots as SVG, small enough to be read on a phone.
+The same colours and markers as in `ral_gym.pictures`, drawn for a page: images without frames or text, which the page
+supplies, and plots as SVG, legible on a phone.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ral_gym.pictures import MARKERS, Curves, _array, _scale, _tile, colour, dra
 from ral_gym.report.page import image, inline_svg
 
 HEAT_SHARE = 0.55
-"""How much of an overlay is the score's colour; the rest is the image."""
+"""Opacity of the score's colour over the image."""
 Points = Mapping[str, Sequence[tuple[float, float]]]
 
 

@@ -1,8 +1,8 @@
 """The report's HTML: figures, tables, sections and the page around them, made from the templates beside this file.
 
-The page is one file that asks for nothing else: pictures are data URIs, plots are inline SVG, fonts are the reader's.
-It needs no script, and its content security policy allows none. Text is escaped by jinja2 wherever it comes from: only
-what these functions return is `Markup`. Widths are relative, so that it reads on a phone; whatever is wider (tables,
+The page is one file that loads nothing else: pictures are data URIs, plots are inline SVG, fonts are the system's. It
+needs no script, and its content security policy allows none. jinja2 escapes all text, whatever its source: only what
+these functions return is `Markup`. Widths are relative, so that it reads on a phone; whatever is wider (tables,
 commands) scrolls in its own box. Colours are custom properties, with a second set for readers who prefer a dark page.
 """
 
@@ -33,7 +33,7 @@ _VARIABLES = {
     "#e69f00": "var(--orange)",
     "#cc79a7": "var(--pink)",
 }
-"""Colours of `ral_gym.pictures`, and what the style sheet calls them."""
+"""Colours of `ral_gym.pictures` -> their names in the style sheet."""
 
 
 class Section(NamedTuple):
@@ -70,7 +70,7 @@ def inline_svg(svg: str, alt: str, name: str) -> Markup:
     """Matplotlib's SVG as an element of the page, in the page's colours and font.
 
     Args:
-        svg: the file's text, in which matplotlib has escaped what it was given.
+        svg: the file's text; matplotlib has escaped labels in it.
         alt: what a screen reader says.
         name: makes the ids unique on the page.
     """
@@ -91,12 +91,12 @@ def figure(name: str, content: Markup, title: str, caption: str) -> Markup:
 
 
 def grid(figures: Sequence[Markup], kind: str = "") -> Markup:
-    """Figures beside and below one another: `tiles` (small), `plots`, `maps` or `wide`; one per row without a kind."""
+    """Figures in a grid: `tiles` (small), `plots`, `maps` or `wide`; without a kind one per row."""
     return _parts().grid(figures, kind)
 
 
 def strips(parts: Iterable[tuple[str, Markup]]) -> Markup:
-    """Labelled pictures beside one another."""
+    """Labelled pictures side by side."""
     return _parts().strips(list(parts))
 
 
@@ -111,22 +111,22 @@ def command(*lines: str) -> Markup:
 
 
 def missing(text: str, *lines: str) -> Markup:
-    """What is not there, and the commands that make it."""
+    """A note on what is missing, with the commands that make it."""
     return _parts().missing(text, lines)
 
 
 def definitions(pairs: Sequence[tuple[str, str]], code: bool = False) -> Markup:
-    """Names and what they are; the names as code."""
+    """A list of names and their descriptions; the names as code if `code`."""
     return _parts().definitions(pairs, code)
 
 
 def setting_list(lines: Sequence[tuple[str, str, str | None]]) -> Markup:
-    """Settings: name, value, and the preset's value where it is another one."""
+    """Settings: name, value, and the preset's value if it differs."""
     return _parts().settings(lines)
 
 
 def collapsed(summary: str, content: Markup) -> Markup:
-    """What opens when its summary is pressed."""
+    """Content that opens with a click on its summary."""
     return _parts().collapsed(summary, content)
 
 
@@ -136,7 +136,7 @@ def table(label: str, headings: Sequence[str], rows: Sequence[tuple[str, Sequenc
 
 
 def colour_scale(colours: Sequence[str], ends: tuple[str, str, str], alt: str) -> Markup:
-    """A bar of colours with words below its left end, its middle and its right end."""
+    """A bar of colours with labels below its left end, its middle and its right end."""
     return _parts().scale(colours, ends, alt)
 
 

@@ -1,4 +1,4 @@
-"""A run as one HTML page: pictures drawn now, curves, the table, score maps, settings and the commands to repeat it.
+"""A run as one HTML page: new samples, curves, the results table, score maps, settings, and commands to repeat it.
 
 Everything is taken from the run folder and the images it was trained on, with fixed seeds, so that the same run gives
 the same page. A section whose stage has not run says so, with the command that runs it.
@@ -59,32 +59,32 @@ from ral_gym.tokenizers.base import Tokenizer
 from ral_gym.tokenizers.code_set import CodeSet, decode_codes, encode_images
 
 N_SHOWN = 16
-"""Images of a kind among the samples."""
+"""Images per kind in the samples section."""
 N_SCORED = 8
-"""Images of a kind under the critic's map; the first of the samples."""
+"""Images per kind in the score-map section: the first of the samples."""
 N_COMPLETED, COMPLETIONS = 4, 4
-"""Held-out images that are completed, and how often by each generator."""
+"""Number of held-out images to complete, and of completions by each generator."""
 VISIBLE = 0.5
-"""Share of their rows that is given."""
+"""Share of the completed images' rows that is given."""
 DRAWN = {"MLE": "prior", "RAL": "policy_ema"}
-"""What the page calls a generator -> its file."""
+"""A generator's name on the page -> its file."""
 EXPOSURE_CAPTIONS = {
     "exposure_given_rows": (
         "Prefix curve.",
-        "KID of images whose first rows are real and whose others are drawn: left nothing is given, right nothing is "
-        "drawn. It falls anyway, since less is drawn: compare the generators.",
+        "KID of images whose first rows are real and whose other rows are drawn: at the left nothing is given, at the "
+        "right nothing is drawn. It falls in any case, since less is drawn: compare the generators.",
     )
 }
 STAGE_OF = {"prior": "prior", "policy_ema": "ral"}
 
 
 class Report:
-    """The material of one page, loaded when it is first asked for.
+    """The contents of one page, loaded at first use.
 
     Args:
         run: the run folder.
-        device: where to draw.
-        progress: show a progress bar where decoding the images takes long.
+        device: device to draw on.
+        progress: show a progress bar if decoding the images takes long.
     """
 
     def __init__(self, run: Run, device: torch.device, progress: bool = True) -> None:
@@ -98,7 +98,7 @@ class Report:
 
     @functools.cached_property
     def images(self) -> ImageSet | str:
-        """The run's images, or why they cannot be had."""
+        """The run's images, or why they are not available."""
         try:
             return load_images(self.run.config.data, seed=self.run.config.seed, progress=self.progress)
         except (ConfigError, DataError) as error:
@@ -106,7 +106,7 @@ class Report:
 
     @functools.cached_property
     def held_out(self) -> Tensor | None:
-        """Held-out images (N, C, S, S) uint8, up to `N_SHOWN` of a seeded order."""
+        """Held-out images (N, C, S, S) uint8, the first `N_SHOWN` in a seeded order."""
         if isinstance(self.images, str) or not len(self.images.test):
             return None
         order = torch.randperm(len(self.images.test), generator=torch.Generator().manual_seed(self.seed))
@@ -119,7 +119,7 @@ class Report:
 
     @functools.cached_property
     def reconstructed_codes(self) -> np.ndarray | None:
-        """Codes (N, T) of the same images; without the images, those of the code file."""
+        """Codes (N, T) of `held_out`; if there are no images, those of the code file."""
         if self.vqvae is None:
             return None
         if self.held_out is not None:
@@ -137,7 +137,7 @@ class Report:
 
     @functools.cached_property
     def generators(self) -> dict[str, Prior]:
-        """The generators that have been trained, by the page's names."""
+        """The generators that have been trained, by their names on the page."""
         names = {label: name for label, name in DRAWN.items() if all(map(self.run.has, self._files(name)))}
         return {label: load_generator(self.run, name, self.device) for label, name in names.items()}
 
@@ -153,7 +153,7 @@ class Report:
 
     @functools.cached_property
     def scorer(self) -> CriticScorer | None:
-        """The critic on the scale it was saved with."""
+        """The critic, with the normalisation it was saved with."""
         file = self.run.file("critic.safetensors")
         if self.vqvae is None or not file.is_file():
             return None
@@ -165,7 +165,7 @@ class Report:
         return [f"{name}{suffix}.safetensors" for suffix in SUFFIXES[:levels]]
 
     def lacking(self, what: str, *stages: str) -> Markup:
-        """What is missing, and the command for its stages."""
+        """A note on what is missing, with the command for its stages."""
         names = " and ".join(STAGE_NAMES[stage] for stage in stages)
         return missing(f"{what}: {names} has not run yet.", stage_command(self.run, *stages))
 
@@ -185,7 +185,7 @@ class Report:
             n = len(self.reconstruction)
             which = "the same images" if self.held_out is not None else "held-out images"
             picture = strip(self.reconstruction, f"{n} images decoded from their codes", 4)
-            caption = f"{which.capitalize()} from their codes: what is lost before anything is drawn."
+            caption = f"{which.capitalize()} decoded from their codes: what the tokenizer alone loses."
             figures.append(figure("reconstruction", picture, "Reconstruction.", caption))
         else:
             notes.append(self.lacking("No reconstructions", "vqvae"))
@@ -198,11 +198,11 @@ class Report:
                 figures.append(figure(label.lower(), picture, f"{label}.", caption))
             else:
                 notes.append(self.lacking(f"No samples of {label}", STAGE_OF[name]))
-        intro = "MLE and RAL draw from the same random numbers, so images at the same place can be compared."
+        intro = "MLE and RAL draw from the same random numbers, so images at the same position can be compared."
         return (paragraph(intro) if len(self.drawn) > 1 else Markup()) + grid(figures, "tiles") + Markup().join(notes)
 
     def completions(self) -> Markup:
-        """Held-out images whose lower half is drawn anew."""
+        """Held-out images whose lower half is hidden and drawn by the generators."""
         untrained = [STAGE_OF[name] for label, name in DRAWN.items() if label not in self.generators]
         if self.vqvae is None or untrained:
             stages = [*(["vqvae"] if self.vqvae is None else []), *untrained]
@@ -228,7 +228,7 @@ class Report:
         return paragraph(intro) + grid(figures)
 
     def score_maps(self) -> Markup:
-        """What the critic says of each patch of real and drawn images."""
+        """The critic's score of each patch of real and drawn images."""
         if self.scorer is None or self.vqvae is None:
             return self.lacking("No score maps", "ral")
         real = self.reconstructed_codes
@@ -241,7 +241,7 @@ class Report:
         both = torch.cat([scores.flatten() for scores in maps.values()])
         low, high = (float(end) for end in np.quantile(both.cpu().numpy(), (0.02, 0.98)))
         side = next(iter(maps.values())).shape[-1]
-        whose = {"Real": "the first reconstructions above: the critic sees no image that is not decoded"}
+        whose = {"Real": "the first reconstructions above: the critic sees decoded images only"}
         figures = []
         for label, shown in images.items():
             mean = float(maps[label].mean())
@@ -270,7 +270,7 @@ class Report:
         return self.scorer.score_map(scores, self.vqvae.grid.height).cpu()
 
     def exposure_bias(self) -> Markup:
-        """The run's prefix curve, and the curves of an exposure-bias experiment where one has left its pictures."""
+        """The run's prefix curve, and the curves of an exposure-bias experiment if its pictures exist."""
         pictures = sorted(self.run.file("samples").glob("exposure*.png"))
         if not pictures:
             return self.lacking("No curves", "evaluate")
@@ -281,14 +281,14 @@ class Report:
             name = path.stem if re.fullmatch(r"[\w-]+", path.stem, re.ASCII) else f"exposure-{number}"
             figures.append(figure(name, _picture(path, f"plot: {words}"), title, caption))
         intro = (
-            "Does a generator suffer from its own mistakes? Against an oracle, whose likelihoods are known, "
-            "examples/exposure_bias.py answers; its pictures are shown here when they lie among the run's samples, as "
+            "Does a generator suffer from its own mistakes? examples/exposure_bias.py measures this against an oracle, "
+            "whose likelihoods are known; its pictures are shown here if they are in the run's samples folder as "
             "exposure*.png."
         )
         return paragraph(intro) + grid(figures, "plots")
 
     def header(self) -> Markup:
-        """What this run is, and how far it has come."""
+        """What this run is, and which stages are finished."""
         config, seconds = self.run.config, self.run.seconds()
         side = self.vqvae.grid.height if self.vqvae is not None else config.grid_size
         grids = f"{side} x {side}" + (f" + {2 * side} x {2 * side}" if config.vqvae.levels == 2 else "")
@@ -334,10 +334,10 @@ class Report:
 
 
 def _picture(path: Path, alt: str) -> Markup:
-    """A picture of the run folder, made small.
+    """A picture of the run folder, scaled down.
 
     Raises:
-        RunError: it is no picture, or a larger one than data from outside may be.
+        RunError: it is not a picture, or exceeds the size limits for untrusted files.
     """
     try:
         with open_image(read_file(path)) as opened:
@@ -358,10 +358,10 @@ def write_report(run: Run, path: Path, device: torch.device, progress: bool = Tr
     """Write the page of a run, atomically.
 
     Args:
-        run: the run folder, however far it has come.
+        run: the run folder, with any of its stages finished.
         path: HTML file to write.
-        device: where to draw.
-        progress: show a progress bar where decoding the images takes long.
+        device: device to draw on.
+        progress: show a progress bar if decoding the images takes long.
 
     Returns:
         `path`.

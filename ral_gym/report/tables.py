@@ -1,4 +1,4 @@
-"""Tables of the examples and benchmarks: for the terminal, and the same as Markdown."""
+"""Tables for examples and benchmarks, in the terminal and as Markdown."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ def plain_table(
     caption: str | None = None,
     min_width: int | None = None,
 ) -> Table:
-    """A table that fits 80 columns: the first column to the left, numbers to the right.
+    """A table that fits 80 characters: the first column is left-aligned, numbers are right-aligned.
 
     Args:
-        headings: of the columns; a line break makes a narrow one.
+        headings: of the columns; may contain line breaks.
         rows: cells as text.
-        title: above.
-        caption: below, to the left.
-        min_width: characters.
+        title: above the table.
+        caption: below the table, left-aligned.
+        min_width: least width in characters.
     """
     table = Table(
         title=title,
@@ -61,7 +61,7 @@ def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]], capti
 
 
 def mean_and_interval(values: Sequence[float | None], digits: int) -> str:
-    """Mean over seeds with half its 95 % interval by Student's t; of one seed its value, "-" where one is missing.
+    """Mean over seeds with half its 95 % interval by Student's t; the value alone for one seed, "-" if one is missing.
 
     >>> mean_and_interval([1.0, 2.0, 3.0], 2), mean_and_interval([0.5], 3), mean_and_interval([1.0, None], 1)
     ('2.00 ± 2.48', '0.500', '-')

@@ -1,4 +1,4 @@
-"""The report's sections that are made of numbers on record: table, frontier, curves, settings, commands."""
+"""The report's sections made from recorded numbers: results table, frontier, curves, settings, commands."""
 
 from __future__ import annotations
 
@@ -37,33 +37,33 @@ STAGE_NAMES = {
 ROW_NAMES = {
     "mle": "stage 2's prior, the weights of the best held-out NLL",
     "mle_ema": "the exponential average of its weights",
-    "mle_continued": "the control: maximum likelihood for as many more updates as RAL",
+    "mle_continued": "the control: maximum likelihood continued for as many updates as RAL",
     "mle_temperature": "MLE at the temperature that gives RAL's entropy",
     "mle_best_temperature": "MLE at the temperature of its lowest FD",
     "mle_continued_best_temperature": "the control at the temperature of its lowest FD",
-    "mle_rejection": "MLE, of every four samples the one the critic scores highest",
+    "mle_rejection": "MLE, best of every four samples by the critic's score",
     "ral": "RAL, the exponential average of the policy",
     "ral_live": "RAL, the policy itself",
     "ral_best_temperature": "RAL at the temperature of its lowest FD",
-    "reconstruction": "real images from their codes, against real images",
-    "floor": "two halves of the reference against each other: what no difference looks like",
+    "reconstruction": "real images decoded from their codes, against real images",
+    "floor": "two random halves of the reference against each other: the values of a perfect generator",
 }
 PLOTS = (
     ("vqvae", {"reconstruction_error": 1}, "mean squared error", "Stage 1: reconstruction error"),
     ("vqvae", {"code_usage": 1}, "share of the codebook", "Stage 1: codes in use"),
-    ("prior", dict.fromkeys(NLLS, 1), "nats per code", "Stage 2: PixelCNN"),
-    ("prior_bottom", dict.fromkeys(NLLS, 1), "nats per code", "Stage 2: PixelCNN of the bottom codes"),
+    ("prior", dict.fromkeys(NLLS, 1), "nats per code", "Stage 2: prior"),
+    ("prior_bottom", dict.fromkeys(NLLS, 1), "nats per code", "Stage 2: prior of the bottom codes"),
     ("ral", {"critic/heldout_auc": 1}, "AUC", "Stage 3: how well the critic tells held-out real from drawn images"),
     (
         "ral",
         {"rollout/critic_reward_mean": 1},
         "mean reward",
-        "Stage 3: reward of the drawn images, by a critic that changes too",
+        "Stage 3: reward of the drawn images, by a critic that is trained along",
     ),
     ("ral", {"train/entropy_loss": -1}, "nats per code", "Stage 3: entropy of the policy"),
     ("prior_continued", dict.fromkeys(NLLS, 1), "nats per code", "Control: maximum likelihood continued"),
 )
-"""Stage in the log, logged names and their signs, what y is, the caption."""
+"""Stage in the log, logged names and their signs, the label of y, the caption."""
 NAMES = {
     "nll_train": "NLL, training",
     "nll_test": "NLL, held-out",
@@ -79,7 +79,7 @@ DAMAGED = (AttributeError, KeyError, TypeError, ValueError)
 
 
 def train_command(run: Run) -> list[str]:
-    """The words of the command that trains such a run: preset, what differs from it, name and folder."""
+    """The words of the command that trains this run: preset, changed settings, name and folder."""
     name = run.config.preset if run.config.preset in PRESETS else "demo"  # a file's or a module's: every difference
     words = ["ral-gym", "train", "--preset", name, *flags(run.config, get_preset(name))]
     path = run.path if run.path.name not in ("", "..") else run.path.resolve()
@@ -87,15 +87,15 @@ def train_command(run: Run) -> list[str]:
 
 
 def stage_command(run: Run, *stages: str) -> str:
-    """The command that runs some stages of a run."""
+    """The command that runs the given stages of a run."""
     return shlex.join([*train_command(run), *(["--stages", *stages] if stages else [])])
 
 
 def results_section(run: Run, results: Mapping[str, Any] | None) -> Markup:
-    """The table, what its rows are, and how it was measured.
+    """The results table, what its rows mean, and how it was measured.
 
     Raises:
-        RunError: results.json is not ral_gym's.
+        RunError: results.json was not written by ral_gym.
     """
     if results is None:
         return missing(f"No table: {STAGE_NAMES['evaluate']} has not run yet.", stage_command(run))
@@ -108,19 +108,19 @@ def results_section(run: Run, results: Mapping[str, Any] | None) -> Markup:
         raise _no_results(run) from error
     known = [(name, ROW_NAMES[name]) for name in rows if name in ROW_NAMES]
     if not any(interval(row, key) for row in results["rows"].values() for key in COLUMNS):
-        content += paragraph("One measurement per number, without intervals: small differences say nothing.")
-    return content + collapsed("What the rows are", definitions(known, code=True))
+        content += paragraph("One measurement per number, without intervals: small differences mean nothing.")
+    return content + collapsed("What the rows mean", definitions(known, code=True))
 
 
 def _no_results(run: Run) -> RunError:
-    return RunError(f"{run.file('results.json')} is no results file; remove it to evaluate again")
+    return RunError(f"{run.file('results.json')} is not a results file; remove it to evaluate again")
 
 
 def frontier(run: Run, results: Mapping[str, Any] | None) -> Markup:
     """FD against entropy.
 
     Raises:
-        RunError: results.json is not ral_gym's.
+        RunError: results.json was not written by ral_gym.
     """
     if results is None:
         return missing(f"No frontier: {STAGE_NAMES['evaluate']} has not run yet.", stage_command(run))
@@ -182,7 +182,7 @@ def learning_curves(run: Run) -> Markup:
     lacking = [stage for stage in ("vqvae", "prior", "ral") if stage not in stages]
     for stage in lacking:
         if run.has({"vqvae": "vqvae", "prior": "prior", "ral": "policy_ema"}[stage] + ".safetensors"):
-            content += paragraph(f"No curves of {STAGE_NAMES[stage]}: metrics.jsonl has no lines of it.")
+            content += paragraph(f"No curves of {STAGE_NAMES[stage]}: metrics.jsonl has no entries of it.")
         else:
             text = f"No curves of {STAGE_NAMES[stage]}: it has not run yet."
             content += missing(text, stage_command(run, stage))
@@ -208,7 +208,7 @@ def configuration(config: Config) -> Markup:
         sections.setdefault(section, []).append((field, _words(value), preset))
     content = Markup()
     for section, lines in sections.items():
-        marked = f", {changed[section]} not the preset's" if changed[section] else ""
+        marked = f", {changed[section]} changed from the preset" if changed[section] else ""
         summary = f"{section or 'run'} ({len(lines)} settings{marked})"
         content += collapsed(summary, setting_list(lines))
     return content
@@ -219,11 +219,11 @@ def _words(value: Any) -> str:
 
 
 def repeat(run: Run) -> Markup:
-    """The commands that make this run, its table, its pictures and this page."""
+    """The commands that make this run, its results table, its pictures and this page."""
     folder, parts = shlex.quote(str(run.path)), parts_named(run.config)
     plugins = f" --plugin {shlex.join(parts)}" if parts else ""
     return (
-        paragraph("The whole run; the same command again goes on where it stopped. Another --name starts afresh.")
+        paragraph("The whole run; the same command continues a stopped run. Another --name starts a new one.")
         + command(stage_command(run))
         + paragraph("More pictures, and this page:")
         + command(

@@ -1,8 +1,8 @@
-"""TensorBoard's event files of a run: one log that every stage adds to, each step once, also after a resumed stage.
+"""TensorBoard's event files of a run: one log for all stages, with each step once, also after a stage is resumed.
 
-TensorBoard has its own means for a resumed run, ``purge_step``: readers then drop **every** curve from that step on, so
-that stage 2, which starts at step 0, would hide stage 1. Here each stage writes files of its own (their names end in
-the stage's), and what a stopped stage wrote after its checkpoint is taken out of its files before it goes on.
+TensorBoard's own option for resumed runs, ``purge_step``, makes readers drop **every** curve from that step on, so that
+stage 2, which starts at step 0, would hide stage 1. Here each stage writes its own files (their names end in the
+stage's), and events that a stopped stage wrote after its checkpoint are removed before it continues.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ral_gym.runs.storage import write_atomic
 
 FOLDER = "tensorboard"
 MOST_EVENTS = 2**30
-"""Bytes of an event file."""
+"""Most bytes of an event file."""
 
 
 def open_event_log(run_folder: Path, stage: str, start: int) -> SummaryWriter:
@@ -30,16 +30,16 @@ def open_event_log(run_folder: Path, stage: str, start: int) -> SummaryWriter:
     Args:
         run_folder: the run folder.
         stage: its name.
-        start: the step that the stage goes on from, on its own time axis; later ones that are there are dropped.
+        start: the step from which the stage continues, on its own time axis; existing later events are dropped.
 
     Raises:
-        RunError: an event file is damaged beyond reading or cannot be written.
+        RunError: an event file cannot be read or written.
     """
     folder = run_folder / FOLDER
     files = sorted(folder.glob(f"*tfevents*.{stage}"))
     for file in files:
         _drop_after(file, start)
-    # Readers take the files in the order of their names, which begin with the second they were made in.
+    # Readers sort files by name, which begins with the second of their creation.
     for _ in range(30):
         if not any(f".tfevents.{int(time.time())}." in file.name for file in files):
             break
@@ -48,7 +48,7 @@ def open_event_log(run_folder: Path, stage: str, start: int) -> SummaryWriter:
 
 
 def _drop_after(path: Path, step: int) -> None:
-    """Keep only the events up to a step; a file that lacks nothing is left alone."""
+    """Keep only the events up to a step; a file without later events is not rewritten."""
     try:
         check_regular(path, MOST_EVENTS)
         events, whole = _read(path)
@@ -61,7 +61,7 @@ def _drop_after(path: Path, step: int) -> None:
 
 
 def _read(path: Path) -> tuple[list[tuple[bytes, Any]], bool]:
-    """The events of a file as bytes and parsed, and whether that is all of it: a killed writer's last one is cut."""
+    """The events of a file as bytes and parsed, and whether it is complete: a killed writer leaves its last one cut."""
     from google.protobuf.message import DecodeError
     from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
     from tensorboard.compat.proto.event_pb2 import Event

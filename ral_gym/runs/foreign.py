@@ -1,6 +1,6 @@
-"""Reading files that may come from anybody: regular ones only, up to a size, JSON of bounded depth, finite tensors.
+"""Reading untrusted files: regular files only, of bounded size, JSON of bounded depth, finite tensors.
 
-Nothing in a file is executed or unpickled. What does not fit is a `RunError` that names the file.
+Nothing in a file is executed or unpickled. A violation raises a `RunError` that names the file.
 """
 
 from __future__ import annotations
@@ -17,28 +17,28 @@ from torch import Tensor
 from ral_gym.errors import RunError
 
 MOST_JSON = 32 * 2**20
-"""Bytes of a JSON file, or of the JSON in a safetensors header."""
+"""Most bytes of a JSON file, or of the JSON in a safetensors header."""
 MOST_LOG = 512 * 2**20
-"""Bytes of ``metrics.jsonl``."""
+"""Most bytes of ``metrics.jsonl``."""
 MOST_TENSORS = 32 * 2**30
-"""Bytes of a safetensors file."""
+"""Most bytes of a safetensors file."""
 DEEPEST = 100
-"""Lists and dicts inside one another."""
+"""Deepest nesting of lists and dicts."""
 
 
 def check_regular(path: Path, most: int, remedy: str = "remove it") -> None:
-    """Refuse what would block, never end or be too large to read.
+    """Refuse files that would block, never end or be too large to read.
 
     Raises:
-        RunError: a folder, a pipe, a device or a socket (also behind a link), or more than `most` bytes.
-        OSError: there is nothing, or it cannot be looked at.
+        RunError: a folder, a pipe, a device or a socket (also through a link), or more than `most` bytes.
+        OSError: it does not exist or cannot be accessed.
     """
     try:
         found = path.stat()
     except ValueError as error:  # a null byte
-        raise RunError(f"{path} is no name of a file ({error})") from error
+        raise RunError(f"{path} is not a file name ({error})") from error
     if not stat.S_ISREG(found.st_mode):
-        raise RunError(f"{path} is no regular file; {remedy}")
+        raise RunError(f"{path} is not a regular file; {remedy}")
     if found.st_size > most:
         raise RunError(f"{path} has {found.st_size:,} bytes: at most {most:,} are read; {remedy}")
 
@@ -57,10 +57,10 @@ def read_bytes(path: Path, most: int = MOST_JSON, remedy: str = "remove it") -> 
 
 
 def parse_json(text: str | bytes) -> Any:
-    """JSON as Python values; NaN and infinite numbers are let through, since numbers that were measured may be so.
+    """JSON as Python values; NaN and infinite numbers are allowed, since measured values may be NaN or infinite.
 
     Raises:
-        ValueError: no JSON, a name twice in one dict, more than `DEEPEST` levels, or an integer of more than 64 bits.
+        ValueError: not JSON, a name twice in one dict, more than `DEEPEST` levels, or an integer of more than 64 bits.
     """
     try:
         values = json.loads(text, object_pairs_hook=_without_duplicates, parse_int=_integer)
@@ -85,22 +85,22 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(values) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the name {twice[:60]!r} stands there twice")
+        raise ValueError(f"the name {twice[:60]!r} occurs twice")
     return values
 
 
 def _integer(digits: str) -> int:
-    """An integer as written; a random generator's state has 128 bits, nothing here has more."""
+    """Parse an integer; a random generator's state has 128 bits, nothing here has more."""
     if len(digits) > 40:
         raise ValueError(f"an integer of {len(digits)} digits")
     return int(digits)
 
 
 def check_finite_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Refuse weights that would make everything after them NaN without a word.
+    """Refuse NaN and infinite weights, which would silently spread.
 
     Raises:
-        RunError: the file and the first tensor with a number that is NaN or infinite.
+        RunError: names the file and the first such tensor.
     """
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
@@ -108,5 +108,5 @@ def check_finite_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a JSON value is a number that floating point can hold; truth values are none."""
+    """Whether a JSON value is a number that a float can hold; booleans are not numbers."""
     return isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool))

@@ -1,4 +1,4 @@
-"""One process trains in a run folder at a time, and what a killed one left half written is removed."""
+"""Locking: one process at a time trains in a run folder; files that a killed one left half written are removed."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from ral_gym.runs.storage import cannot_write
 
 LOCK = ".lock"
 _TEMPORARY = re.compile(r"\..+\.(?P<pid>[0-9]{1,10})\.tmp")
-"""What `write_atomic` calls a file until it is complete."""
+"""Pattern of the names that `write_atomic` gives unfinished files."""
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep every other process that asks for the lock out of a run folder; the system ends a killed process's lock.
+    """Lock a run folder against other processes; the system releases a killed process's lock.
 
-    Inside, files that a killed process has left half written are gone.
+    On entry, files that a killed process left half written are removed.
 
     Raises:
         RunError: another process has the lock, or the folder cannot be written.
@@ -32,9 +32,7 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
-        raise RunError(
-            f"another process is at work in {folder}: wait for it, stop it, or choose another --name"
-        ) from error
+        raise RunError(f"another process is using {folder}: wait for it, stop it, or choose another --name") from error
     except OSError as error:
         raise cannot_write(folder / LOCK, error) from error
     try:
@@ -45,7 +43,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def sweep(folder: Path) -> list[Path]:
-    """Remove the temporary files of processes that are gone, directly inside a run folder and one level below.
+    """Remove the temporary files of processes that no longer exist, in a run folder and one level below.
 
     Returns:
         the files that were removed.
@@ -62,7 +60,7 @@ def sweep(folder: Path) -> list[Path]:
 
 
 def _is_alive(pid: int) -> bool:
-    """Whether another process has this number; on Windows a file in use cannot be removed anyway."""
+    """Whether another process with this id exists; on Windows a file in use cannot be removed anyway."""
     if os.name == "nt" or pid == os.getpid():
         return False
     try:

@@ -1,7 +1,7 @@
-"""Building a module from the arguments in a file: its size is known, and compared, before memory is taken.
+"""Building a module from the arguments in an untrusted file: its size is checked before memory is allocated.
 
-The arguments come from a file's metadata and may ask for anything. So the module is first built on PyTorch's `meta`
-device, where tensors have shapes but no content, and building is stopped once it has more parameters than the file.
+The arguments come from a file's metadata and could be anything. So the module is first built on PyTorch's `meta`
+device, where tensors have shapes but no content, and building stops once it has more parameters than the file.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from torch import nn
 from torch.nn.modules import module as registration
 
 LARGEST_ARGUMENT = 2**24
-"""Integers among a module's arguments: sizes, numbers of layers and codes."""
+"""Largest integer among a module's arguments: sizes, numbers of layers and codes."""
 MOST_BUFFERS = 2**30
-"""Bytes of buffers that are not saved, such as masks."""
+"""Most bytes of buffers that are not saved, such as masks."""
 
 
 def check_arguments(arguments: Any) -> dict[str, Any]:
-    """The arguments of a constructor as a file has them.
+    """Check constructor arguments from a file.
 
     Raises:
-        ValueError: they are no dict, or an integer among them is too large for any size.
+        ValueError: they are not a dict, or an integer among them is too large.
     """
     if not isinstance(arguments, dict):
         raise ValueError("no arguments of a module")
@@ -42,7 +42,7 @@ def check_arguments(arguments: Any) -> dict[str, Any]:
 
 
 def build(cls: type[nn.Module], arguments: dict[str, Any], shapes: Mapping[str, Sequence[int]]) -> nn.Module:
-    """The module, after its weights have been compared with those of a file; its own are still the initial ones.
+    """Build the module, with its initial weights, after comparing names and shapes with those of a file.
 
     Args:
         cls: the module's class.
@@ -50,7 +50,7 @@ def build(cls: type[nn.Module], arguments: dict[str, Any], shapes: Mapping[str, 
         shapes: tensor -> shape in the file.
 
     Raises:
-        ValueError: the weights differ; the message names the first tensor that does.
+        ValueError: names or shapes differ; the message names the first such tensor.
         TypeError, RuntimeError: the arguments do not fit the class.
     """
     with _at_most(len(shapes)):
@@ -60,17 +60,17 @@ def build(cls: type[nn.Module], arguments: dict[str, Any], shapes: Mapping[str, 
         except (NotImplementedError, RuntimeError) as error:
             if "meta" not in str(error).lower():
                 raise
-            # A class that looks at its tensors while it is built has them made at once; `load_state_dict` compares.
+            # A class that reads tensors in its constructor cannot be built on `meta`; `load_state_dict` compares.
             return cls(**arguments)
         _compare(module, shapes)
         return cls(**arguments)
 
 
 def _compare(module: nn.Module, shapes: Mapping[str, Sequence[int]]) -> None:
-    """Refuse weights of other names or shapes, and buffers without end.
+    """Refuse weights of other names or shapes, and too large buffers.
 
     Raises:
-        ValueError: the first tensor that differs.
+        ValueError: names the first tensor that differs.
     """
     wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     for name in [*wanted, *(name for name in shapes if name not in wanted)]:
@@ -78,7 +78,7 @@ def _compare(module: nn.Module, shapes: Mapping[str, Sequence[int]]) -> None:
         if there is None or here is None:
             raise ValueError(f"tensor {name} is {'missing' if there is None else 'not expected'}")
         if tuple(there) != here:
-            raise ValueError(f"tensor {name} has shape {tuple(there)}, and {here} is expected")
+            raise ValueError(f"tensor {name} has shape {tuple(there)}, but {here} is expected")
     unsaved = [buffer for name, buffer in module.named_buffers() if name not in wanted]
     if sum(buffer.numel() * buffer.element_size() for buffer in unsaved) > MOST_BUFFERS:
         raise ValueError(f"more than {MOST_BUFFERS:,} bytes beside the weights")
@@ -86,10 +86,10 @@ def _compare(module: nn.Module, shapes: Mapping[str, Sequence[int]]) -> None:
 
 @contextmanager
 def _at_most(tensors: int) -> Iterator[None]:
-    """Stop the building of a module in this thread that has more parts than a file with so many tensors can fill.
+    """Stop building a module, in this thread, that has more parts than a file with this many tensors can fill.
 
     Raises:
-        ValueError: it has.
+        ValueError: it has more.
     """
     me, counted = threading.get_ident(), {"tensors": 0, "modules": 0}
     most = {"tensors": 4 * tensors + 32, "modules": 128 * tensors + 2048}

@@ -14,31 +14,31 @@ from ral_gym.runs.foreign import MOST_LOG, check_regular, is_number, parse_json
 from ral_gym.runs.storage import cannot_write
 
 LONGEST_LINE = 2**20
-"""Bytes; a longer line is no record."""
+"""Most bytes of a record; a longer line is ignored."""
 
 
 def append_record(path: Path, record: dict[str, Any]) -> None:
     """Write one line.
 
     Raises:
-        RunError: the file cannot be written, or is a link or no regular file.
+        RunError: the file cannot be written, or is a link or not a regular file.
     """
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     try:
         descriptor = os.open(path, flags, 0o666)
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise RunError(f"{path} is no regular file; remove it")
+                raise RunError(f"{path} is not a regular file; remove it")
             file.write(json.dumps(record) + "\n")
     except OSError as error:
         raise cannot_write(path, error) from error
 
 
 def read_records(path: Path) -> Iterator[dict[str, Any]]:
-    """All records, without lines that a crash cut short or that are none: `stage`, `step`, and numbers by name.
+    """All records (`stage`, `step`, and numbers by name), skipping lines that are cut short or not records.
 
     Raises:
-        RunError: the file is no regular one, too large, or cannot be read.
+        RunError: the file is not a regular one, is too large, or cannot be read.
     """
     try:
         if not path.is_file():

@@ -1,21 +1,21 @@
-"""The run folder: everything a run makes, written atomically, read without unpickling.
+"""The run folder: all files of a run, written atomically, read without unpickling.
 
 ::
 
     runs/NAME/
       config.json                 the settings; another configuration is refused
       vqvae.safetensors           stage 1
-      codes.safetensors           the images as codes, int16
+      codes.safetensors           the codes of the images, int16
       prior.safetensors           stage 2: the weights of the best held-out NLL
       prior_ema.safetensors       their exponential average
       prior_continued.safetensors the control: maximum likelihood continued for as many updates as RAL
       policy.safetensors          stage 3: the live policy
       policy_ema.safetensors      its exponential average
       critic.safetensors          stage 3: the critic
-      checkpoints/STAGE.safetensors   optimizers, random states, step: where a stage continues
-      checkpoints/evaluation.json     rows of the table that are measured
+      checkpoints/STAGE.safetensors   optimizers, random states, step: for continuing a stage
+      checkpoints/evaluation.json     rows of the table measured so far
       metrics.jsonl               one line per logged step, all stages
-      seconds.json                how long each stage has taken, over all sittings
+      seconds.json                run time of each stage, over all sessions
       tensorboard/                the same curves, and sample grids
       samples/*.png               pictures
       results.json                the table
@@ -56,9 +56,9 @@ from ral_gym.runs.storage import (
 )
 
 RESOURCES = ("workers", "memory_budget_mb", "cache_dir", "cache_mb")
-"""Settings of `data` that change how fast and where, but not what comes out: a run may continue with others."""
+"""Settings of `data` that do not change the result: a run may continue with other values."""
 WEIGHTS_IN_CHECKPOINTS = ("model", "policy", "average", "optimizer", "critic", "best")
-"""What a checkpoint must hold in finite numbers."""
+"""The parts of a checkpoint that must be finite."""
 
 
 def random_state() -> dict[str, Any]:
@@ -72,7 +72,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Restore what `random_state` took; CUDA states only where the same number of devices is there."""
+    """Restore the result of `random_state`; CUDA states only if the number of devices is the same."""
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
@@ -109,23 +109,23 @@ class Run:
             there = file.is_file()
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise RunError(f"{self.path} cannot be looked into ({reason}); choose another --name or --runs") from error
+            raise RunError(f"{self.path} cannot be read ({reason}); choose another --name or --runs") from error
         if not there:
             if contents or self.path.is_file():
                 has = f"has no config.json, but {', '.join(sorted(contents)[:3])}" if contents else "is a file"
                 raise RunError(f"{self.path} is not a run folder: it {has}; choose another --name")
-        elif contents:  # else nothing has been made yet with the settings there, so that others may take their place
+        elif contents:  # else nothing has been made with the old settings yet, so they may be replaced
             if config.data.test_limit is None and limits_training_only(load_json(file)):
-                self.config = replace(config, data=replace(config.data, test_limit=0))  # it goes on as it began
+                self.config = replace(config, data=replace(config.data, test_limit=0))  # it continues as it began
             self._check_same(file)
             return
         write_text(file, config.to_json())
 
     def _check_same(self, file: Path) -> None:
-        """Refuse to go on with other settings than those the folder was made with."""
+        """Refuse to continue with other settings than those the folder was made with."""
         there = load_json(file)
         if not isinstance(there, dict) or "preset" not in there:
-            raise RunError(f"{self.path} is not a run folder (its config.json is another's); choose another --name")
+            raise RunError(f"{self.path} is not a run folder (its config.json is not ral_gym's); choose another --name")
         found = differences(_what(_filled(there)), self._what())
         if found:
             more = f"; and {len(found) - 3} more" if len(found) > 3 else ""
@@ -135,19 +135,19 @@ class Run:
             )
 
     def _what(self) -> dict[str, Any]:
-        """The configuration, as JSON has it, without resources."""
+        """The configuration as JSON values, without settings that do not change the result."""
         return _what(json.loads(self.config.to_json()))
 
     def locked(self) -> AbstractContextManager[None]:
-        """Keep every other process that asks for the lock out of this folder; a killed process leaves none behind.
+        """Lock this folder against other processes; the system releases a killed process's lock.
 
         Raises:
-            RunError: another process has it.
+            RunError: another process has the lock.
         """
         return locked(self.path)
 
     def discard_if_empty(self) -> None:
-        """Remove the folder again where nothing has been made in it but its settings: after a start that failed."""
+        """After a failed start, remove the folder if it holds nothing but its settings."""
         held = list(self.path.iterdir()) if self.path.is_dir() else []
         if {item.name for item in held} <= {"config.json", LOCK} and not self.path.is_symlink():
             with contextlib.suppress(OSError):
@@ -170,7 +170,7 @@ class Run:
         save_tensors(self.file(f"checkpoints/{stage}.safetensors"), tensors, metadata)
 
     def load_checkpoint(self, stage: str, restore_random: bool = True) -> dict[str, Any] | None:
-        """The state to continue `stage` from, or None; restores the global random states on the way.
+        """The state from which `stage` continues, or None; also restores the global random states.
 
         Raises:
             RunError: the file is damaged, or another stage's or another run's checkpoint.
@@ -180,7 +180,7 @@ class Run:
             return None
         tensors, metadata = load_tensors(path)
         if metadata.get("stage") != stage or "state" not in metadata:
-            raise RunError(f"{path} is no checkpoint of stage {stage}; remove it to start the stage again")
+            raise RunError(f"{path} is not a checkpoint of stage {stage}; remove it to start the stage again")
         found = differences(_what(_filled(metadata.get("config"))), self._what())
         if found:
             raise RunError(
@@ -200,10 +200,10 @@ class Run:
 
     @contextmanager
     def restoring(self, stage: str) -> Iterator[None]:
-        """Around what puts a checkpoint's state back: a state of another form is the file's fault, and one line.
+        """Context for restoring a checkpoint's state: an error there means that the file does not fit.
 
         Raises:
-            RunError: which file does not fit.
+            RunError: names the file that does not fit.
         """
         try:
             yield
@@ -211,13 +211,13 @@ class Run:
             path = self.file(f"checkpoints/{stage}.safetensors")
             reason = printable((str(error).splitlines() or [""])[-1].strip() or type(error).__name__, 300)
             raise RunError(
-                f"{path} is no checkpoint that stage {stage} can go on from ({reason}); remove it to start the stage "
-                "again"
+                f"{path} is not a checkpoint from which stage {stage} can continue ({reason}); remove it to start the "
+                "stage again"
             ) from error
 
-    def log(self, stage: str, step: int, figures: dict[str, float]) -> None:
+    def log(self, stage: str, step: int, metrics: dict[str, float]) -> None:
         """Append one line to ``metrics.jsonl``."""
-        append_record(self.file("metrics.jsonl"), {"stage": stage, "step": step, **figures})
+        append_record(self.file("metrics.jsonl"), {"stage": stage, "step": step, **metrics})
 
     def metrics(self, stage: str) -> list[dict[str, Any]]:
         """The logged lines of one stage."""
@@ -235,7 +235,7 @@ class Run:
         write_text(self.file("metrics.jsonl"), "".join(json.dumps(record) + "\n" for record in kept))
 
     def add_seconds(self, stage: str, seconds: float) -> None:
-        """Add to the time a stage has taken, over all the sittings."""
+        """Add to the run time of a stage, over all sessions."""
         times = self.seconds()
         times[stage] = round(times.get(stage, 0.0) + seconds, 1)
         save_json(self.file("seconds.json"), times)
@@ -249,12 +249,12 @@ class Run:
         path = self.file("seconds.json")
         times = load_json(path) if path.exists() else {}
         if not isinstance(times, dict) or not all(is_number(value) and 0 <= value < 1e12 for value in times.values()):
-            raise RunError(f"{path} holds no seconds of stages; remove it")
+            raise RunError(f"{path} does not hold the seconds of each stage; remove it")
         return times
 
 
 def _what(config: Any) -> Any:
-    """A configuration without the settings that do not change the outcome, and the name of where it started from."""
+    """A configuration without the preset's name and the settings that do not change the result."""
     if not isinstance(config, dict):
         return config
     data = config.get("data")
@@ -263,7 +263,7 @@ def _what(config: Any) -> Any:
 
 
 def _filled(config: Any) -> Any:
-    """A configuration with the defaults of settings that older versions did not write; as it is where it is none."""
+    """A configuration with defaults for settings that older versions did not write; anything else unchanged."""
     try:
         return json.loads(Config.from_dict(config).to_json())
     except ConfigError:
@@ -271,7 +271,7 @@ def _filled(config: Any) -> Any:
 
 
 def _visible(path: Path) -> list[Path]:
-    """What a folder holds, without hidden files (such as a killed process's temporary ones) and empty folders."""
+    """A folder's contents, without hidden files (such as a killed process's temporary ones) and empty folders."""
     found = [item for item in path.iterdir() if not item.name.startswith(".")] if path.is_dir() else []
     return [item for item in found if not item.is_dir() or any(item.iterdir())]
 
@@ -280,7 +280,7 @@ def read_config(path: Path | str) -> Config:
     """The configuration of an existing run folder.
 
     Raises:
-        RunError: no run folder, a setting that is unknown or out of range, or written by another version.
+        RunError: not a run folder, a setting that is unknown or out of range, or written by another version.
     """
     file = Path(path) / "config.json"
     try:

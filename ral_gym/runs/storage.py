@@ -1,4 +1,4 @@
-"""Writing and reading: atomic files, safetensors with JSON metadata, nested state without pickle."""
+"""Writing and reading files: atomic writes, safetensors with JSON metadata, nested state without pickle."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _KEY = "ral_gym"
 
 
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
-    """Call ``write(temporary)`` beside `path`, then rename: a reader sees the old file or the whole new one.
+    """Call ``write(temporary)`` next to `path`, then rename: a reader sees the old file or the whole new one.
 
     Raises:
-        RunError: the folder is not writable or the disk is full; nothing at `path` has changed then.
+        RunError: the folder is not writable or the disk is full; `path` is then unchanged.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -61,7 +61,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def load_json(path: Path) -> Any:
-    """Read JSON, of a regular file within `ral_gym.runs.foreign`'s limits.
+    """Read JSON from a regular file within the limits of `ral_gym.runs.foreign`.
 
     Raises:
         RunError: missing, damaged, too large or too deep.
@@ -90,7 +90,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what `save_tensors` wrote.
 
     Raises:
-        RunError: the file is missing, no regular file, too large, truncated, or was not written by ral_gym.
+        RunError: the file is missing, not a regular file, too large, truncated, or was not written by ral_gym.
     """
     with _opened(path) as (file, metadata):
         return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 (not a dict)
@@ -116,11 +116,11 @@ def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
         with safetensors.safe_open(path, "pt") as file:
             yield file, _metadata(path, file.metadata() or {})
     except (SafetensorError, OSError) as error:
-        raise RunError(f"{path} is damaged or no safetensors file ({error}); remove it to make it again") from error
+        raise RunError(f"{path} is damaged or not a safetensors file ({error}); remove it to make it again") from error
 
 
 def _metadata(path: Path, header: dict[str, str]) -> dict[str, Any]:
-    """What `save_tensors` wrote beside the tensors."""
+    """The metadata that `save_tensors` wrote."""
     try:
         values = parse_json(header[_KEY])
     except (KeyError, ValueError) as error:
@@ -152,7 +152,7 @@ def load_module(
         path: the file.
         cls: the module's class.
         device: where it goes.
-        config: the constructor's arguments that it must have been made with; None: whatever they are.
+        config: the constructor's arguments that it must have been made with; None: any.
 
     Raises:
         RunError: missing, damaged, of another class or made with other arguments, weights that do not fit them (shapes
@@ -170,19 +170,19 @@ def rebuild_module(
     config: dict[str, Any] | None = None,
     left_out: Collection[str] = (),
 ) -> Any:
-    """`load_module` from what `load_tensors` has read, for parts whose class the metadata name.
+    """Like `load_module`, from the result of `load_tensors`, for parts whose class the metadata names.
 
     Args:
         path: the file, for messages.
         tensors: the weights.
         metadata: with `class` and `config`.
-        cls: see `load_module`; so are `device` and `config`.
-        device: see there.
-        config: see there.
-        left_out: names in `config` that are no arguments of the constructor.
+        cls: as in `load_module`.
+        device: as in `load_module`.
+        config: as in `load_module`.
+        left_out: names in `config` that are not arguments of the constructor.
 
     Raises:
-        RunError: see there.
+        RunError: as in `load_module`.
     """
     if metadata.get("class") != cls.__name__:
         raise RunError(
@@ -194,12 +194,12 @@ def rebuild_module(
     if others:
         raise RunError(f"{path} belongs to another model ({'; '.join(others[:3])}); remove it to make it again")
     try:
-        tensors = getattr(cls, "present_names", dict)(tensors)  # of an older version's file
+        tensors = getattr(cls, "present_names", dict)(tensors)  # files of older versions
         arguments = {name: value for name, value in check_arguments(found).items() if name not in left_out}
-        with torch.random.fork_rng(devices=[]):  # what comes after must not depend on whether a file was read before
+        with torch.random.fork_rng(devices=[]):  # reading a file must not change later random numbers
             module = build(cls, arguments, {name: tensor.shape for name, tensor in tensors.items()})
         module.load_state_dict(tensors)
-    except Exception as error:  # a class of somebody else's may raise anything
+    except Exception as error:  # third-party code may raise anything
         reason = (str(error).strip() or "no reason given").splitlines()[-1].strip()
         raise RunError(f"{path} does not fit this version of ral_gym ({reason}); remove it to make it again") from error
     check_finite_tensors(path, tensors)
@@ -253,7 +253,7 @@ def unpack_state(tensors: dict[str, Tensor], rest: Any) -> Any:
 
 
 def tensors_in(state: Any, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-    """Name and tensor of everything under the keys `names` of a nested state."""
+    """Name and tensor of all tensors under the keys `names` of a nested state."""
     for name in names:
         if isinstance(state, dict) and name in state:
             yield from _tensors(state[name], name)

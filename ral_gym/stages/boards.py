@@ -1,6 +1,6 @@
-"""Pictures in TensorBoard while a model trains: what it rebuilds, and what it draws.
+"""Pictures in TensorBoard during training: a tokenizer's reconstructions and a prior's samples.
 
-None of them touches a random state or a weight, so a run with them is bit for bit the one without.
+They change no random state and no weight, so a run with them is bit for bit the same as one without.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ral_gym.tokenizers.base import Tokenizer
 from ral_gym.tokenizers.code_set import decode_codes, encode_images
 
 N_GRIDS = 5
-"""Grids of a stage, at equal distances; the last one at its end."""
+"""Picture grids per stage, at equal intervals; the last one at its end."""
 N_IMAGES = 8
 
 
@@ -28,7 +28,7 @@ def due(step: int, steps: int) -> bool:
 
 
 def add_grid(writer: SummaryWriter, tag: str, images: Tensor | np.ndarray, step: int, columns: int = N_IMAGES) -> None:
-    """Add uint8 images (N, C, S, S) as one picture, row by row; what a last row lacks is black."""
+    """Add uint8 images (N, C, S, S) as one picture, row by row; gaps in the last row are black."""
     array = np.asarray(images)
     n, c, h, w = array.shape
     rows = -(-n // columns)
@@ -39,7 +39,7 @@ def add_grid(writer: SummaryWriter, tag: str, images: Tensor | np.ndarray, step:
 
 
 def add_reconstructions(writer: SummaryWriter, tag: str, vqvae: Tokenizer, images: np.ndarray, step: int) -> None:
-    """Add some images of uint8 (N, C, S, S), always the same ones, above their reconstructions."""
+    """Add some of the images, uint8 (N, C, S, S), above their reconstructions; always the same ones."""
     real = images[subset(len(images), N_IMAGES, seed=0)]
     rebuilt = decode_codes(vqvae, encode_images(vqvae, real, progress=False))  # (B, C, S, S) uint8
     add_grid(writer, tag, np.concatenate([real, rebuilt.numpy()]), step, columns=len(real))
@@ -54,16 +54,16 @@ def add_samples(
     top: Prior | None = None,
     seed: int = 0,
 ) -> None:
-    """Add images that a prior draws, every time from the same uniforms.
+    """Add images that a prior draws, always from the same uniforms.
 
     Args:
         writer: TensorBoard's.
         tag: the picture's name there.
-        prior: a generator of whole images; or the one of bottom codes, with `top`.
+        prior: a generator of whole images; or a prior of bottom codes, with `top`.
         vqvae: decodes.
-        step: the picture's place on the time axis.
-        top: the prior of top codes that goes with it.
-        seed: draws.
+        step: training step, for the time axis.
+        top: the prior of top codes that belongs to it.
+        seed: seeds the uniforms.
     """
     whole = join_priors([prior] if top is None else [top, prior])
     generator = torch.Generator(next(whole.parameters()).device).manual_seed(seed)

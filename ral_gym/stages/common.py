@@ -1,6 +1,6 @@
-"""What the training loops share: the NaN stop, checkpoints by the clock, the exponential average.
+"""What the training loops share: stopping at NaN, checkpoints by the clock, the exponential moving average.
 
-Several processes are `ral_gym.stages.processes`' subject.
+For training in several processes see `ral_gym.stages.processes`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def check_finite(loss: Tensor | float, stage: str, step: int, remedy: str) -> fl
     """The loss as a float.
 
     Raises:
-        DivergedError: it is NaN or infinite; what has been saved stays.
+        DivergedError: it is NaN or infinite; saved files are kept.
     """
     value = loss.item() if isinstance(loss, Tensor) else float(loss)
     if not math.isfinite(value):
@@ -41,7 +41,7 @@ def check_weights(module: nn.Module, stage: str, step: int, remedy: str) -> None
     """Stop before broken weights are saved: a step taken from a finite loss can still break them.
 
     Raises:
-        DivergedError: a weight or a statistic is NaN or infinite; what has been saved stays.
+        DivergedError: a weight or a statistic is NaN or infinite; saved files are kept.
     """
     floats = [tensor for tensor in module.state_dict().values() if tensor.is_floating_point()]
     if not all(bool(torch.isfinite(tensor).all()) for tensor in floats):
@@ -54,7 +54,7 @@ def step_of(state: dict[str, Any], steps: int) -> int:
     """The step at which a checkpoint was taken.
 
     Raises:
-        ValueError: it is no step of a stage that has `steps` of them.
+        ValueError: it is not a step of a stage of `steps` steps.
     """
     step = state["step"]
     if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step <= steps:
@@ -85,7 +85,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -
 
 
 class Clock:
-    """Says when a checkpoint is due, and books the stage's seconds in the run folder.
+    """Decides when a checkpoint is due, and adds the stage's run time to the run's record.
 
     Args:
         run: the run folder.
@@ -97,11 +97,11 @@ class Clock:
         self._booked = self._saved = time.monotonic()
 
     def due(self) -> bool:
-        """True once every `CHECKPOINT_SECONDS`."""
+        """True if `CHECKPOINT_SECONDS` have passed since the last checkpoint."""
         return time.monotonic() - self._saved >= CHECKPOINT_SECONDS
 
     def book(self) -> None:
-        """Add the time since the last booking to the run's record, and start a new interval."""
+        """Add the time since the last call to the run's record, and start a new interval."""
         now = time.monotonic()
         self.run.add_seconds(self.stage, now - self._booked)
         self._booked = self._saved = now
@@ -138,7 +138,7 @@ class WeightAverage:
 
     @contextmanager
     def applied(self, module: nn.Module) -> Iterator[None]:
-        """Give the module the averaged weights inside the block, its own again after it."""
+        """Inside the block the module has the averaged weights, afterwards its own again."""
         own = weights_of(module)
         module.load_state_dict(self.weights)
         try:
@@ -151,7 +151,7 @@ class WeightAverage:
         return {"weights": self.weights, "n_updates": self.n_updates}
 
     def load_state_dict(self, state: dict[str, Any], module: nn.Module) -> None:
-        """From a checkpoint; `module` says on which device the average lives, and what it is an average of.
+        """From a checkpoint; `module` determines the device and the names and shapes of the averaged weights.
 
         Raises:
             ValueError: the weights are another module's.

@@ -1,8 +1,8 @@
-"""Image completion (Section 5.5, Figure 7): hide the lower rows of an image and let a generator draw them anew.
+"""Image completion (Section 5.5, Figure 7): hide the lower rows of an image and let a generator draw them.
 
-Only the visible rows are ever encoded, so that no code knows what is hidden; the encoder treats them as an image that
-ends there. A generator then continues the codes, once per seed. The paper "zeroes out" the hidden codes of the whole
-image's encoding instead, whose last visible codes have seen some of what is hidden.
+Only the visible rows are encoded, as an image that ends there, so that no code depends on hidden pixels. A generator
+then continues the codes, once per seed. The paper instead encodes the whole image and "zeroes out" the hidden codes, so
+that the last visible codes have seen some of the hidden pixels.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from ral_gym.tokenizers.base import Tokenizer, device_of
 from ral_gym.tokenizers.code_set import decode_codes
 
 HIDDEN = 127
-"""Grey value that stands for hidden pixels in the picture."""
+"""Grey value of hidden pixels in the picture."""
 ROWS = 2
 """Rows in which a generator's completions are laid out."""
 
 
 @dataclass(frozen=True)
 class Completion:
-    """An image, what of it was visible, and what the generators made of that; all uint8."""
+    """An image, its visible part, and the generators' completions of that part; all uint8."""
 
     original: Tensor
     """(C, S, S)."""
@@ -48,18 +48,18 @@ class Completion:
 
 
 def read_image(path: Path, vqvae: Tokenizer, data: DataConfig) -> tuple[Tensor, str]:
-    """One image, cut as the run's images were.
+    """One image, cropped and resized like the run's images.
 
     Args:
         path: a png, jpg, webp, bmp, pgm, ppm, tif or gif file.
-        vqvae: says size and channels.
-        data: says the crop.
+        vqvae: determines size and channels.
+        data: determines the crop.
 
     Returns:
-        (C, S, S) uint8, and what was done to it, "" if nothing.
+        (C, S, S) uint8, and a description of the changes, "" if there are none.
 
     Raises:
-        DataError: it is missing or no image.
+        DataError: it is missing or not an image.
     """
     crop, limits = crop_of(data), limits_of(data)
     grey = vqvae.channels == 1
@@ -67,7 +67,7 @@ def read_image(path: Path, vqvae: Tokenizer, data: DataConfig) -> tuple[Tensor, 
         with open_image(read_file(path, limits), limits) as image:
             width, height = image.size
             if crop is not None and min(width, height) < crop:
-                crop = None  # too small for the run's crop: all of its shorter side
+                crop = None  # too small for the run's crop: use its shorter side
             coloured = image.mode not in ("1", "L", "LA", "I", "F") and not image.mode.startswith("I;16")
             square = to_square(image, Decoding("", crop, vqvae.image_size, grey, limits=limits))
     except FileNotFoundError as error:
@@ -77,7 +77,7 @@ def read_image(path: Path, vqvae: Tokenizer, data: DataConfig) -> tuple[Tensor, 
             f"{path} cannot be read as an image: give a png, jpg, webp, bmp, pgm, ppm, tif or gif"
         ) from error
     except Exception as error:  # damaged files make Pillow's readers raise nearly anything
-        raise DataError(f"{path} cannot be read as an image ({error}): give a png, jpg or the like") from error
+        raise DataError(f"{path} cannot be read as an image ({error}): give a png or jpg file, for example") from error
     done, side = [], crop or min(width, height)
     if (width, height, side) != (vqvae.image_size,) * 3:
         cut = "" if width == height == side else f"its central {side}x{side} "
@@ -89,20 +89,20 @@ def read_image(path: Path, vqvae: Tokenizer, data: DataConfig) -> tuple[Tensor, 
 
 
 def visible_code_rows(share: float, height: int) -> int:
-    """Rows of a code grid of `height` rows that a visible share of the image comes to, at least 1 and not all.
+    """How many of `height` code rows a visible share of the image is, at least 1 and at most height - 1.
 
     Raises:
-        ConfigError: the share is not between 0 and 1, or one row of codes is all there is.
+        ConfigError: the share is not between 0 and 1, or the grid has only one row of codes.
     """
     if not 0 < share < 1:
-        raise ConfigError(f"visible rows {share}: give a share above 0 and below 1, such as 0.5")
+        raise ConfigError(f"visible rows are {share}: give a share above 0 and below 1, such as 0.5")
     if height < 2:
         raise ConfigError("an image of one row of codes cannot be completed: train with fewer vqvae.layers")
     return min(max(math.floor(share * height + 0.5), 1), height - 1)
 
 
 def seeded_uniforms(seed: int, n: int, length: int) -> Tensor:
-    """Uniforms (n, length) for `draw`, every row from a seed of its own: seed, seed + 1, ..."""
+    """Uniforms (n, length) for `draw`, one seed per row: seed, seed + 1, ..."""
     rows = [torch.rand(length, generator=torch.Generator().manual_seed(seed + number)) for number in range(n)]
     return torch.stack(rows)
 
@@ -113,11 +113,11 @@ def continue_codes(prior: Prior, given: Tensor, uniforms: Tensor, temperature: f
     Args:
         prior: a generator of one level or two.
         given: (n, codes_of(r)) int64, the sequences of each image's first r (top) rows, 1 <= r < H.
-        uniforms: (n, T) in [0, 1), what to draw each code from.
+        uniforms: (n, T) in [0, 1), one for each code.
         temperature: divides the logits.
 
     Returns:
-        (n, T) int64, the given codes among them.
+        (n, T) int64, including the given codes.
     """
     grid, device = prior.grid, next(prior.parameters()).device
     rows = grid.rows_of(given.shape[1])
@@ -146,7 +146,7 @@ def complete(
         image: (C, S, S) uint8.
         visible_share: share of the rows that stays visible, between 0 and 1; rounded to whole rows of codes.
         n: completions per generator.
-        seed: the first one's seed; those after it have the next ones.
+        seed: seed of the first completion; the others use seed + 1, seed + 2, ...
         temperature: divides the logits.
 
     Raises:
@@ -175,7 +175,7 @@ def complete(
 
 
 def save_completion(path: Path, completion: Completion, *, title: str, caption: str) -> None:
-    """Original, what was visible, and each generator's completions side by side, as in Figure 7.
+    """Original, visible part, and each generator's completions side by side, as in Figure 7.
 
     Raises:
         RunError: the file cannot be written.

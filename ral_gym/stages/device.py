@@ -1,4 +1,4 @@
-"""The device that a name stands for."""
+"""The torch device of a setting such as `auto` or `cuda:1`."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from ral_gym.errors import DeviceError
 
 
 def resolve_device(name: str, auto: bool = True) -> torch.device:
-    """`auto`: CUDA when present, else the CPU; `cpu`, `cuda` or `cuda:N`: that one.
+    """`auto`: CUDA if available, else the CPU; `cpu`, `cuda` or `cuda:N`: that device.
 
     Args:
         name: the name.
-        auto: False: refuse `auto`, where a name is kept and must mean the same everywhere.
+        auto: False: refuse `auto`, for a setting that is saved and must mean the same everywhere.
 
     Raises:
         DeviceError: a device that does not exist here.
@@ -29,5 +29,5 @@ def resolve_device(name: str, auto: bool = True) -> torch.device:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if int(name[5:] or 0) >= count:
         instead = "use --device cpu or auto" if auto else "choose cpu"
-        raise DeviceError(f"device '{name}' asked for, but {count} CUDA devices are visible; {instead}")
+        raise DeviceError(f"device '{name}' is not available ({count} CUDA devices are visible); {instead}")
     return torch.device(name)

@@ -1,9 +1,9 @@
-"""The last stage: sample every generator, measure it, and lay the pictures side by side.
+"""The last stage: sample every generator, measure it, and show samples side by side.
 
-What a row of the table is, `ral_gym.stages.generator_metrics` says. A row that has been measured is kept in
-``checkpoints/evaluation.json``, so an interrupted evaluation goes on with the next one, by the rule it began with.
-Measuring (`measure`, `results_of`) and writing (`evaluate`) are apart: `ral-gym verify` measures the same rows and
-writes nothing.
+`ral_gym.stages.generator_metrics` defines what a row of the table is. A measured row is saved in
+``checkpoints/evaluation.json``, so an interrupted evaluation continues with the next row, by the rule it began with.
+Measuring (`measure`, `results_of`) is separate from writing (`evaluate`), because `ral-gym verify` measures the same
+rows and writes nothing.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def evaluate(
     """Fill the table, write ``results.json`` and the pictures.
 
     Raises:
-        ConfigError: the extractor cannot be had.
+        ConfigError: the extractor is not available.
         RunError: a weight file or ``checkpoints/evaluation.json`` is damaged.
     """
     clock = Clock(run, STAGE)
@@ -81,7 +81,7 @@ def evaluate(
 
 
 def _begun(run: Run) -> tuple[int, dict[str, Row]]:
-    """The rule by which the run's evaluation began, and the rows it has measured.
+    """The measurement rule with which the run's evaluation began, and the rows measured so far.
 
     Raises:
         RunError: the file is damaged.
@@ -94,7 +94,7 @@ def _begun(run: Run) -> tuple[int, dict[str, Row]]:
     found = begun if isinstance(begun, dict) and "measurement" in begun else {"measurement": 1, "rows": begun}
     rows, measurement = check_rows(found.get("rows"), path), found["measurement"]
     if isinstance(measurement, bool) or not isinstance(measurement, int):
-        raise RunError(f"{path} holds no rows of a table; remove it to evaluate again")
+        raise RunError(f"{path} holds no table rows; remove it to evaluate again")
     # Rows of versions that measured less are measured again.
     return measurement, {name: row for name, row in rows.items() if "intervals" in row}
 
@@ -109,7 +109,7 @@ def load_priors(run: Run, device: torch.device) -> dict[str, Prior]:
     for row, prior in priors.items():
         if found := differences(config_of(prior), config_of(priors["mle"])):
             raise RunError(
-                f"{run.path}: {ROW_FILES[row]} is another model than the prior ({found[0]}); remove its file"
+                f"{run.path}: {ROW_FILES[row]} does not have the prior's architecture ({found[0]}); remove its file"
             )
     return priors
 
@@ -123,12 +123,12 @@ def measure(
     only: Container[str] | None = None,
     progress: bool = True,
 ) -> None:
-    """Measure the rows of the table that are not there yet; nothing is written to the run folder.
+    """Measure the rows of the table that are still missing; nothing is written to the run folder.
 
     Args:
-        evaluation: what measures them.
-        priors: row of the table -> its network, of every one of `ROW_FILES`.
-        rows: the rows there are, by name; the others are added: those of the table, `GENERATOR_at_TEMPERATURE` and
+        evaluation: measures them.
+        priors: row of the table -> its network, for every row of `ROW_FILES`.
+        rows: the measured rows by name; missing ones are added: those of the table, `GENERATOR_at_TEMPERATURE` and
             `ral_after_UPDATES`.
         keep: called with all rows after each new one.
         only: names of the rows to measure, beside those that they need; None: all. `GENERATOR_best_temperature` stands
@@ -149,7 +149,7 @@ def measure(
         if name not in rows:
             rows[name] = measured()
             keep(rows)
-        bar.total = max(bar.total, bar.n + 1)  # a sweep may go on below the temperatures planned
+        bar.total = max(bar.total, bar.n + 1)  # a sweep may continue below the planned temperatures
         bar.update(1)
         return rows[name]
 
@@ -183,7 +183,7 @@ def measure(
 
 
 def _rejection_row(evaluation: GeneratorMetrics, prior: Prior) -> Row:
-    """Rejection sampling by the run's critic."""
+    """The row of rejection sampling with the run's critic."""
     file = evaluation.run.file("critic.safetensors")
     scorer = load_scorer(file, evaluation.vqvae, evaluation.device, lambda: prior)
     return evaluation.rejection_row(prior, critic_judge(scorer))
@@ -195,7 +195,7 @@ def _sweep(
     prior: Prior,
     temperatures: Sequence[float],
 ) -> None:
-    """Measure a generator at several temperatures, and at lower ones still while the lowest is the best."""
+    """Measure a generator at several temperatures, and at lower ones as long as the lowest is the best."""
     fds = {temperature: draw(f"{name}_at_{temperature:g}", prior, temperature)["fd"] for temperature in temperatures}
     while fds and min(fds, key=lambda t: fds[t]) == min(fds) and min(fds) > LOWEST_TEMPERATURE:
         lower = round(min(fds) - TEMPERATURE_STEP, 3)
@@ -203,9 +203,9 @@ def _sweep(
 
 
 def results_of(run: Run, evaluation: GeneratorMetrics, rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """What ``results.json`` holds, without the seconds: named rows first, sweeps and checkpoints apart.
+    """The content of ``results.json`` without run times: named rows first, sweeps and checkpoints separately.
 
-    Where not all rows were measured, there are only the sweeps whose generator was.
+    If not all rows were measured, only the sweeps of measured generators are included.
     """
     sweeps = {
         start: sorted(
@@ -219,7 +219,7 @@ def results_of(run: Run, evaluation: GeneratorMetrics, rows: dict[str, dict[str,
     after = {int(name.rpartition("_")[2]): row for name, row in rows.items() if "_after_" in name}
     for start, sweep in sweeps.items():
         named[f"{start}_best_temperature"] = min(sweep, key=lambda row: row["fd"])
-    # Version 0.1 named neither its rule nor how many held-out images it took.
+    # Version 0.1 recorded neither its rule nor its number of held-out images.
     rule = (
         {}
         if evaluation.measurement == 1
@@ -246,10 +246,10 @@ def results_of(run: Run, evaluation: GeneratorMetrics, rows: dict[str, dict[str,
 
 
 def check_images(images: ImageSet) -> None:
-    """Fail before training where there are too few images to measure distances afterwards.
+    """Fail before training if there are too few images to measure distances afterwards.
 
     Raises:
-        DataError: how many there are and must be.
+        DataError: there are too few.
     """
     needed = 2 * MINIMUM_IMAGES  # the row `floor` compares two halves
     if len(images.train) < needed:
@@ -260,10 +260,10 @@ def check_images(images: ImageSet) -> None:
 
 
 def check_measuring(run: Run) -> None:
-    """Fail before hours of training, not after, where the evaluation's extractor or own metrics cannot be had.
+    """Fail before hours of training, not after, if the evaluation's extractor or metrics are not available.
 
     Raises:
-        ConfigError: what to install, where to put the weights, or which plug-in to name.
+        ConfigError: a package or weights must be installed, or a plug-in named.
     """
     own_metrics(run.config.evaluation.metrics)
     if run.config.evaluation.extractor != "encoder":

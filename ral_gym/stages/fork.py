@@ -1,4 +1,4 @@
-"""Start a run from another one's finished stages: many variants of stage 3 from one VQ-VAE and one prior."""
+"""Start a run from another one's finished stages: many variants of stage 3 from one tokenizer and one prior."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ SECTIONS_OF_STAGE_2 = ("prior", "bottom")
 
 
 def fork_run(source: Run, path: Path | str, config: Config, *, codes: CodeSet | None = None, prior: bool = True) -> Run:
-    """A run folder that has the finished stages 1 and 2 of another one as its own.
+    """A run folder with copies of the finished stages 1 and 2 of another run.
 
-    The later stages work on it as on any run, and know nothing of the source. Forking again into the same folder
-    changes nothing, so that an interrupted variant continues.
+    The later stages work on it as on any other run. Forking again into the same folder changes nothing, so that an
+    interrupted variant continues.
 
     Args:
-        source: a run with a trained VQ-VAE and, where `prior`, trained PixelCNNs.
+        source: a run with a trained tokenizer and, if `prior`, trained priors.
         path: the new folder.
-        config: its settings: those of the source for what is taken over, free for the rest.
-        codes: other codes than the source's, such as samples of an oracle; only with ``prior=False``.
-        prior: take the trained PixelCNNs over too; False: stage 2 is still to be done.
+        config: its settings; those of copied stages must equal the source's.
+        codes: codes to use instead of the source's, such as samples of an oracle; only with ``prior=False``.
+        prior: copy the trained priors too; False: stage 2 is trained in the new run.
 
     Raises:
-        ConfigError: the settings of what is taken over differ, or other codes would be given to a trained prior.
-        RunError: the source has not got that far, or the folder was started from something else.
+        ConfigError: the settings of copied stages differ, or `codes` are given together with a trained prior.
+        RunError: a stage of the source is missing, or the folder was started from something else.
     """
     if codes is not None and prior:
-        raise ConfigError("other codes than the source's need a prior of their own: fork with prior=False")
+        raise ConfigError("codes other than the source's need a new prior: fork with prior=False")
     _check_settings(source, config, SECTIONS_OF_STAGE_1 + (SECTIONS_OF_STAGE_2 if prior else ()))
     files = _files(source, prior, own_codes=codes is None)
     missing = [name for name in files if not source.has(name)]
@@ -52,7 +52,7 @@ def fork_run(source: Run, path: Path | str, config: Config, *, codes: CodeSet | 
 
 
 def _files(source: Run, prior: bool, own_codes: bool) -> list[str]:
-    """What is taken over."""
+    """The files to copy."""
     files = [name for name in STAGE_1 if own_codes or name != "codes.safetensors"]
     if prior:
         suffixes = SUFFIXES[: source.config.vqvae.levels]
@@ -61,13 +61,13 @@ def _files(source: Run, prior: bool, own_codes: bool) -> list[str]:
 
 
 def _check_settings(source: Run, config: Config, sections: tuple[str, ...]) -> None:
-    """Refuse settings that would describe the files taken over wrongly."""
+    """Refuse settings that contradict the copied files."""
     there, here = (json.loads(json.dumps(dataclasses.asdict(one))) for one in (source.config, config))
     found = differences({name: there[name] for name in sections}, {name: here[name] for name in sections})
     if found:
         raise ConfigError(
-            f"a run that starts from {source.path} has its settings of {', '.join(sections)} ({'; '.join(found[:3])} "
-            "differ): change only the other ones"
+            f"a run that starts from {source.path} must keep its settings of {', '.join(sections)} "
+            f"({'; '.join(found[:3])} differ): change only other settings"
         )
 
 
@@ -77,6 +77,6 @@ def _copy(source: Run, run: Run, name: str) -> None:
         write_atomic(run.file(name), lambda temporary: shutil.copyfile(source.file(name), temporary))
     elif run.file(name).read_bytes() != source.file(name).read_bytes():
         raise RunError(
-            f"{run.path} was started from another {name} than {source.path} has now: remove the folder, or choose "
-            "another"
+            f"{run.path} was started from a {name} that differs from the one in {source.path}: remove the folder, or "
+            "choose another"
         )

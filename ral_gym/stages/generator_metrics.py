@@ -1,13 +1,12 @@
-"""What a row of the results table is: how far a generator's samples are from the data, each metric with its interval.
+"""One row of the results table: how far a generator's samples are from the data, each metric with its interval.
 
-Distances are to the decoded training codes, as in the paper ("FID on reconstructed real images"): what the prior is
-trained on. Samples, training images and held-out images have all been through the decoder, so that its blur, which is
-the largest difference from real images, is in none of the metrics but `fd_real` and `kid_real`. All generators draw
-from the same uniforms.
+Distances are to the decoded training codes, which the prior is trained on, as in the paper ("FID on reconstructed real
+images"). Samples, training images and held-out images have all been through the decoder, so that its blur, the largest
+difference from real images, affects only `fd_real` and `kid_real`. All generators draw from the same uniforms.
 
-No row costs more for a larger data set: real images, codes and held-out images are seeded random subsets of fixed size
-(`MEASUREMENT`). Until version 0.1 real images were the first of a sorted list, and the NLL was that of all held-out
-images; results and evaluations that began so are verified and finished so.
+The cost of a row does not grow with the data set: real images, codes and held-out images are seeded random subsets of
+fixed size (`MEASUREMENT`). Up to version 0.1, real images were the first of a sorted list and the NLL was that of all
+held-out images; evaluations begun by that rule are verified and finished by it.
 """
 
 from __future__ import annotations
@@ -51,27 +50,27 @@ from ral_gym.tokenizers.code_set import CodeSet, decode_codes, encode_images
 
 REJECTION_SHARE = 0.25
 LOGITS_PER_PASS = 2**24
-"""Bounds the images per teacher-forced pass: 64 MiB of logits; 2,048 images of 8 x 8 codes with K = 128."""
+"""Limits the images per teacher-forced pass to 64 MiB of logits: 2,048 images of 8 x 8 codes with K = 128."""
 TEMPERATURE_BATCH = 500
-"""Samples per step of the search for the temperature that gives RAL's entropy."""
+"""Samples per step of the search for the temperature at which MLE has RAL's entropy."""
 SMALLEST_WITH_INTERVALS = 12
-"""Fewer samples have no halves of which FD or the neighbourhood metrics could be computed."""
+"""Halves of fewer samples are too small for FD or the neighbourhood metrics."""
 NEIGHBOURHOOD_REPETITIONS = 20
 """Halves for the intervals of precision, recall, density and coverage: half the usual number, 0.7 s of a row's 13."""
 MEMORY = 2
-"""Training images in which samples look for their nearest one, in multiples of `n_samples`."""
+"""Training images searched for a sample's nearest one, in multiples of `n_samples`."""
 HELD_OUT = 500
-"""Held-out images to compare them with; where there are fewer, as many augmented versions of each as this allows."""
+"""Held-out images to compare samples with; if there are fewer, as many augmented versions of each as fit."""
 
 MEASUREMENT = 2
 """Version of the rule by which a table is measured, in results.json.
 
-1 (there where none is named): real images are the first `n_samples` of the set, held-out NLL is that of all images.
-2: both are of seeded random subsets, of `n_samples` and of `evaluation.held_out` images.
+1 (if the file names none): real images are the first `n_samples` of the set, held-out NLL is over all images.
+2: both use seeded random subsets, of `n_samples` and `evaluation.held_out` images.
 """
 
 Row = dict[str, Any]
-"""A row of the table: metrics, what is needed to read them, and `intervals` {metric: [low, high]} (95 %)."""
+"""A row of the table: metrics, facts needed to interpret them, and `intervals` {metric: [low, high]} (95 %)."""
 
 
 class GeneratorMetrics:
@@ -79,17 +78,17 @@ class GeneratorMetrics:
 
     Args:
         run: the run folder; nothing is written to it.
-        vqvae: its VQ-VAE.
+        vqvae: its tokenizer.
         codes: its codes.
         images: its images, for the distance to real ones.
-        device: where the models are.
+        device: device of the models.
         measurement: version of the rule, see `MEASUREMENT`.
 
     Attributes:
         held_out: the held-out codes behind the NLLs, by set: `test` and, where there are any, `new_people`.
 
     Raises:
-        ConfigError: the extractor or a metric of one's own cannot be had.
+        ConfigError: the extractor or a metric of your own is not available.
         RunError: an unknown version of the rule.
     """
 
@@ -142,8 +141,8 @@ class GeneratorMetrics:
         the nearest training image with those of held-out images, `memorisation_new_people` with those of new people
         (see `ral_gym.metrics.memorisation`); `nll_test`, `nll_new_people` and `entropy` are in nats per code.
 
-        The intervals are over samples or over held-out images: of another set drawn by the same network, not of
-        another network, which only other seeds can tell. Photos of the same person count as independent.
+        The intervals are over samples or over held-out images: they describe other sets drawn by the same network, not
+        retrained networks, which need other seeds. Photos of the same person count as independent.
         """
         codes = sample_codes(prior, self.n_samples, self.seed, temperature)  # (N, T)
         row = self.distances(codes)
@@ -161,9 +160,9 @@ class GeneratorMetrics:
         return row | {"samples_per_kept": 1.0, "temperature": temperature}
 
     def rejection_row(self, prior: Prior, judge: Judge) -> Row:
-        """The row of rejection sampling, VQ-VAE-2's way to better samples: of every four the one judged best.
+        """The row of rejection sampling as in VQ-VAE-2: the best of every four samples by a judge.
 
-        It has no likelihood, so no NLL and no entropy; what it costs is drawn samples, and diversity.
+        It has no likelihood, so no NLL and no entropy; it costs more drawn samples, and diversity.
         """
         kept = rejection_sample(lambda n: sample_codes(prior, n, self.seed), judge, self.n_samples, REJECTION_SHARE)
         row, varied = self.distances(kept.codes), hamming_distance(kept.codes)
@@ -171,7 +170,7 @@ class GeneratorMetrics:
         return row | {"diversity": varied.value, "samples_per_kept": kept.samples_per_kept, "temperature": 1.0}
 
     def distances(self, codes: Tensor) -> Row:
-        """How far samples (N, T) are from the decoded training codes, the training images, and memorised ones."""
+        """Distances of samples (N, T) from the decoded training codes and the training images, and memorisation."""
         images = decode_codes(self.vqvae, codes)  # (N, C, S, S)
         features = extract(self.extractor, images)  # (N, F)
         row = self._against(self.distance.features, features)
@@ -186,8 +185,8 @@ class GeneratorMetrics:
         return row
 
     def real_rows(self) -> dict[str, Row]:
-        """The rows that say what a distance means: reconstructed against real images, two halves of the reference."""
-        # The same images as `real_distance`, unless the codes are others than the images'.
+        """Rows that put distances into proportion: reconstructed against real images, two halves of the reference."""
+        # The same images as `real_distance`, unless the codes are not those of the images.
         n_clean = min(len(self.images.train), self.codes.clean)
         clean = self.codes.train[self._pick(n_clean, self.n_samples)]
         rebuilt = extract(self.extractor, decode_codes(self.vqvae, clean))
@@ -206,12 +205,12 @@ class GeneratorMetrics:
         return {"reconstruction": self._against(self.real_distance, rebuilt), "floor": floor}
 
     def _reference(self) -> dict[str, Tensor]:
-        """The reference as each metric of your own wants to see it."""
+        """The reference in every form that metrics of your own can see."""
         codes = torch.from_numpy(self.codes.train[self._order[: self.n_samples]]).long()  # (M, T)
         return {"images": self.reference, "codes": codes, "features": self.distance.features.reference.float()}
 
     def other_codes(self, n: int) -> Tensor:
-        """Codes (N, T) int64 of up to n images that the reference does not hold: training ones, else held-out ones."""
+        """Codes (N, T) int64 of up to n images outside the reference: training images, else held-out ones."""
         picked = self._order[self.n_samples : self.n_samples + n]
         if len(picked) >= SMALLEST_WITH_INTERVALS:
             return torch.from_numpy(self.codes.train[picked]).long()
@@ -230,19 +229,19 @@ class GeneratorMetrics:
             tolerance=5e-3,
         ).temperature
 
-    # What samples are compared with, computed when first asked for ---------------------------------------------------
+    # What samples are compared with, computed at first use ---------------------------------------------------
 
     @functools.cached_property
     def neighbourhood(self) -> Neighbourhood:
-        """Where the decoded training codes live."""
+        """The neighbourhoods of the decoded training codes."""
         return Neighbourhood(self.distance.features.reference, extractor=self.extractor.name)
 
     @functools.cached_property
     def memory(self) -> dict[str, Memorisation]:
-        """What tells copies, by the held-out images it compares with: `test` and `new_people`, where there are any.
+        """Memorisation scorers by the held-out images they compare with: `test` and, if there are any, `new_people`.
 
-        The training images are the augmented, decoded ones of the code file, since those are what a prior can learn by
-        heart; held-out images are augmented in the same way, or they would be nearer to them than a perfect sample.
+        The training images are the augmented, decoded ones of the code file, since those are what a prior can memorise;
+        held-out images are augmented in the same way, or they would lie nearer to them than a perfect sample.
         """
         more = self.codes.train[self._order[self.n_samples : MEMORY * self.n_samples]]
         train = self.distance.features.reference.float()  # (N, F)
@@ -266,7 +265,7 @@ class GeneratorMetrics:
         if passes > 1 and images is not None and len(images) == len(codes):
             again = encode_images(self.vqvae, images[picked], passes=passes, seed=self.seed, progress=False)
             again = again.reshape(passes, *versions.shape[1:])  # (P, V, T)
-            # Codes may be others than the images', such as an oracle's samples, and then stand for themselves.
+            # If the codes are not those of the images, such as an oracle's samples, they are used as they are.
             if (again[0] == versions[0]).mean() > 0.5:
                 versions = again
         features = extract(self.extractor, decode_codes(self.vqvae, versions.reshape(-1, versions.shape[-1])))
@@ -296,7 +295,7 @@ class GeneratorMetrics:
         return {name: estimate.value for name, estimate in estimates.items()} | {"intervals": _intervals(estimates)}
 
     def _memorised(self, features: Tensor) -> Row:
-        """The memorisation scores; None where there is nothing to compare with."""
+        """The memorisation scores; None if there is nothing to compare with."""
         row: Row = {"memorisation": None, "memorisation_near": None, "memorisation_new_people": None, "intervals": {}}
         names = {"test": ("memorisation", "memorisation_near"), "new_people": ("memorisation_new_people", None)}
         for key, memory in self.memory.items():
@@ -310,7 +309,7 @@ class GeneratorMetrics:
 
 
 def _intervals(estimates: dict[str, Estimate | None] | dict[str, Estimate]) -> dict[str, list[float]]:
-    """The ends of those that have an interval."""
+    """The interval ends of the estimates that have one."""
     return {
         name: [estimate.low, estimate.high]
         for name, estimate in estimates.items()

@@ -1,9 +1,9 @@
-"""The prefix curve of a run: how far from the data are images that begin with real rows, and are drawn from there on?
+"""The prefix curve of a run: how far from the data are images whose first rows are real and whose rest is drawn?
 
-What `ral_gym.metrics.prefix_curve` asks of an oracle, asked of images: the first r rows of codes are real ones, a
-generator draws the others (Section 4.3's "continue"), and the finished images are measured. With all rows given that
-is the distance between two sets of real images, with none that of the generator. In between, every distance grows with
-the share that is drawn, exposure bias or not: compare generators at the same r, not the ends of one curve.
+It is `ral_gym.metrics.recovery.prefix_curve` without an oracle: the first r rows of codes are real, a generator draws
+the others (Section 4.3's "continue"), and the finished images are measured. With all rows given this is the distance
+between two sets of real images, with none that of the generator. In between, every distance grows with the share that
+is drawn, exposure bias or not: compare generators at the same r, not the ends of one curve.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from ral_gym.tokenizers.code_set import decode_codes
 N_IMAGES = 500
 BATCH = 250
 STEPS = 4
-"""Parts into which the rows are divided; with 8 rows, the curve has r = 0, 2, 4, 6, 8."""
+"""Number of parts into which the rows are divided; with 8 rows, the curve has r = 0, 2, 4, 6, 8."""
 
 
 def measure_given_rows(evaluation: GeneratorMetrics, priors: Mapping[str, Prior]) -> dict[str, Any]:
     """FD and KID of images of which r rows are given, for each generator and several r.
 
-    The given rows are of training images (and augmented versions) that are not in the reference; where there are too
-    few others, of held-out ones. All generators draw from the same uniforms at all r.
+    The given rows are of training images (and augmented versions) that are not in the reference; if there are too few
+    others, of held-out ones. All generators draw from the same uniforms at all r.
 
     Args:
         evaluation: of the run.
         priors: name -> generator.
 
     Returns:
-        `given` (the values of r), `height`, `n`, and `curves`: name -> one {`fd`, `kid`, `intervals`} per r. Empty
-        where there are fewer than 12 images.
+        `given` (the values of r), `height`, `n`, and `curves`: name -> one {`fd`, `kid`, `intervals`} per r. Empty if
+        there are fewer than 12 images.
     """
     grid, codes = evaluation.vqvae.grid, evaluation.other_codes(N_IMAGES)  # (N, T)
     if len(codes) < SMALLEST_WITH_INTERVALS:

@@ -1,7 +1,7 @@
-"""The priors of a run: one, or with two levels one of the top codes and one of the bottom codes given the top ones.
+"""The priors of a run: one; or with two levels, one of the top codes and one of the bottom codes given the top codes.
 
-Each level is trained on its own codes and has its own settings and files (`SECTIONS`, `SUFFIXES`); together they are
-one generator of whole images (`ral_gym.priors.two_level`). After RAL that is one file.
+Each level is trained on its own codes and has its own settings and files (`SECTIONS`, `SUFFIXES`); together they form
+one generator of whole images (`ral_gym.priors.two_level`). After RAL it is one file.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ TRAINING = (
     *("batch_size", "training_steps", "learning_rate", "ema_decay", "augmented_passes", "evaluate_every", "held_out"),
     *("scheduled_sampling", "scheduled_sampling_schedule", "scheduled_sampling_share"),
 )
-"""Settings of a prior that stage 2's loop reads; the others are the network's."""
+"""Settings of a prior that stage 2's training loop reads; the others are the network's."""
 GIVEN = ("codebook_size", "height", "width", "condition")
-"""Arguments of a prior that the code grid says."""
+"""Arguments of a prior that the code grid determines."""
 GENERATORS = {
     "prior": "maximum likelihood, the weights of the best held-out NLL",
     "prior_ema": "their exponential average",
-    "prior_continued": "maximum likelihood for as many more updates as RAL",
+    "prior_continued": "maximum likelihood continued for as many updates as RAL",
     "policy": "RAL, the live policy",
     "policy_ema": "RAL, the exponential average",
 }
@@ -50,7 +50,7 @@ def prior_of(config: Config, grid: CodeGrid, level: int = 0) -> Any:
     """The untrained prior of a configuration: the only one or the top one (0), or the bottom one (1).
 
     Raises:
-        ConfigError: an unknown kind, code that nobody has allowed, settings or options that it does not take, or a
+        ConfigError: an unknown kind, code whose import was not allowed, settings or options that it does not take, or a
             network that breaks the protocol (`ral_gym.priors.check`).
     """
     arguments = _arguments(config, level)
@@ -63,7 +63,7 @@ def prior_of(config: Config, grid: CodeGrid, level: int = 0) -> Any:
 
 
 def check_prior_settings(config: Config) -> list[Any]:
-    """Refuse before stage 1 what stage 2 could not build; the priors of one's own, untrained.
+    """Refuse before stage 1 what stage 2 could not build; returns the user's own priors, untrained.
 
     Raises:
         ConfigError: see `prior_of`.
@@ -77,28 +77,28 @@ def check_prior_settings(config: Config) -> list[Any]:
 
 
 def _arguments(config: Config, level: int) -> dict[str, Any]:
-    """What `build_prior` takes for a level, except for what the code grid says."""
+    """The arguments of `build_prior` for a level, except those that the code grid determines."""
     section = SECTIONS[level]
     settings = getattr(config, section)
     cls, untouched = prior_class(settings.kind), _untouched(config, section)
     arguments = part_arguments(cls, settings, section, training=TRAINING, given=GIVEN, untouched=untouched)
     if level and "condition" not in constructor_parameters(cls)[0]:
         raise ConfigError(
-            f"bottom.kind is {settings.kind}, which takes no condition, the top codes that bottom codes are drawn for: "
-            "give its constructor and its features an argument condition, or choose pixelcnn"
+            f"bottom.kind is {settings.kind}, which takes no condition (the top codes): give its constructor and its "
+            "features an argument condition, or choose pixelcnn"
         )
     return {KIND: settings.kind, **arguments}
 
 
 def _untouched(config: Config, section: str) -> list[Any]:
-    """Settings that nobody chose: the defaults, and the preset's; any bundled one's where the preset is the user's."""
+    """Settings not chosen by the user: the defaults and the preset's, or every bundled preset's if it is the user's."""
     names = [config.preset] if config.preset in PRESETS else PRESETS.builtin
     return [PriorConfig(), *(getattr(PRESETS[name], section) for name in names)]
 
 
 @dataclass(frozen=True)
 class LevelCodes:
-    """What one prior models: its codes (N, T') and, for the bottom one, the top codes (N, H * W) they belong to."""
+    """The data of one prior: its codes (N, T') and, for a bottom prior, the top codes (N, H * W) above them."""
 
     codes: Tensor
     condition: Tensor | None = None
@@ -136,7 +136,7 @@ def load_vqvae(run: Run, device: torch.device | str = "cpu") -> Tokenizer:
     """The run's trained tokenizer, of one level or two.
 
     Raises:
-        ConfigError: its file names a kind that is unknown here, or code that nobody has allowed.
+        ConfigError: its file names an unknown kind, or code whose import was not allowed.
         RunError: the file is missing, damaged or of another number of levels.
     """
     file = run.file("vqvae.safetensors")
@@ -155,7 +155,7 @@ def load_generator(run: Run, name: str, device: torch.device | str = "cpu") -> A
         device: where it goes.
 
     Raises:
-        ConfigError: its file names a kind that is unknown here, or code that nobody has allowed.
+        ConfigError: its file names an unknown kind, or code whose import was not allowed.
         RunError: there is no such generator, or its file is missing, damaged or of another number of levels.
     """
     if name not in GENERATORS:

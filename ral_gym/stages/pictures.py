@@ -20,7 +20,7 @@ from ral_gym.tokenizers.code_set import CodeSet, decode_codes
 SAMPLE_BATCH = 500
 N_SHOWN = 16
 SEARCHED = 20_000
-"""Training images among which the nearest ones are looked for, at most."""
+"""Most training images that are searched for the nearest ones."""
 COMPARED = ("mle", "mle_continued", "ral")
 NLLS = ("nll_train", "nll_test", "nll_test_ema", "nll_new_people")
 
@@ -48,7 +48,7 @@ def draw_pictures(
 
     Args:
         run: the run folder.
-        vqvae: its VQ-VAE.
+        vqvae: its tokenizer.
         codes: its codes.
         images: its images.
         priors: row of the table -> its network.
@@ -87,7 +87,7 @@ def draw_pictures(
 
 
 def _draw_neighbours(run: Run, samples: Tensor, images: ImageSet) -> None:
-    """RAL's samples above the training images that they are nearest to: equal pairs would be memorised ones."""
+    """RAL's samples above their nearest training images: equal pairs would be memorised images."""
     picked = subset(len(images.train), SEARCHED, run.config.seed * 1000 + 8)
     train = torch.from_numpy(images.train[picked])
     index, _ = nearest(samples, train)
@@ -97,7 +97,7 @@ def _draw_neighbours(run: Run, samples: Tensor, images: ImageSet) -> None:
 
 
 def _draw_frontier(run: Run, results: dict[str, Any]) -> None:
-    """FD against entropy: what a lower temperature alone gives is MLE's curve."""
+    """FD against entropy, with MLE's temperature sweep as the baseline."""
     sweeps = {
         name: [(row["temperature"], row["entropy"], row["fd"]) for row in rows]
         for name, rows in results["sweeps"].items()
@@ -131,9 +131,9 @@ def _draw_given_rows(run: Run, results: dict[str, Any]) -> None:
 def _draw_curves(run: Run) -> None:
     """The learning curves of the three stages, from ``metrics.jsonl``."""
     plots = (
-        ("vqvae", ("reconstruction_error",), "mean squared error", "Stage 1: VQ-VAE"),
-        ("prior", NLLS, "nats per code", "Stage 2: PixelCNN"),
-        ("prior_bottom", NLLS, "nats per code", "Stage 2: PixelCNN of the bottom codes"),
+        ("vqvae", ("reconstruction_error",), "mean squared error", "Stage 1: tokenizer"),
+        ("prior", NLLS, "nats per code", "Stage 2: prior"),
+        ("prior_bottom", NLLS, "nats per code", "Stage 2: prior of the bottom codes"),
         ("ral", ("critic/heldout_auc",), "AUC, held-out real against drawn images", "Stage 3: the critic"),
     )
     for stage, names, ylabel, title in plots:

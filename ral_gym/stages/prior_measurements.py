@@ -1,4 +1,4 @@
-"""What stage 2 looks at as it trains: held-out likelihood (the best weights are kept), and samples in TensorBoard."""
+"""Measurements during stage 2: held-out likelihood (the best weights are kept), and samples in TensorBoard."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ class Best:
 
 @dataclass
 class HeldOut:
-    """Measures while training, and remembers the best weights.
+    """Measures held-out likelihood during training, and keeps the best weights.
 
     Attributes:
         test: codes of the held-out images that are measured.
-        new_people: codes of the held-out people's, where there are any.
+        new_people: codes of the held-out people's images, if there are any.
         every: steps between measurements.
-        limit: how many images of each set are measured at most; None: all, as in checkpoints of version 0.1.
-        seed: of the subset.
+        limit: most images of each set that are measured; None: all, as in checkpoints of version 0.1.
+        seed: seeds the subset.
         best: the best values so far, and their weights.
     """
 
@@ -64,7 +64,7 @@ class HeldOut:
         return {"best": vars(self.best), "held_out": self.limit}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """From a checkpoint: what began with all held-out images, or with another number, ends so."""
+        """From a checkpoint, including its `limit`: a run finishes with the number of held-out images it began with."""
         vars(self.best).update(state["best"])
         self.limit = state.get("held_out")
         self._take()
@@ -93,16 +93,16 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Board:
-    """Shows in TensorBoard what the prior draws, decoded; no random state is touched."""
+    """Shows decoded samples of the prior in TensorBoard; changes no random state."""
 
     vqvae: Tokenizer
     top: Prior | None
 
     @classmethod
     def of(cls, run: Run, level: int, device: torch.device) -> Board | None:
-        """Where there is a VQ-VAE, and all codes: not of the top ones alone.
+        """None without a trained tokenizer, or for the top level, whose codes alone cannot be decoded.
 
-        To be called before seeding: networks draw their first weights, loaded or not.
+        Call it before seeding: constructing networks draws random weights, even if others are loaded afterwards.
         """
         if not run.has("vqvae.safetensors") or process_index() or level < run.config.vqvae.levels - 1:
             return None

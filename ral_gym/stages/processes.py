@@ -1,13 +1,15 @@
-"""How stages 1 and 2 compute: one process or several, in which precision, a batch at once or in parts.
+"""How stages 1 and 2 compute: data parallelism over processes, mixed precision and gradient accumulation.
 
-All processes together take the steps that one would take: every one draws the same rows for the joint batch and works
-on its share, gradients are averaged, and the codebook's statistics are summed (`vector-quantize-pytorch` does that
-once a process group exists). A batch in N parts is the same batch too: gradients and codebook statistics add up, and
-only the last part moves anything. So none of this belongs to what a run is: `config.json` does not name it, and a run
-may continue with other values. What does differ is noise: dropout and augmentation are drawn per process, the order of
-sums changes, and bf16 rounds activations (weights, optimizer and codebook stay in 32 bits).
+All processes together take the steps that one process would take: each draws the same rows for the joint batch and
+works on its share, gradients are averaged, and the codebook's statistics are summed (`vector-quantize-pytorch` does
+that once a process group exists). A batch in N parts is the same batch too: gradients and codebook statistics
+accumulate, and only the last part updates anything. So these settings are not part of a run's configuration:
+`config.json` does not contain them, and a run may continue with other values. Only noise differs: dropout and
+augmentation are drawn per process, sums change their order, and bf16 rounds activations (weights, optimizer and
+codebook stay in 32 bits).
 
-Start several with ``torchrun --nproc-per-node N`` or ``accelerate launch``. Process 0 alone prints, logs and writes.
+Start several processes with ``torchrun --nproc-per-node N`` or ``accelerate launch``. Only process 0 prints, logs and
+writes files.
 """
 
 from __future__ import annotations
@@ -28,30 +30,30 @@ from vector_quantize_pytorch import VectorQuantize
 from ral_gym.errors import ConfigError, DeviceError, RunError
 
 LOST = re.compile(r"gloo|nccl|connection (closed|reset|refused)|timed out", re.IGNORECASE)
-"""Words in what the communication library says when another process is gone."""
+"""Words in the communication library's error when another process is gone."""
 
 
 @dataclass(frozen=True)
 class Compute:
-    """Time and memory of stages 1 and 2, without a part in what they learn."""
+    """Settings of stages 1 and 2 that affect time and memory only, not what is learned."""
 
     mixed_precision: Literal["no", "bf16"] = "no"
     """`bf16`: activations and products in 16 bits; weights, optimizer and codebook stay in 32."""
     gradient_accumulation: int = 1
-    """Each step's batch is worked through in this many parts: less memory, the same step."""
+    """Split each step's batch into this many parts: less memory, the same step."""
 
     def check(self) -> None:
-        """Refuse what is out of range.
+        """Refuse values that are out of range.
 
         Raises:
-            ConfigError: how it must be.
+            ConfigError: what is allowed.
         """
         if self.gradient_accumulation < 1:
             raise ConfigError(f"gradient_accumulation is {self.gradient_accumulation}: give an integer of 1 or more")
 
 
 def process_index() -> int:
-    """This process's number among those of the run, as torchrun or accelerate gave it out."""
+    """This process's rank, as assigned by torchrun or accelerate."""
     return int(os.environ.get("RANK", "0"))
 
 
@@ -65,7 +67,7 @@ def make_accelerator(device: torch.device, compute: Compute | None = None) -> Ac
 
     Raises:
         ConfigError: a setting of `compute` is out of range.
-        DeviceError: one CUDA device for several processes, or bf16 where it cannot be had.
+        DeviceError: one CUDA device for several processes, or a device without bf16.
     """
     compute = compute or Compute()
     compute.check()
@@ -81,7 +83,7 @@ def make_accelerator(device: torch.device, compute: Compute | None = None) -> Ac
 
 
 def _made_for_another(device: torch.device, compute: Compute) -> bool:
-    """Whether accelerate's state, one per Python process, is of a run with another device or precision."""
+    """Whether accelerate's state, one per Python process, was made for another device or precision."""
     if not AcceleratorState._shared_state:
         return False
     state = AcceleratorState()
@@ -90,25 +92,25 @@ def _made_for_another(device: torch.device, compute: Compute) -> bool:
 
 @contextmanager
 def partners() -> Iterator[None]:
-    """Say in one line that another process is gone, where this one would show its communication library's error.
+    """If another process is gone, raise one clear line instead of the communication library's error.
 
     Raises:
-        RunError: what to do.
+        RunError: another process is gone.
     """
     try:
         yield
-    except RuntimeError as error:  # of torch; gloo has no class of its own
+    except RuntimeError as error:  # torch's; gloo has no error class of its own
         if process_count() == 1 or not (isinstance(error, torch.distributed.DistError) or LOST.search(str(error))):
             raise
         raise RunError(
-            f"process {process_index()} of {process_count()} lost another one (it died, or was stopped; its own lines "
-            "say why); what was saved is kept: run the same command again to continue"
+            f"process {process_index()} of {process_count()} lost another one (it died or was stopped; see its own "
+            "output); saved files are kept: run the same command again to continue"
         ) from error
 
 
 @contextmanager
 def main_process_first(device: torch.device) -> Iterator[None]:
-    """Process 0 does what is in the block, then the others, who find what it made.
+    """Process 0 runs the block first, then the others, which find the files it made.
 
     Raises:
         RunError: another process is gone.
@@ -121,7 +123,7 @@ def main_process_first(device: torch.device) -> Iterator[None]:
 
 
 def _in_full_precision(forward: Callable[..., Any], device: str) -> Callable[..., Any]:
-    """A forward pass that autocast leaves alone."""
+    """A forward pass with autocast disabled."""
 
     def full(x: Tensor, *arguments: Any, **options: Any) -> Any:
         with torch.autocast(device, enabled=False):
@@ -131,7 +133,7 @@ def _in_full_precision(forward: Callable[..., Any], device: str) -> Callable[...
 
 
 def end_processes() -> bool:
-    """After the last joint stage: wait for all, part, and go on as a single process.
+    """After the last joint stage: wait for all processes, end the group, and continue as a single process.
 
     Returns:
         whether this is process 0, which alone goes on.
@@ -148,17 +150,17 @@ def end_processes() -> bool:
 
 
 class JointBatches:
-    """Draws every step's batch and says which part of it this process works on, and when.
+    """Draws every step's batch and splits it over processes and accumulation parts.
 
     Args:
-        accelerator: knows the processes.
+        accelerator: of the stage.
         n_rows: how many images or code grids there are to draw from.
         batch_size: rows per step, over all processes and parts.
-        parts: parts in which a process works through its share.
-        setting: name of the batch size, for the message.
+        parts: accumulation parts of a process's share.
+        setting: name of the batch-size setting, for the message.
 
     Raises:
-        ConfigError: the batch size is no multiple of processes times parts.
+        ConfigError: the batch size is not a multiple of processes times parts.
     """
 
     def __init__(self, accelerator: Accelerator, n_rows: int, batch_size: int, parts: int, setting: str) -> None:
@@ -169,7 +171,7 @@ class JointBatches:
                 f"({accelerator.num_processes} processes x {parts} parts); change one of them"
             )
         self.accelerator, self.n_rows, self.batch_size, self.parts = accelerator, n_rows, batch_size, parts
-        # One process draws everything from the global generator. Several need one that stays alike in all of them.
+        # One process draws everything from the global generator. Several need one that stays the same in all of them.
         self.generator = torch.Generator() if accelerator.num_processes > 1 else None
         self.part_of_later = False
         self.load_state_dict({})
@@ -181,12 +183,12 @@ class JointBatches:
         return list(mine.chunk(self.parts))
 
     def part(self, model: nn.Module, number: int) -> AbstractContextManager[Any]:
-        """Around the forward and the backward pass of part `number`: only the last one is shared with the others."""
+        """Context of the forward and backward pass of part `number`: only the last part synchronises gradients."""
         self.part_of_later = number < self.parts - 1
         return self.accelerator.no_sync(model) if self.part_of_later else nullcontext()
 
     def join_codebooks(self, model: nn.Module) -> None:
-        """Let the codebooks of `model` collect what all parts say, in 32 bits, and move once, with the last part."""
+        """Let the codebooks of `model` accumulate statistics of all parts, in 32 bits, and update with the last one."""
 
         def collect(module: nn.Module, arguments: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
             return arguments, options | {"accum_ema_update": self.part_of_later and module.training}
@@ -199,12 +201,12 @@ class JointBatches:
                     module.forward = _in_full_precision(module.forward, self.accelerator.device.type)
 
     def mean(self, values: list[Tensor]) -> float:
-        """The mean over parts and processes, all of equal size; every process must ask."""
+        """The mean over parts and processes, all of equal size; every process must call it."""
         value = torch.stack([value.detach().float() for value in values]).mean()
         return self.accelerator.reduce(value, "mean").item()
 
     def gather(self, tensors: list[Tensor]) -> Tensor:
-        """The rows of all parts and processes; every process must ask."""
+        """The rows of all parts and processes; every process must call it."""
         return self.accelerator.gather(torch.cat(tensors))
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""Rejection sampling, the baseline of VQ-VAE-2: draw more than wanted, keep what a judge likes best.
+"""Rejection sampling, the baseline of VQ-VAE-2: draw more samples than wanted and keep those that a judge scores best.
 
-VQ-VAE-2 keeps the samples of which a classifier is most confident; here the critic of a run can judge as well. It
-needs no training, but every kept image costs 1 / share drawn ones, and what the judge prefers is less diverse. Both
-are measured beside the samples (Section 2 of the paper, and section 4 of its supplement, argue with them).
+VQ-VAE-2 keeps the samples of which a classifier is most confident; here the critic of a run can judge as well. It needs
+no training, but every kept image costs 1 / share drawn ones, and the kept images are less diverse. Cost and diversity
+are measured with the samples (they are arguments of the paper's Section 2 and its supplement's section 4).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Judge = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Diversity:
-    """How much a set of codes varies."""
+    """Diversity of a set of code grids."""
 
     distinct: float
     """Share of the images that differ from all others in some code: distinct ones / all."""
@@ -40,22 +40,22 @@ class Diversity:
 
 @dataclass(frozen=True)
 class Rejection:
-    """The samples that were kept, and what that took."""
+    """The samples that were kept, and their cost."""
 
     codes: Tensor
     """(n, T) int64, best first."""
     scores: Tensor
-    """(n,) their scores."""
+    """(n,) scores of the kept samples."""
     threshold: float
     """The lowest score kept."""
     samples_per_kept: float
     """Drawn images per kept one: the cost, 1 without rejection."""
     diversity: Diversity
-    """Of the kept ones."""
+    """Diversity of the kept samples."""
     unfiltered: Diversity
-    """Of equally many drawn ones, not chosen."""
+    """Diversity of equally many drawn samples without selection."""
 
-    def figures(self) -> dict[str, Any]:
+    def metrics(self) -> dict[str, Any]:
         """Cost and diversity as a flat dict, for a row of a table."""
         kept = asdict(self.diversity)
         return {
@@ -67,7 +67,7 @@ class Rejection:
 
 
 def diversity(codes: Tensor) -> Diversity:
-    """How much codes (N, T) vary; N >= 2 for a distance above 0.
+    """Diversity of codes (N, T); N >= 2 for a distance above 0.
 
     Examples:
         >>> found = diversity(torch.tensor([[0, 1], [0, 1], [0, 2], [0, 2]]))
@@ -113,12 +113,12 @@ def reject(codes: np.ndarray | Tensor, judge: Judge, share: float, batch_size: i
 
     Args:
         codes: (N, T), N drawn samples.
-        judge: what is good.
-        share: how many to keep, above 0 and at most 1; at least one is kept.
+        judge: scores the samples.
+        share: share to keep, above 0 and at most 1; at least one is kept.
         batch_size: samples judged at once.
 
     Raises:
-        ConfigError: the share is out of range, there are no samples, or a score is no number.
+        ConfigError: the share is out of range, there are no samples, or a score is NaN or infinite.
     """
     if not 0 < share <= 1:
         raise ConfigError(f"share of samples to keep is {share}: give a number above 0 and at most 1")
@@ -145,9 +145,9 @@ def rejection_sample(draw: Callable[[int], Tensor], judge: Judge, n: int, share:
 
     Args:
         draw: count -> codes (count, T), independent samples of a generator.
-        judge: what is good.
-        n: how many to keep.
-        share: the best share of the drawn ones, above 0 and at most 1.
+        judge: scores the samples.
+        n: number of samples to keep.
+        share: share of the drawn samples to keep, above 0 and at most 1.
 
     Raises:
         ConfigError: the share or n is out of range.

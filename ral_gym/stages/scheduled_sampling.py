@@ -1,13 +1,13 @@
 """Scheduled sampling: stage 2 on prefixes in which some codes are the model's own (Bengio et al., 2015).
 
-Maximum likelihood reads real prefixes only; drawing, the model reads its own. Here every code that the network *reads*
-is its own with a probability that rises during training, while the codes it must *predict* stay the real ones. Two
-ways to make the prefixes, both with the network in evaluation mode and without gradients:
+In maximum likelihood the model reads real prefixes only; in sampling it reads its own. Here every code that the network
+*reads* is its own with a probability that rises during training, while the codes it must *predict* stay the real ones.
+Two ways to make the prefixes, both with the network in evaluation mode and without gradients:
 
 * `two_pass` (Mihaylova and Martins, 2019): a pass over the real codes, from which a code is drawn at every position at
-  once, given the *real* codes before it; then coins decide which codes are replaced. One forward pass more per step.
+  once, given the *real* codes before it; then a random mask decides which codes are replaced. One more forward pass.
 * `sequential` (as Bengio et al. wrote it): code by code through the cached sampler, each drawn given the *mixed* codes
-  before it, and put in or replaced by the real one as its coin says. As slow as drawing the batch.
+  before it, and kept or replaced by the real one according to the mask. As slow as drawing the batch.
 
 A bottom prior's condition, the top codes, stays real. Where share s is reached after N steps, the share of own codes
 at step i, x = i / N, is (with Bengio et al.'s epsilon for the share of real ones):
@@ -19,10 +19,10 @@ at step i, x = i / N, is (with Bengio et al.'s epsilon for the share of real one
 
 The last two are shifted and scaled to run from 0 to s exactly, whatever N.
 
-What it is known to do wrong (Huszar, 2015): a mixed prefix does not lead to the real code that follows. As the share
-nears 1, the best the model can do is to forget the prefix and learn how often each code occurs at its position: the
-objective is inconsistent, its optimum is not the data's distribution, even with all the data and capacity there are.
-Early in training, and with a small share, it is a regulariser; judge it by held-out likelihood and against an oracle.
+Its known flaw (Huszar, 2015): a mixed prefix does not lead to the real code that follows. As the share nears 1, the
+best the model can do is to forget the prefix and learn how often each code occurs at its position: the objective is
+inconsistent, its optimum is not the data's distribution, even with all the data and capacity there are. Early in
+training, and with a small share, it is a regulariser; judge it by held-out likelihood and against an oracle.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ from ral_gym.priors.sampler import CachedSampler
 from ral_gym.stages.levels import LevelCodes
 
 LEAST_REAL = 0.01
-"""Where `exponential` has let the share of real codes fall by the last step, before it is scaled."""
+"""The share of real codes that `exponential` reaches at the last step, before scaling."""
 STEEPNESS = 10.0
-"""Of `inverse_sigmoid`, over the whole of training."""
+"""Slope of `inverse_sigmoid` over the whole training."""
 
 
 def _logistic(progress: float) -> float:
@@ -56,23 +56,23 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
     "exponential": lambda progress: (1 - LEAST_REAL**progress) / (1 - LEAST_REAL),
     "inverse_sigmoid": lambda progress: (_logistic(progress) - _logistic(0)) / (_logistic(1) - _logistic(0)),
 }
-"""Training's progress in 0..1 to a share of the largest share, from 0 to 1."""
+"""Maps training progress in 0..1 to a fraction, 0 to 1, of the final share."""
 
 
 class ScheduledSampling:
     """The loss of stage 2 when prefixes are mixed; with `none`, or at a share of 0, that of maximum likelihood.
 
-    Coins and own codes are drawn from the global generator of the network's device, as dropout is: a checkpoint holds
-    its state, and several processes have one each. At a share of 0 nothing is drawn.
+    Masks and own codes are drawn from the global generator of the network's device, as dropout is: a checkpoint holds
+    its state, and every process has its own. At a share of 0 nothing is drawn.
 
     Args:
-        prior: the network, as it is (not wrapped for several processes).
+        prior: the network (not wrapped for several processes).
         config: its settings.
-        steps: N, the step at which the share is reached.
-        section: their name, for messages.
+        steps: N, the step at which the final share is reached.
+        section: name of the settings' section, for messages.
 
     Raises:
-        ConfigError: an unknown way or schedule.
+        ConfigError: an unknown method or schedule.
     """
 
     def __init__(self, prior: Prior, config: PriorConfig, steps: int, section: str = "prior") -> None:
@@ -95,8 +95,8 @@ class ScheduledSampling:
         """The share of own codes at step 1..N."""
         return self.largest * self.schedule(step / self.steps) if self.active else 0.0
 
-    def figures(self, step: int) -> dict[str, float]:
-        """The share of own codes for the log, `own_codes`; nothing where none are ever mixed in."""
+    def metrics(self, step: int) -> dict[str, float]:
+        """The share of own codes for the log, `own_codes`; empty if none are ever mixed in."""
         return {"own_codes": self.share(step)} if self.active else {}
 
     def loss(self, model: nn.Module, batch: LevelCodes, step: int) -> Tensor:
@@ -144,7 +144,7 @@ def mix_sequential(sampler: CachedSampler, batch: LevelCodes, share: float) -> T
     """Replace codes by ones drawn given the mixed codes before them, in one pass of the sampler.
 
     Args:
-        sampler: of the network, with its weights as they are now.
+        sampler: of the network, with its current weights.
         batch: codes (B, T) int64, and their condition if any.
         share: probability that a code is replaced.
 

@@ -1,9 +1,9 @@
 """Stage 2: codes -> prior by maximum likelihood (Section 3; the supplement's Tables 4b to 10b), and the control.
 
-A small set is memorised within minutes, so the weights kept are those of the best held-out NLL, and a prior that
-does not beat the unigram there is said to be bad. With two levels there are two priors, trained one after the
-other: of the top codes, and of the bottom codes given the top ones; the second one's files end in ``_bottom``.
-Scheduled sampling is an option (`ral_gym.stages.scheduled_sampling`); the control is always plain maximum likelihood.
+A small set is memorised within minutes, so the weights with the best held-out NLL are kept, and a warning is logged if
+that NLL does not beat the unigram's. With two levels there are two priors, trained one after the other: of the top
+codes, and of the bottom codes given the top codes; the files of the second end in ``_bottom``. Scheduled sampling is an
+option (`ral_gym.stages.scheduled_sampling`); the control is always plain maximum likelihood.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ __all__ = ["CONTROL", "STAGE", "continue_prior", "train_prior"]
 
 @dataclass(frozen=True)
 class _Task:
-    """What the loop is to do: maximum likelihood from scratch, or the control."""
+    """The loop's task: maximum likelihood from scratch, or the control."""
 
     stage: str
     label: str
@@ -64,16 +64,16 @@ def train_prior(
     progress: bool = True,
     compute: Compute | None = None,
 ) -> Prior:
-    """Train, or continue, or load what is there; all processes together where there are several.
+    """Train, continue or load the run's priors; several processes share the work.
 
     Logged: `nll_train` (of the batch, dropout on), and every `evaluate_every` steps `nll_test`, `nll_new_people` and
     `nll_test_ema`, all in nats per code; with two levels, of each level's own codes. With scheduled sampling
-    `nll_train` is that of real codes given mixed ones, and `own_codes` their share; what is held out is never mixed,
-    so that the weights kept are chosen as without it, and their file says at which share. TensorBoard also has images
-    that the prior draws, where the run has its VQ-VAE.
+    `nll_train` is the NLL of real codes given mixed prefixes, and `own_codes` the share of own codes; held-out codes
+    are never mixed, so the best weights are chosen as without it, and their file records the share. TensorBoard also
+    has images that the prior draws, if the run has a trained tokenizer.
 
     Raises:
-        ConfigError: the batch cannot be shared out evenly, or an unknown kind of scheduled sampling.
+        ConfigError: the batch cannot be divided evenly, or an unknown kind of scheduled sampling.
         DivergedError: the loss became NaN or infinite.
         RunError: another process is gone.
     """
@@ -170,16 +170,16 @@ def _fit(
         optimizer.step()
         average.update(prior)
         if held_out is not None:
-            figures = {}
+            metrics = {}
             if step % LOG_EVERY == 0:
-                figures = {"nll_train": batches.mean(losses)} | task.sampling.figures(step)
+                metrics = {"nll_train": batches.mean(losses)} | task.sampling.metrics(step)
             if main and (step % held_out.every == 0 or step == task.steps):
-                figures |= held_out.measure(prior, average, step)
-                steps.set_postfix(train=f"{loss.item():.2f}", test=f"{figures['nll_test']:.2f}")
-            if writer is not None and figures:
-                run.log(task.stage, step, figures)
-                for name, figure in figures.items():
-                    writer.add_scalar(f"{task.stage}/{name}", figure, step)
+                metrics |= held_out.measure(prior, average, step)
+                steps.set_postfix(train=f"{loss.item():.2f}", test=f"{metrics['nll_test']:.2f}")
+            if writer is not None and metrics:
+                run.log(task.stage, step, metrics)
+                for name, value in metrics.items():
+                    writer.add_scalar(f"{task.stage}/{name}", value, step)
             if writer is not None and task.board is not None and due(step, task.steps):
                 task.board.show(writer, f"{task.stage}/samples", prior, step)
         if main and clock.due():
@@ -195,7 +195,7 @@ def _fit(
 def _finish(
     run: Run, task: _Task, prior: nn.Module, data: LevelCodes, held_out: HeldOut, grid: CodeGrid, suffix: str
 ) -> None:
-    """Write the best weights, and say so if they are no better than code frequencies."""
+    """Write the best weights, and warn if they are no better than code frequencies."""
     best = held_out.best
     if len(best.weights) < len(best.nll):
         raise DivergedError(
@@ -204,7 +204,7 @@ def _finish(
     unigram = unigram_nll(data.codes, held_out.test.codes, grid.codebook_size)
     if best.nll["live"] >= unigram:
         logger.warning(
-            "the%s prior's held-out NLL %.3f does not beat the unigram's %.3f nats per code: it has memorised or not "
+            "the%s prior's held-out NLL %.3f does not beat the unigram's %.3f nats per code: it has memorised, or not "
             "learnt; use more images, more augmented passes or fewer steps",
             suffix.replace("_", " "),
             best.nll["live"],
@@ -212,7 +212,7 @@ def _finish(
         )
     facts = {"unigram_nll": unigram}
     for which, name in (("ema", "prior_ema"), ("live", "prior")):
-        facts |= {"nll_test": best.nll[which], "step": best.step[which]} | task.sampling.figures(best.step[which])
+        facts |= {"nll_test": best.nll[which], "step": best.step[which]} | task.sampling.metrics(best.step[which])
         save_prior(run.file(f"{name}{suffix}.safetensors"), prior, best.weights[which], **facts)
 
 
@@ -242,7 +242,7 @@ def _resume(
     batches: JointBatches,
     held_out: HeldOut | None,
 ) -> int:
-    """Load the stage's checkpoint, if any; the step it was taken at."""
+    """Load the stage's checkpoint, if any; returns its step, or 0."""
     state = run.load_checkpoint(task.stage)
     if state is None:
         return 0
@@ -257,7 +257,7 @@ def _resume(
 
 
 def continue_prior(run: Run, prior: Prior, codes: CodeSet, device: torch.device, progress: bool = True) -> Prior:
-    """The control `mle_continued`: maximum likelihood for as many updates as RAL, everything else alike.
+    """The control `mle_continued`: maximum likelihood for as many updates as RAL, with everything else the same.
 
     Same starting weights, batch size (`ral.n_envs`), learning rate, Adam moments, gradient clipping, number of
     updates and decay of the average; the averaged weights are kept, as RAL's are (supplement, section 1).
@@ -277,7 +277,7 @@ def continue_prior(run: Run, prior: Prior, codes: CodeSet, device: torch.device,
 def _continue_level(
     run: Run, prior: Prior, codes: CodeSet, grid: CodeGrid, level: int, device: torch.device, progress: bool
 ) -> Any:
-    """Continue one level's prior, or load what is there."""
+    """Continue one level's prior, or load it if it is finished."""
     suffix = SUFFIXES[level]
     file = run.file(f"prior_continued{suffix}.safetensors")
     if file.exists():

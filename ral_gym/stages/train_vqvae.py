@@ -1,4 +1,4 @@
-"""Stage 1: images -> VQ-VAE, or VQ-VAE-2 of two levels (Section 3; the supplement's Tables 4c to 10c)."""
+"""Stage 1: images -> tokenizer, by default a VQ-VAE or VQ-VAE-2 (Section 3; the supplement's Tables 4c to 10c)."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def build_vqvae(run: Run, images: ImageSet) -> Any:
 
 
 class _Step(nn.Module):
-    """A tokenizer whose forward pass is its training loss, which is what several processes share."""
+    """A tokenizer whose forward pass is its training loss, as data parallelism needs it."""
 
     def __init__(self, tokenizer: Any) -> None:
         super().__init__()
         self.tokenizer = tokenizer
 
     def forward(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Images (B, C, S, S) in [-1, 1] -> loss, and what is logged."""
+        """Images (B, C, S, S) in [-1, 1] -> loss, and metrics to log."""
         found = self.tokenizer.training_loss(images)
         loss, logged = found if isinstance(found, tuple) else (found, {})
         return loss, {name: torch.as_tensor(value, device=images.device) for name, value in logged.items()}
@@ -51,16 +51,16 @@ class _Step(nn.Module):
 def train_vqvae(
     run: Run, images: ImageSet, device: torch.device, progress: bool = True, compute: Compute | None = None
 ) -> Any:
-    """Train, or continue, or load what is there; all processes together where there are several.
+    """Train, continue or load the run's tokenizer; several processes share the work.
 
     A VQ-VAE's loss is the mean squared error plus the commitment loss (weight beta); the codebook moves by its own
     exponential average. Logged every 10 steps: `loss`, `reconstruction_error` (mean squared error), `perplexity` and
     `code_usage` (share of the codebook used; of both, with two levels) of the batch. TensorBoard also has held-out
-    images above their reconstructions. A tokenizer without `training_loss` is fitted by its own
-    loop, or taken as it is.
+    images above their reconstructions. A tokenizer without `training_loss` is trained by its own `fit`, or used as it
+    is.
 
     Raises:
-        ConfigError: the batch cannot be shared out evenly.
+        ConfigError: the batch cannot be divided evenly.
         DivergedError: the loss became NaN or infinite.
         RunError: another process is gone.
     """
@@ -68,7 +68,7 @@ def train_vqvae(
     if file.exists():
         return load_tokenizer(file, device, build_vqvae(run, images).config)
     seed_everything(run.config.seed * 1000 + 1)
-    accelerator = make_accelerator(device, compute)  # before the model: a codebook asks whether there are processes
+    accelerator = make_accelerator(device, compute)  # before the model: a new codebook checks for a process group
     main = accelerator.is_main_process
     vqvae = build_vqvae(run, images)
     if not hasattr(vqvae, "training_loss"):
@@ -109,12 +109,12 @@ def train_vqvae(
             parts.append((loss.detach(), logged))
         optimizer.step()
         if step % LOG_EVERY == 0:
-            figures = _figures(batches, parts, vqvae.grid)
+            metrics = _metrics(batches, parts, vqvae.grid)
             if writer is not None:
-                run.log(STAGE, step, figures)
-                for name, figure in figures.items():
-                    writer.add_scalar(f"vqvae/{name}", figure, step)
-                steps.set_postfix({name: f"{figures[name]:.4g}" for name in SHOWN if name in figures})
+                run.log(STAGE, step, metrics)
+                for name, value in metrics.items():
+                    writer.add_scalar(f"vqvae/{name}", value, step)
+                steps.set_postfix({name: f"{metrics[name]:.4g}" for name in SHOWN if name in metrics})
         if writer is not None and due(step, config.training_steps):
             add_reconstructions(writer, "vqvae/real_and_reconstruction", vqvae, shown, step)
         if main and clock.due():
@@ -132,7 +132,7 @@ def train_vqvae(
 
 
 def _fit(run: Run, tokenizer: Any, images: ImageSet, accelerator: Accelerator, progress: bool) -> Any:
-    """Let a tokenizer train itself, by the first process alone, or take it as it is."""
+    """Train a tokenizer by its own `fit`, in process 0 only; one without `fit` is used as it is."""
     file, clock = run.file("vqvae.safetensors"), Clock(run, STAGE)
     if accelerator.is_main_process:
         tokenizer.to(accelerator.device)
@@ -148,8 +148,8 @@ def _fit(run: Run, tokenizer: Any, images: ImageSet, accelerator: Accelerator, p
     return load_tokenizer(file, accelerator.device)
 
 
-def _figures(batches: JointBatches, parts: list[tuple[Tensor, dict[str, Tensor]]], grid: CodeGrid) -> dict[str, float]:
-    """What is logged of a step: means over all parts and processes, and how the codes (B, T) are used."""
+def _metrics(batches: JointBatches, parts: list[tuple[Tensor, dict[str, Tensor]]], grid: CodeGrid) -> dict[str, float]:
+    """Metrics of a step for the log: means over all parts and processes, and usage of the codes (B, T)."""
     found = {"loss": batches.mean([loss for loss, _ in parts])}
     for name in parts[0][1]:
         values = [logged[name] for _, logged in parts]
@@ -169,7 +169,7 @@ def _save(run: Run, step: int, vqvae: torch.nn.Module, optimizer: torch.optim.Op
 
 
 def _resume(run: Run, vqvae: torch.nn.Module, optimizer: torch.optim.Optimizer, batches: JointBatches) -> int:
-    """Load the stage's checkpoint, if any; the step it was taken at."""
+    """Load the stage's checkpoint, if any; returns its step, or 0."""
     state = run.load_checkpoint(STAGE)
     if state is None:
         return 0
