@@ -38,7 +38,7 @@ assets: $(STAMP) ## Make the models that come with the package again, from the r
 test: $(STAMP) ## The fast tests; options: JOBS=4 ARGS="-k sampler"
 	OMP_NUM_THREADS=1 $(PY) -P -m pytest -m "$(FAST)" -n $(JOBS) $(ARGS)
 
-test-commands: $(STAMP) ## Whole runs through the command line, with every setting changed and with parts of one's own
+test-commands: $(STAMP) ## Whole runs through the command line, with every setting changed and with parts of your own
 	OMP_NUM_THREADS=1 $(PY) -P -m pytest -m commands -n $(JOBS) --dist loadfile $(ARGS)
 
 test-processes: $(STAMP) ## Training on several processes

@@ -1,4 +1,4 @@
-"""Generalised advantage estimation on episodes of any shape, with levels that may be discounted as episodes."""
+"""Generalised advantage estimation on partial and two-level episodes, with optional discounting per level."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ def episode_advantages(
     gamma: float,
     gae_lambda: float,
 ) -> np.ndarray:
-    """The advantages of finished episodes (Schulman et al., 2016); nothing is bootstrapped behind their ends.
+    """The advantages of finished episodes (Schulman et al., 2016); nothing is bootstrapped after their ends.
 
-    Where the codes of an episode belong to several levels, each level is discounted as an episode of its own: its last
-    code also earns what the image as a whole earned.
+    If the codes of an episode belong to several levels, each level is discounted as a separate episode, and its last
+    code also gets the reward of the whole image.
 
     Args:
         rewards: (n, T) float32, 0 where nothing was drawn.

@@ -1,8 +1,8 @@
-"""An algorithm of stage 3: a Stable-Baselines3 class, its policy, its keyword defaults, and how the settings reach it.
+"""An algorithm of stage 3: a Stable-Baselines3 class, its policy, its default arguments, and how settings apply to it.
 
-Every algorithm comes in through `ral_gym.registry.ALGORITHMS`, as an `Algorithm` or as a bare class, whose entry is
-that of its nearest known base. A setting that the class takes as an argument is that argument; ties to the data that it
-does not take are callbacks around it (`ral_gym.agents.regularizers`); what would reach nothing is refused.
+Algorithms are registered in `ral_gym.registry.ALGORITHMS`, as an `Algorithm` or as a bare class, which inherits the
+entry of its nearest registered base class. Settings become constructor arguments if the class takes them; regularisers
+that it does not take become callbacks (`ral_gym.agents.regularizers`); settings without effect are refused.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from ral_gym.registry import ALGORITHMS as REGISTRY
 from ral_gym.registry import is_path
 
 SHARED = ("learning_rate", "gamma", "max_grad_norm", "normalize_advantage", "mle_coef", "kl_coef")
-"""Settings of `RALConfig` that are an algorithm's arguments of the same name, where it has them."""
+"""Settings of `RALConfig` that become the algorithm's arguments of the same name, if it has them."""
 CALLBACKS = ("mle_coef", "kl_coef")
-"""Those that a callback brings to an algorithm without them."""
+"""Settings that become callbacks for algorithms without such arguments."""
 STEERED = ("entropy_target", "entropy_schedule")
-"""Settings that `EntropyTarget` has in stage 3, for every algorithm: only the run knows how many updates there are."""
+"""Settings that stage 3 gives to `EntropyTarget`, for every algorithm: only the run knows the number of updates."""
 RESERVED = (
     *("policy", "env", "n_steps", "seed", "device", "verbose", "tensorboard_log", "policy_kwargs", "use_sde"),
     *("rollout_buffer_class", "rollout_buffer_kwargs", "_init_setup_model", "sde_sample_freq", "stats_window_size"),
 )
-"""Arguments that stage 3 gives, or that mean nothing there."""
+"""Arguments that stage 3 sets itself, or that have no effect there."""
 CONTINUOUS_ONLY = ("sac", "td3", "ddpg", "tqc", "crossq")
 
 
@@ -61,14 +61,14 @@ def whole_episodes(env: VecEnv) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Algorithm:
-    """What stage 3, `algorithm_defaults` and `policy_for` know of an algorithm.
+    """An algorithm's entry in the registry, used by stage 3, `algorithm_defaults` and `policy_for`.
 
     Attributes:
         cls: a Stable-Baselines3 class.
-        policy: its policy: `PriorPolicy` or a subclass where it is to train a prior; else SB3's name of one.
+        policy: its policy: `PriorPolicy` or a subclass if it trains a prior, else the name of an SB3 policy.
         defaults: keyword arguments for an environment, before the settings.
         section: the section of `RALConfig` that holds its own settings, or None.
-        renamed: keyword arguments for those shared settings that it has under other names.
+        renamed: returns keyword arguments for shared settings that it has under other names.
         renames: the names of these settings.
     """
 
@@ -81,14 +81,14 @@ class Algorithm:
 
     @property
     def trains_prior(self) -> bool:
-        """Whether it trains a prior on whole images, as stage 3 asks."""
+        """Whether it trains a prior on whole images, as stage 3 requires."""
         policy = self.policy
         own = isinstance(policy, type) and issubclass(policy, PriorPolicy)
         return own and issubclass(self.cls, OnPolicyAlgorithm)
 
     @functools.cached_property
     def parameters(self) -> frozenset[str]:
-        """The names that its constructor takes, those that it hands on to its base included."""
+        """The names of its constructor's arguments, including those that it passes to its base class."""
         names: set[str] = set()
         for cls in self.cls.__mro__:
             if "__init__" in vars(cls):
@@ -122,12 +122,12 @@ class Algorithm:
         return {name: value for name, value in arguments.items() if name not in STEERED}
 
     def callbacks(self, config: RALConfig, prior: PriorWeights, progress: Callable[[], float]) -> list[BaseCallback]:
-        """The ties that its loss does not have, in the order in which they belong behind the rewards' callback.
+        """Callbacks for the regularisers that its loss does not have, in their order after the reward callback.
 
         Args:
             config: stage 3's settings.
             prior: the MLE prior.
-            progress: tells the share of the updates that are done.
+            progress: returns the fraction of the updates that are done.
         """
         own = self.own_settings(config)
         found: list[BaseCallback] = []
@@ -141,9 +141,9 @@ class Algorithm:
         return found
 
     def notes(self, config: RALConfig) -> list[str]:
-        """What of the shared settings works in another way here, or not at all: a few words each."""
+        """Short notes on shared settings that work differently for this algorithm, or not at all."""
         own = {name for name in CALLBACKS if getattr(config, name) and name not in self.parameters}
-        ways = {"mle_coef": "own steps between the updates", "kl_coef": "taken off the rewards"}
+        ways = {"mle_coef": "separate steps between the updates", "kl_coef": "subtracted from the rewards"}
         notes = [f"ral.{name} {getattr(config, name):g}: {ways[name]}" for name in CALLBACKS if name in own]
         return notes + [f"no ral.{name}" for name in SHARED if not self._takes(name)]
 
@@ -151,11 +151,11 @@ class Algorithm:
         return name in CALLBACKS or name in self.parameters or name in self.renames
 
     def check(self, config: RALConfig) -> None:
-        """Refuse settings of stage 3 that would reach nothing.
+        """Refuse settings of stage 3 that would have no effect.
 
         Raises:
-            ConfigError: another algorithm's section is set, a shared setting has no counterpart here, or an option is
-                no argument of the class or has a setting of its own.
+            ConfigError: another algorithm's section is set, a shared setting does not apply here, or an option is not
+                an argument of the class or has its own setting.
         """
         for section in SECTIONS:
             changed = changed_settings(getattr(config, section))
@@ -188,7 +188,7 @@ def find_algorithm(name: str) -> Algorithm:
     """The entry of an algorithm by its name or ``module:Class``.
 
     Raises:
-        ConfigError: it is unknown, may not be imported, cannot draw codes, or is no Stable-Baselines3 class.
+        ConfigError: it is unknown, may not be imported, cannot draw codes, or is not a Stable-Baselines3 class.
     """
     if name not in REGISTRY and name.replace("_", "") in CONTINUOUS_ONLY:
         raise ConfigError(
@@ -205,7 +205,7 @@ def find_algorithm(name: str) -> Algorithm:
 
 @functools.cache
 def _derived(cls: type[BaseAlgorithm]) -> Algorithm:
-    """The entry of a bare class: its nearest built-in base's, with the class in its place."""
+    """The entry of a bare class: that of its nearest registered base class, with this class in its place."""
     entries: dict[type, Algorithm] = {entry.cls: entry for entry in map(REGISTRY.get, REGISTRY.builtin)}
     for base in cls.__mro__:
         if base in entries:
@@ -231,14 +231,14 @@ def check_algorithm(name: str, pixelcnn: bool = True) -> None:
 
 
 def check_stage(config: RALConfig, priors: Sequence[Any] = ()) -> None:
-    """Refuse stage 3's algorithm, or settings that would not reach it, before anything is trained.
+    """Refuse an unsuitable algorithm, or settings that have no effect on it, before anything is trained.
 
     Args:
         config: stage 3's settings.
         priors: networks that the algorithm is to train.
 
     Raises:
-        ConfigError: which one, why, and what to do.
+        ConfigError: says what is wrong and what to do.
     """
     check_algorithm(config.algo)
     algorithm = find_algorithm(config.algo)
@@ -248,5 +248,5 @@ def check_stage(config: RALConfig, priors: Sequence[Any] = ()) -> None:
 
 
 def trainable_algorithms() -> list[str]:
-    """The built-in and registered names that stage 3 takes."""
+    """The names of built-in and registered algorithms that stage 3 accepts."""
     return [name for name in REGISTRY if not is_path(name) and find_algorithm(name).trains_prior]

@@ -1,7 +1,7 @@
-"""Stage 3's bookkeeping: the policy's average, the run folder's log and checkpoints, sample grids, when to stop.
+"""Stage 3's bookkeeping: the policy's weight average, the run's log and checkpoints, sample grids, when to stop.
 
-The average and the checkpoints belong to the start of a rollout (from the second on) and to the end of training:
-SB3's `on_rollout_end` fires before the update it would have to include.
+The average is updated and checkpoints are written at the start of a rollout (from the second on) and at the end of
+training: SB3's `on_rollout_end` fires before the update that they must include.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class RunWriter(KVWriter):
 
     Args:
         run: the run folder.
-        step: tells the number of policy updates.
+        step: returns the number of policy updates.
     """
 
     def __init__(self, run: Run, step: Callable[[], int]) -> None:
@@ -52,7 +52,7 @@ class RunWriter(KVWriter):
 
 
 class RunEventLog(KVWriter):
-    """An SB3 log output that adds to the run's TensorBoard log, opened at the first thing to write.
+    """An SB3 log output that adds to the run's TensorBoard log, opened at the first write.
 
     Args:
         run: the run folder.
@@ -63,7 +63,7 @@ class RunEventLog(KVWriter):
         self._output: _EventOutput | None = None
 
     def _opened(self, step: int) -> _EventOutput:
-        """The output; what a stopped sitting wrote from `step` on is dropped when it is opened."""
+        """The output; opening it drops events that a stopped session wrote from `step` on."""
         if self._output is None:
             self._output = _EventOutput(open_event_log(self.run.path, STAGE, step - 1))
         return self._output
@@ -77,7 +77,7 @@ class RunEventLog(KVWriter):
         self._opened(step).writer.add_image(tag, picture, step)
 
     def flush(self) -> None:
-        """Hand everything to the system, so that a checkpoint is not ahead of the log."""
+        """Flush to the system, so that a checkpoint is never ahead of the log."""
         if self._output is not None:
             self._output.writer.flush()
 
@@ -88,7 +88,7 @@ class RunEventLog(KVWriter):
 
 
 class _EventOutput(TensorBoardOutputFormat):
-    """SB3's output, on a writer that is there."""
+    """SB3's output, on an existing writer."""
 
     def __init__(self, writer: SummaryWriter) -> None:
         self.writer, self._is_closed = writer, False
@@ -99,13 +99,13 @@ class RunCallback(BaseCallback):
 
     Args:
         run: the run folder.
-        reward: the rewards' callback, which must come before this one.
-        n_updates: policy updates in all.
-        draw_samples: called with the number of updates now and then, for a sample grid.
-        keep_average: called with the number of updates four times on the way, at equal distances, to save the average.
+        reward: the reward callback, which must come before this one.
+        n_updates: total number of policy updates.
+        draw_samples: called with the number of updates at intervals, for a sample grid.
+        keep_average: called with the number of updates four times, at equal intervals, to save the average.
         progress: show a progress bar.
         checkpoint_every: updates between checkpoints.
-        ties: callbacks between the two whose state belongs to a checkpoint: those with a `state_dict`.
+        ties: regulariser callbacks between the two; those with a `state_dict` are saved in checkpoints.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class RunCallback(BaseCallback):
 
     @property
     def _stations(self) -> list[int]:
-        """The numbers of updates after which the average is kept."""
+        """The numbers of updates after which the average is saved."""
         return [self.total_updates * fifth // 5 for fifth in range(1, 5)]
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -181,7 +181,7 @@ class RunCallback(BaseCallback):
             self.save()
 
     def _shown(self) -> dict[str, str]:
-        """What the progress bar says: the critic's reward and AUC, and how far the images' distribution is off."""
+        """Values on the progress bar: the critic's reward and AUC, and distances of distribution terms."""
         metrics = {"reward": "rollout/critic_reward_mean", "auc": "critic/heldout_auc"}
         metrics |= {term: f"reward/{term}_distance" for term in DISTRIBUTION_TERMS}
         return {label: f"{self._latest[name]:.3g}" for label, name in metrics.items() if name in self._latest}
@@ -207,7 +207,7 @@ class RunCallback(BaseCallback):
         self._clock.book()
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the rest of the training depends on."""
+        """Everything that the remaining training depends on."""
         model: Any = self.model
         env = unwrap_code_env(self.training_env)
         assert env is not None and self.average is not None
@@ -225,7 +225,7 @@ class RunCallback(BaseCallback):
             "last_episode_starts": model._last_episode_starts,
             "num_timesteps": model.num_timesteps,
             "n_updates": model._n_updates,
-            # What the update logged is written with the next rollout's numbers.
+            # Values logged by the update are written with the next rollout's.
             "logged": numbers_in(self.logger.name_to_value),
             "hidden": {name: [*outputs] for name, outputs in self.logger.name_to_excluded.items() if any(outputs)},
             "time": time.time(),
@@ -233,7 +233,7 @@ class RunCallback(BaseCallback):
 
 
 def restore_model(model: Any, state: dict[str, Any]) -> None:
-    """Put an algorithm, its policy, its buffer and its environment back to where a checkpoint was taken."""
+    """Restore an algorithm, its policy, its buffer and its environment from a checkpoint."""
     model.policy.load_state_dict(state["policy"])
     restore_optimizer(model.policy.optimizer, state["optimizer"])
     model.rollout_buffer.load_state_dict(state["buffer"])
@@ -242,11 +242,18 @@ def restore_model(model: Any, state: dict[str, Any]) -> None:
     env.core.load_state_dict(state["env"])
     starts = array_of(state["last_episode_starts"], "last_episode_starts", (env.num_envs,), bool)
     # None after a stop inside a round: the next `learn` resets the environments.
+<<<<<<< HEAD
     last_obs, codes = state["last_obs"], env.core.codes
     if last_obs is not None:
         last_obs = array_of(last_obs, "last_obs", codes.shape, codes.dtype, 0, env.core.grid.never_drawn)
         if (env.core.position >= env.core.stop).any():
             raise ValueError("episodes that have ended already")
+=======
+    last_obs = None if state["last_obs"] is None else np.array(state["last_obs"])
+    shape = (env.num_envs, *(env.observation_space.shape or ()))
+    if (last_obs is not None and last_obs.shape != shape) or starts.shape != (env.num_envs,):
+        raise ValueError(f"observations that are not of shape {shape}, or another number of episode starts")
+>>>>>>> 599d9cb (Plain English in envs, agents, examples and benchmarks; help of every command)
     model._last_obs, model._last_episode_starts = last_obs, starts
     model.num_timesteps = integer_of(state["num_timesteps"], "num_timesteps")
     model._n_updates = integer_of(state["n_updates"], "n_updates")

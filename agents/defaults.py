@@ -1,7 +1,7 @@
-"""The built-in algorithms, with keyword sets that suit T-step episodes with a terminal reward.
+"""The built-in algorithms, with default arguments for T-step episodes with a terminal reward.
 
-They come in by the door that everybody's do: `ral_gym.registry.ALGORITHMS` names the entries of this file. An
-algorithm's own values (clip range, epochs, ...) stand in its section, `ral_gym.config.algorithms`.
+They are registered like any other algorithm: `ral_gym.registry.ALGORITHMS` names the entries of this file. An
+algorithm's own defaults (clip range, epochs, ...) are in its section of `ral_gym.config.algorithms`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ral_gym.registry import ALGORITHMS as REGISTRY
 
 
 def group_size(n_envs: int, most: int = 8) -> int:
-    """GRPO's group: the largest divisor of the environments' number up to `most`; all, where that is 1."""
+    """GRPO's group size: the largest divisor of `n_envs` up to `most`; if that is 1, `n_envs`."""
     return next((size for size in range(min(most, n_envs), 1, -1) if n_envs % size == 0), n_envs)
 
 
@@ -38,7 +38,7 @@ def _grouped(env: VecEnv) -> dict[str, Any]:
 
 
 def _scale(config: RALConfig) -> dict[str, Any]:
-    """GRPO's name for `normalize_advantage`; its own section may say otherwise."""
+    """GRPO's argument for `normalize_advantage`; its own section may override it."""
     shared = "batch" if config.normalize_advantage else "none"
     return {"scale_advantage": config.grpo.scale_advantage or shared}
 
@@ -74,7 +74,7 @@ def _value_based(env: VecEnv) -> dict[str, Any]:
         "target_update_interval": max(n_envs, 500),
         "n_steps": min(4, n_codes),  # a terminal reward reaches the early codes in T / 4 target updates
         "exploration_fraction": 0.5,
-        "exploration_final_eps": 1 / (4 * n_codes),  # 0.05 would spoil T / 20 codes of every image
+        "exploration_final_eps": 1 / (4 * n_codes),  # 0.05 would randomise T / 20 codes of every image
         "policy_kwargs": {
             "features_extractor_class": CodeFeatures,  # embeds codes; raw indices would be read as magnitudes
             "net_arch": [128],
@@ -113,7 +113,7 @@ class _Classes(Mapping[str, type[BaseAlgorithm]]):
 
 
 ALGORITHMS = _Classes()
-"""Every registered algorithm's class by its name; `ral_gym.registry.ALGORITHMS` is where they register."""
+"""Name -> class of every registered algorithm; they are registered in `ral_gym.registry.ALGORITHMS`."""
 
 
 def algorithm_defaults(
@@ -124,8 +124,8 @@ def algorithm_defaults(
     Args:
         algo: a name in `ALGORITHMS`, or ``module:Class``.
         env: from `make_sb3_env`.
-        prior: the network that the policy starts from (see `PriorPolicy`), put into `policy_kwargs`; None: the
-            caller puts it there. `dqn` and `qrdqn` train no prior and leave it out.
+        prior: the network that the policy starts from (see `PriorPolicy`), put into `policy_kwargs`; None: the caller
+            adds it. `dqn` and `qrdqn` train no prior and ignore it.
 
     Raises:
         ConfigError: an algorithm that is unknown, or that cannot draw codes.

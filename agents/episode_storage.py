@@ -1,4 +1,4 @@
-"""Where the transitions of a rollout are kept, and which of them make up whole episodes.
+"""Storage of a rollout's transitions, and their division into whole episodes.
 
 Only each episode's first grid and its actions are stored; the grids in between follow from them.
 """
@@ -27,7 +27,7 @@ def _episode_length(observation_space: spaces.Space, action_space: spaces.Space)
     """T of ``Box(0, K + 1, (T,))`` and ``Discrete(K)``.
 
     Raises:
-        ConfigError: spaces of another kind, such as those that a wrapper has made.
+        ConfigError: spaces of another kind, such as those of a wrapper.
     """
     if isinstance(action_space, spaces.Discrete) and isinstance(observation_space, spaces.Box):
         low, high = observation_space.low, observation_space.high
@@ -35,15 +35,15 @@ def _episode_length(observation_space: spaces.Space, action_space: spaces.Space)
             return len(low)
     raise ConfigError(
         "EpisodeRolloutBuffer needs the codes as a ral_gym environment shows them, Box(0, K + 1, (T,)) and "
-        f"Discrete(K), not {observation_space} and {action_space}: take away wrappers that change observations, and "
+        f"Discrete(K), not {observation_space} and {action_space}: remove wrappers that change observations, and "
         "make VecNormalize with norm_obs=False"
     )
 
 
 class EpisodeStorage(RolloutBuffer):
-    """The storage under `EpisodeRolloutBuffer`, whose page explains it."""
+    """The storage of `EpisodeRolloutBuffer`, which documents it."""
 
-    _columns: tuple[str, ...] = ("_actions", "_rewards", "_values", "_log_probs")  # what an unfinished episode keeps
+    _columns: tuple[str, ...] = ("_actions", "_rewards", "_values", "_log_probs")  # kept for unfinished episodes
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class EpisodeStorage(RolloutBuffer):
         levels = (n_codes,) if levels is None else tuple(levels)
         if sum(levels) != n_codes:
             raise ConfigError(
-                f"levels of {' + '.join(map(str, levels))} codes do not fit observations of {n_codes}: take away a "
+                f"levels of {' + '.join(map(str, levels))} codes do not fit observations of {n_codes}: remove a "
                 "wrapper that changes observations, such as VecFrameStack"
             )
         self.n_codes, self.per_level_discount = n_codes, per_level_discount and len(levels) > 1
@@ -73,7 +73,7 @@ class EpisodeStorage(RolloutBuffer):
         self.not_drawn = int(action_space.n)  # type: ignore[attr-defined]
         self._capacity = buffer_size + n_codes
         self._fill = np.zeros(n_envs, np.int64)
-        self._expected = np.full((n_envs, n_codes), -1, np.int16)  # what each row shows next if its episode goes on
+        self._expected = np.full((n_envs, n_codes), -1, np.int16)  # what each row shows next if its episode continues
         self._open = np.zeros(n_envs, bool)
         self._complete, self._after_stop = True, False  # whether the last rollout came to its end
         self._start_envs: list[np.ndarray] = []
@@ -124,7 +124,7 @@ class EpisodeStorage(RolloutBuffer):
         value: Tensor,
         log_prob: Tensor,
     ) -> None:
-        """One step of all environments, as SB3's `RolloutBuffer.add`.
+        """Add one step of all environments, like SB3's `RolloutBuffer.add`.
 
         Raises:
             ConfigError: see the class.
@@ -149,14 +149,14 @@ class EpisodeStorage(RolloutBuffer):
         self.full = self.pos == self.buffer_size
 
     def _resynchronise(self, obs: np.ndarray, starts: np.ndarray, begins: np.ndarray) -> None:
-        """Rows that begin something where their episode has not ended: allowed only where the rollout begins.
+        """Handle rows that restart before their episode has ended: allowed only at the beginning of a rollout.
 
-        The first observation after a stop is the one before the last step (see the class). Its transition is known as
-        wrong from the next observation, and taken back: that observation goes on with something else, or the step
-        ended an episode of one code, which may be another than the one that was shown.
+        The first observation after a stop is the one before the last step (see the class). The next observation shows
+        that its transition is wrong, and it is removed: that observation does not continue it, or the step ended an
+        episode of one code, which may differ from the one that was shown.
 
         Raises:
-            ConfigError: it happens later, so the environment does it.
+            ConfigError: it happens later, so the environment causes it.
         """
         lost = begins[~starts[begins] | self._open[begins]]
         if self.pos == 1 and self._after_stop:
@@ -166,11 +166,11 @@ class EpisodeStorage(RolloutBuffer):
             if starts[row]:
                 left = int((self._expected[row] == self.not_drawn).sum())
                 raise ConfigError(
-                    f"an episode of environment {row} ended with {left} codes still to draw: take away the time limit "
+                    f"an episode of environment {row} ended with {left} codes still to draw: remove the time limit "
                     "(TimeLimit, max_episode_steps) or whatever else ends it"
                 )
             raise ConfigError(
-                f"environment {row} does not show its last observation with the drawn code written in: take away "
+                f"environment {row} does not show its last observation with the drawn code written in: remove "
                 "wrappers that change actions or observations, such as StickyAction"
             )
 
@@ -180,14 +180,14 @@ class EpisodeStorage(RolloutBuffer):
         """One whole episode of every environment, all with the same start and stop: the same as stepping through it.
 
         Args:
-            obs: (E, T) the grids the episodes begin with.
+            obs: (E, T) the grids that the episodes begin with.
             codes: (E, T) the finished grids.
             rewards: (E,) the terminal rewards, or (E, T) those of every position.
             values: (E, T) value estimates at every position.
             log_probs: (E, T) log-probabilities of the codes.
         """
         drawn = np.flatnonzero(obs[0] == self.not_drawn)  # (L,)
-        self._fill[:] = 0  # no episode goes on
+        self._fill[:] = 0  # no episode is unfinished
         self._start_envs, self._start_slots, self._start_grids = [], [], []
         self._begin(np.arange(self.n_envs), obs)
         slots = np.arange(len(drawn))
@@ -207,7 +207,7 @@ class EpisodeStorage(RolloutBuffer):
         self._start_slots.append(self._fill[envs])
         if not (grids == self.not_drawn).any(1).all():
             raise ConfigError(
-                f"an episode begins with nothing to draw (no token {self.not_drawn} in its observation): take away "
+                f"an episode begins with nothing to draw (no token {self.not_drawn} in its observation): remove "
                 "wrappers that change observations, and make VecNormalize with norm_obs=False"
             )
         self._start_grids.append(grids.astype(np.int32))
@@ -250,7 +250,7 @@ class EpisodeStorage(RolloutBuffer):
         return self._table
 
     def _slots(self) -> tuple[np.ndarray, np.ndarray]:
-        """Slot and environment of every finished transition, (N,) each; of the unfinished ones where none is."""
+        """Slot and environment of every finished transition, (N,) each; if there are none, of the unfinished ones."""
         if self._flat is None:
             envs, slots, mask, *_ = self._finished()
             if not len(envs):
@@ -277,6 +277,7 @@ class EpisodeStorage(RolloutBuffer):
         return {"fill": self._fill, "arrays": arrays, "envs": envs, "slots": slots, "grids": grids}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+<<<<<<< HEAD
         """Restore what `state_dict` gave; the next `reset` keeps it.
 
         Raises:
@@ -298,6 +299,14 @@ class EpisodeStorage(RolloutBuffer):
         for name, values in arrays.items():
             getattr(self, name)[:longest] = values
         self._fill, self._start_envs, self._start_slots, self._start_grids = fill, [envs], [slots], [grids]
+=======
+        """Restore the result of `state_dict`; the next `reset` keeps it."""
+        self._fill = np.array(state["fill"])
+        for name, values in state["arrays"].items():
+            getattr(self, name)[: len(values)] = values
+        self._start_envs, self._start_slots = [np.array(state["envs"])], [np.array(state["slots"])]
+        self._start_grids = [np.array(state["grids"])]
+>>>>>>> 599d9cb (Plain English in envs, agents, examples and benchmarks; help of every command)
         self._table = self._flat = None
         envs, _, _, codes = self._unfinished()
         self._expected[:], self._open[:] = -1, False

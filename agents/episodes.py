@@ -1,6 +1,6 @@
 """A rollout as whole images: the buffer that makes Stable-Baselines3 train a sequence model at sequence speed.
 
-SB3's algorithms hand ``samples.observations`` to the policy untouched, so it may be any object. Here it is `Episodes`:
+SB3's algorithms pass ``samples.observations`` to the policy unchanged, so it may be any object. Here it is `Episodes`:
 code grids, and which position of which grid each transition is. One teacher-forced pass over B grids then gives the
 log-probabilities of all their transitions, where the stock buffer would need one pass per transition.
 """
@@ -24,9 +24,9 @@ class Episodes:
 
     Attributes:
         codes: (B, T) int64 sequences as known at their episode's end, with the tokens K and K + 1.
-        row: (N,) int64, which grid a transition belongs to.
-        pos: (N,) int64, which position of it the transition drew.
-        length: how many codes the largest of the images has, given ones included.
+        row: (N,) int64, the grid that a transition belongs to.
+        pos: (N,) int64, the position that the transition drew.
+        length: number of codes of the largest image, given ones included.
     """
 
     def __init__(self, codes: Tensor, row: Tensor, pos: Tensor, length: int) -> None:
@@ -57,31 +57,31 @@ def episode_features(prior: Prior, episodes: Episodes) -> Tensor:
 class EpisodeRolloutBuffer(EpisodeStorage):
     """Drop-in ``rollout_buffer_class`` for PPO, A2C, TRPO and `Reinforce` on the generation MDP.
 
-    An episode whose reward has not come yet when the rollout ends is held back until the rollout in which it ends, so
-    that only finished episodes are ever learnt from. `values`, `returns`, `advantages` and `rewards` are 1-D arrays
-    over the transitions of the finished episodes, episode by episode, in the order of drawing. Codes given as a
-    prefix are no transitions.
+    An episode that is unfinished when the rollout ends is kept until the rollout in which it ends, so that the agent
+    learns from finished episodes only. `values`, `returns`, `advantages` and `rewards` are 1-D arrays over the
+    transitions of the finished episodes, episode by episode, in the order of drawing. Codes given as a prefix are no
+    transitions.
 
-    A callback may stop `learn` inside a rollout. SB3 then forgets the step that it stopped at, and the next `learn`
-    draws once more from the observation before it. Both steps are left out here, and what follows them belongs to an
-    episode that begins with the codes drawn until then. An episode of one code that ends with the first step after a
-    stop is left out too. A rollout in which no episode ends teaches the policy nothing: its samples are transitions of
-    the unfinished ones, with advantages of 0.
+    A callback may stop `learn` inside a rollout. SB3 then forgets the step at which it stopped, and the next `learn`
+    draws again from the observation before it. Both steps are left out here, and what follows counts as an episode that
+    begins with the codes drawn until then. An episode of one code that ends with the first step after a stop is left
+    out too. If no episode ends in a rollout, the samples are transitions of the unfinished episodes with advantages of
+    0, so the policy does not change.
 
-    With two levels (top codes, then bottom codes) the discount counts per level by default: each level is discounted
-    as an episode of its own, and a terminal reward, the whole image's, ends both. Over the 1,280 codes of 16 x 16 and
-    32 x 32 maps a gamma of 0.99 would otherwise show the top codes 2.6e-6 of it.
+    With two levels (top codes, then bottom codes) the discount applies per level by default: each level is discounted
+    as a separate episode, and a terminal reward, that of the whole image, is given at the end of both. Over the 1,280
+    codes of 16 x 16 and 32 x 32 maps, a gamma of 0.99 would otherwise leave 2.6e-6 of it for the top codes.
 
     Args:
         buffer_size: steps per environment and rollout (`n_steps`); must hold a whole episode, T.
         observation_space: ``Box(0, K + 1, (T,), int16)``.
         action_space: ``Discrete(K)``.
-        device: where samples go.
+        device: device of the samples.
         gae_lambda: lambda of generalised advantage estimation; 1: Monte Carlo returns minus values.
         gamma: discount.
         n_envs: E.
         levels: how many codes each level has; None: all are one level.
-        per_level_discount: with two levels, discount each as an episode of its own; False: one discount throughout.
+        per_level_discount: with two levels, discount each as a separate episode; False: one discount throughout.
 
     Raises:
         ConfigError: `buffer_size` < T, or spaces of another kind; in a rollout, when an episode ends before its last
@@ -147,13 +147,13 @@ class EpisodeRolloutBuffer(EpisodeStorage):
         """Replace the rewards of the finished episodes; call `compute_returns_and_advantage` afterwards.
 
         Args:
-            rewards: (n, T) one per position; only drawn positions are taken.
+            rewards: (n, T) one per position; only drawn positions are used.
         """
         self._shared = self._image_rewards(rewards)
         self._rewards[self._slots()] = rewards[self.mask]
 
     def add_rewards(self, rewards: np.ndarray) -> None:
-        """Add something to the reward of every code, such as a penalty; else as `write_rewards`."""
+        """Add `rewards`, such as penalties, to the reward of every code; else like `write_rewards`."""
         mask = self.mask
         if self._shared is None:
             before = np.zeros(mask.shape, np.float32)
@@ -162,7 +162,7 @@ class EpisodeRolloutBuffer(EpisodeStorage):
         self._rewards[self._slots()] += rewards[mask]
 
     def compute_returns_and_advantage(self, last_values: Tensor | None = None, dones: np.ndarray | None = None) -> None:
-        """Generalised advantage estimation inside every finished episode; where none has ended, advantages of 0.
+        """Generalised advantage estimation in every finished episode; advantages are 0 if none has ended.
 
         Both arguments are SB3's and unused: a finished episode needs no bootstrap.
         """
@@ -180,7 +180,7 @@ class EpisodeRolloutBuffer(EpisodeStorage):
         self._returns[self._slots()] = (advantages + values)[mask]
 
     def _image_rewards(self, rewards: np.ndarray) -> np.ndarray:
-        """(n,) rewards of whole images: an episode's last one where it has no other, else 0 (codes have their own)."""
+        """(n,) rewards of whole images: an episode's last reward if it has no other, else 0 (per-code rewards)."""
         last = rewards[np.arange(len(rewards)), self.stop - 1]
         alone = (np.where(self.mask, rewards, 0) != 0).sum(1) <= 1
         return np.where(alone, last, 0)
@@ -197,7 +197,7 @@ class EpisodeRolloutBuffer(EpisodeStorage):
         return Episodes(self.to_torch(codes.astype(np.int64)), self.to_torch(row), self.to_torch(pos), length)
 
     def get(self, batch_size: int | None = None) -> Generator[RolloutBufferSamples, None, None]:
-        """Minibatches of whole episodes in random order, each of at least `batch_size` transitions; the last: the rest.
+        """Minibatches of whole episodes in random order, each of at least `batch_size` transitions, then the rest.
 
         Args:
             batch_size: transitions; None: everything at once.
@@ -221,7 +221,7 @@ class EpisodeRolloutBuffer(EpisodeStorage):
             first = last
 
     def _without_episodes(self) -> RolloutBufferSamples:
-        """What SB3 can make an update of without learning anything, where no episode has ended."""
+        """Samples for an update that changes nothing, if no episode has ended."""
         _, _, mask, codes = self._unfinished()
         samples = self._samples(self._input(codes, mask), np.arange(int(mask.sum())))
         return twice(samples) if mask.sum() == 1 else samples
@@ -241,6 +241,6 @@ class EpisodeRolloutBuffer(EpisodeStorage):
 
 
 def twice(samples: Any) -> Any:
-    """One transition as two that are alike: A2C and TRPO divide by the standard deviation, which one has not."""
+    """Duplicate a single transition: A2C and TRPO divide by the standard deviation, which needs two."""
     found = samples._asdict().items()
     return samples._replace(**{name: value[[0, 0]] for name, value in found if value is not None})

@@ -1,4 +1,4 @@
-"""Experiments on stage 3: variants that start from one finished stage 2, measured with one yardstick.
+"""Experiments on stage 3: variants that start from one finished stage 2, all measured in the same way.
 
     base = base_run("demo", seed=0, runs="runs", console=console)        # from ral_gym.commands.train
     experiment = Experiment(base, Path("runs/ablation/seed0"))
@@ -6,8 +6,8 @@
     run = experiment.train("gamma_1", config)
     row = experiment.measure("gamma_1", "ral", experiment.policy(run))
 
-Everything is kept in the experiment's folder and not done twice, so that a stopped experiment goes on, and another
-variant can be added later.
+Everything is saved in the experiment's folder and not done twice, so that a stopped experiment continues, and variants
+can be added later.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from ral_gym.tokenizers.code_set import CodeSet
 
 ROWS = "rows.json"
 CPU = "_cpu"
-"""Ends the names under which a run's ``seconds.json`` has processor time instead of time on the clock."""
+"""Suffix of the names under which a run's ``seconds.json`` has CPU time instead of wall-clock time."""
 
 
 class Experiment:
@@ -44,8 +44,8 @@ class Experiment:
 
     Args:
         base: a run with finished stages 1 and 2; nothing in it is changed.
-        folder: where the variants' run folders and the measured rows go.
-        evaluation: how to measure; None: as the base run does.
+        folder: the folder for the variants' run folders and the measured rows.
+        evaluation: settings of the evaluation; None: those of the base run.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         progress: show progress bars.
 
@@ -69,7 +69,7 @@ class Experiment:
 
     @functools.cached_property
     def vqvae(self) -> Tokenizer:
-        """The base run's VQ-VAE."""
+        """The base run's tokenizer."""
         return load_vqvae(self.base, self.device)
 
     @functools.cached_property
@@ -89,18 +89,18 @@ class Experiment:
 
     @functools.cached_property
     def evaluation(self) -> GeneratorMetrics:
-        """The yardstick: distances to the base run's decoded training codes."""
+        """The measurement: distances to the base run's decoded training codes."""
         return GeneratorMetrics(self._measuring, self.vqvae, self.codes, self.images, self.device)
 
     def train(self, name: str, config: Config) -> Run:
-        """Stage 3 with other settings of `ral` and `critic`; trained, continued, or found finished.
+        """Stage 3 with other settings of `ral` and `critic`; trained, continued, or loaded if finished.
 
         Returns:
-            the variant's run folder; its ``seconds.json`` has `ral` on the clock and `ral_cpu` of the processor.
+            the variant's run folder; its ``seconds.json`` has wall-clock time as `ral` and CPU time as `ral_cpu`.
 
         Raises:
             ConfigError: settings of stages 1 or 2 differ from the base run's.
-            RunError: the folder holds a variant with other settings, or another process is at work in it.
+            RunError: the folder holds a variant with other settings, or another process is using it.
             DivergedError: a loss or a weight became NaN or infinite.
         """
         run = fork_run(self.base, self.folder / name, config)
@@ -109,7 +109,7 @@ class Experiment:
         return run
 
     def continue_mle(self, name: str, config: Config) -> Prior:
-        """The control: maximum likelihood for as many updates, with as many images each, as `config.ral` says.
+        """The control: maximum likelihood with the number of updates and the batch size of `config.ral`.
 
         Raises:
             ConfigError, RunError, DivergedError: as `train`.
@@ -126,13 +126,13 @@ class Experiment:
         """One row of the table, `GeneratorMetrics.row`; kept in ``folder/name/rows.json``.
 
         Args:
-            name: the variant's folder; one of its own for generators of the base run.
-            label: which of the variant's networks this is; with the temperature it names the row.
+            name: the variant's folder; use a separate name for generators of the base run.
+            label: name of the network among the variant's; with the temperature it identifies the row.
             prior: the network, used only if the row has not been measured.
             temperature: divides the logits.
 
         Raises:
-            RunError: the rows there were measured in another way.
+            RunError: existing rows were measured in another way.
         """
         file, key = self.folder / name / ROWS, f"{label} at {temperature:g}"
         yardstick = self._measuring.config.evaluation
@@ -154,7 +154,7 @@ class Experiment:
 
 
 class _Processor:
-    """Books the processor time of its block in a run folder, beside the stage's time on the clock."""
+    """Records the CPU time of its block in a run folder, in addition to the stage's wall-clock time."""
 
     def __init__(self, run: Run, stage: str) -> None:
         self.run, self.stage = run, stage + CPU
@@ -164,5 +164,5 @@ class _Processor:
 
     def __exit__(self, *error: object) -> None:
         seconds = time.process_time() - self.began
-        if seconds > 0.5:  # not of a variant that was found finished
+        if seconds > 0.5:  # not for a variant that was already finished
             self.run.add_seconds(self.stage, seconds)

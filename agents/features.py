@@ -1,7 +1,7 @@
 """Codes as features: with this extractor any SB3 algorithm for discrete actions runs on a code environment.
 
-Such an algorithm sees one observation at a time, so it costs a pass per code where `PriorPolicy` costs one per
-image, and it learns from scratch. It is here to compare: ``DQN("MlpPolicy", env, policy_kwargs={
+Such an algorithm sees one observation at a time, so it costs a pass per code where `PriorPolicy` costs one per image,
+and it learns from scratch. It is meant for comparisons: ``DQN("MlpPolicy", env, policy_kwargs={
 "features_extractor_class": CodeFeatures})``.
 """
 

@@ -1,6 +1,6 @@
-"""Forbidden codes: the pair that lets an unmodified MaskablePPO (sb3-contrib) train a prior on whole images.
+"""Action masks: the policy and the buffer with which an unmodified MaskablePPO (sb3-contrib) trains a prior.
 
-The environment says which codes are legal (`action_masks`; all of them by default). The policy gives the others
+The environment determines the legal codes (`action_masks`; all of them by default). The policy gives other codes
 probability zero and renormalises, when drawing and when learning.
 """
 
@@ -28,8 +28,8 @@ Masks = np.ndarray | Tensor | None
 class MaskablePriorPolicy(PriorPolicy):
     """A `PriorPolicy` whose methods take `action_masks`, (N, K) or (K,) bool, True: legal; None: all are.
 
-    `MaskablePPO` asks for a `MaskableActorCriticPolicy`; this class is registered as one, for that is what it does,
-    but it inherits nothing of its networks.
+    `MaskablePPO` requires a `MaskableActorCriticPolicy`; this class is registered as a virtual subclass, since it has
+    the same interface, but it inherits none of its networks.
     """
 
     def _masked(self, logits: Tensor, action_masks: Masks) -> MaskableCategoricalDistribution:
@@ -45,7 +45,7 @@ class MaskablePriorPolicy(PriorPolicy):
     def forward(
         self, obs: Tensor, deterministic: bool = False, action_masks: Masks = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Act in a rollout; as `PriorPolicy.forward`, legal codes only."""
+        """Act in a rollout, like `PriorPolicy.forward`, with legal codes only."""
         features, logits, position, stop = self._look(obs, "rollout")
         distribution = self._masked(logits, action_masks)
         actions = self._choose(distribution, deterministic)
@@ -100,11 +100,11 @@ class MaskablePriorPolicy(PriorPolicy):
         return actions
 
 
-# MaskableActorCriticPolicy and ActorCriticPolicy are siblings whose constructors cannot follow one another.
+# MaskableActorCriticPolicy and ActorCriticPolicy are siblings whose constructors cannot be chained.
 MaskableActorCriticPolicy.register(MaskablePriorPolicy)
 assert issubclass(MaskablePriorPolicy, (MaskableActorCriticPolicy, ActorCriticPolicy))
 MaskablePixelCNNPolicy = MaskablePriorPolicy
-"""Its name while a PixelCNN was the only prior; saved models hold it."""
+"""Its old name, from when a PixelCNN was the only prior; saved models contain it."""
 
 
 class MaskableEpisodeRolloutBuffer(EpisodeRolloutBuffer, MaskableRolloutBuffer):
@@ -119,7 +119,7 @@ class MaskableEpisodeRolloutBuffer(EpisodeRolloutBuffer, MaskableRolloutBuffer):
     _mask_rows: list[np.ndarray]
 
     def reset(self) -> None:
-        """Begin a rollout; of the masks only those of the unfinished episodes stay."""
+        """Begin a rollout; only the masks of unfinished episodes are kept."""
         n_actions = int(self.action_space.n)  # type: ignore[attr-defined]
         every_code = np.packbits(np.ones(n_actions, bool))  # number 0
         old = getattr(self, "_mask_rows", [every_code])
@@ -149,7 +149,7 @@ class MaskableEpisodeRolloutBuffer(EpisodeRolloutBuffer, MaskableRolloutBuffer):
         self._mask_ids[self._fill - 1, np.arange(self.n_envs)] = numbers
 
     def _number(self, masks: np.ndarray) -> int | np.ndarray:
-        """The numbers of packed masks (E, K / 8) uint8: known ones are found again, new ones kept."""
+        """The numbers of packed masks (E, K / 8) uint8; new masks are stored."""
         if (masks == masks[0]).all():
             return self._number_of(masks[0])
         return np.array([self._number_of(mask) for mask in masks], np.int32)
@@ -164,7 +164,7 @@ class MaskableEpisodeRolloutBuffer(EpisodeRolloutBuffer, MaskableRolloutBuffer):
     def get(  # type: ignore[override]
         self, batch_size: int | None = None
     ) -> Generator[MaskableRolloutBufferSamples, None, None]:
-        """As `EpisodeRolloutBuffer.get`; `action_masks` is (N, K) bool, or None where everything is legal.
+        """Like `EpisodeRolloutBuffer.get`; `action_masks` is (N, K) bool, or None if everything is legal.
 
         A minibatch of one transition, which an episode of one code can be, is given as two that are alike:
         `MaskablePPO` divides by the standard deviation of its advantages.
@@ -187,7 +187,7 @@ class MaskableEpisodeRolloutBuffer(EpisodeRolloutBuffer, MaskableRolloutBuffer):
         return {**EpisodeRolloutBuffer.state_dict(self), "masks": np.stack(self._mask_rows)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` gave; the next `reset` keeps it."""
+        """Restore the result of `state_dict`; the next `reset` keeps it."""
         EpisodeRolloutBuffer.load_state_dict(self, state)
         masks = array_of(state["masks"], "masks", (None, *self._mask_rows[0].shape), np.uint8, 0, 255)
         if int(self._mask_ids.max(initial=0)) >= len(masks):

@@ -33,15 +33,14 @@ from ral_gym.runs.storage import weights_of
 
 
 class PriorWeights:
-    """A prior to start from, of one level or two, as a policy argument that pickles small.
+    """A prior to start from, of one level or two, as a policy argument that is small when pickled.
 
     Pickling keeps the constructor's arguments and drops the weights: a saved SB3 model carries the policy's own
     weights, so loading it must not need the run folder it started from.
 
     Args:
-        config: what `ral_gym.priors.base.build_prior` makes the network from: its `config_of`, with the kind of a prior
-            of one's own.
-        weights: its weights; None: leave the initialisation.
+        config: the network's `ral_gym.priors.base.config_of`, from which `build_prior` makes it.
+        weights: its weights; None: keep the initialisation.
     """
 
     def __init__(self, config: dict[str, Any], weights: dict[str, Tensor] | None = None) -> None:
@@ -52,7 +51,8 @@ class PriorWeights:
         """From a network, a file such as ``runs/demo/prior.safetensors``, or a run folder.
 
         Raises:
-            ConfigError: a network that breaks the protocol of priors, or a file that names code nobody has allowed.
+            ConfigError: a network that breaks the `Prior` protocol, or a file that names code whose import was not
+                allowed.
             RunError: the file is missing or damaged.
         """
         if isinstance(prior, PriorWeights):
@@ -85,10 +85,10 @@ class PriorWeights:
 
 
 def check_for_trpo(prior: Prior) -> None:
-    """Refuse a prior of which TRPO would not train everything: it passes over all names with "value" in them.
+    """Refuse a prior that TRPO would train only in part: it skips all weights with "value" in their names.
 
     Raises:
-        ConfigError: the name of such a weight.
+        ConfigError: names such a weight.
     """
     skipped = [name for name, _ in prior.named_parameters() if "value" in name]
     if skipped:
@@ -99,9 +99,10 @@ def check_for_trpo(prior: Prior) -> None:
 
 
 class ValueHead(nn.Module):
-    """V(s) from the prior's features and where the episode stands.
+    """V(s) from the prior's features and the episode's position and stop.
 
-    The features know the codes so far, but not where a partial episode stops; position and stop are given as well.
+    The features depend on the codes so far, but not on where a partial episode stops, so position and stop are inputs
+    too.
 
     Args:
         hidden_units: C, channels of the features.
@@ -137,17 +138,17 @@ class PriorPolicy(ActorCriticPolicy):
         lr_schedule: learning rate as a function of the remaining progress.
         prior: the network to start from: `PriorWeights`, any `ral_gym.priors.base.Prior` such as a `PixelCNN`, a run
             folder or a file.
-        levels: how many codes each level of the environment's images has; None: what the prior says.
-        train_levels: with two levels, `both`, or the one whose network learns: `top` or `bottom`.
+        levels: how many codes each level of the environment's images has; None: the prior's.
+        train_levels: with two levels, `both`, or the level whose network learns: `top` or `bottom`.
         value_units: width of the value head.
         detach_features: the value head reads detached features, so that its loss stays out of the pretrained trunk.
-        use_cache: use the sampling cache in rollouts; False: a full pass per step, the reference.
-        use_sde: must be False; SB3 passes it.
+        use_cache: use the sampling cache in rollouts; False: a full pass per step, for tests.
+        use_sde: must be False; passed by SB3.
         optimizer_class: Adam by default.
         optimizer_kwargs: its arguments, such as ``{"betas": (0.5, 0.999)}``.
 
     Raises:
-        ConfigError: no prior, its K or T is not the environment's, or an algorithm that trains other networks.
+        ConfigError: no prior, its K or T differs from the environment's, or an algorithm that trains other networks.
     """
 
     def __init__(
@@ -252,7 +253,7 @@ class PriorPolicy(ActorCriticPolicy):
 
     @property
     def cache(self) -> StepCache:
-        """The cache of the rollouts."""
+        """The sampling cache for rollouts."""
         return self._caches["rollout"]
 
     def _features(self, obs: Tensor | Episodes) -> tuple[Tensor, Tensor, Tensor]:
@@ -264,7 +265,7 @@ class PriorPolicy(ActorCriticPolicy):
         return episode_features(self.prior, obs), obs.pos, self._stop(obs.codes)[obs.row]
 
     def _stop(self, codes: Tensor) -> Tensor:
-        """How many codes the images will have, given ones included: codes (B, T) -> (B,)."""
+        """The final number of codes of the images, given ones included: codes (B, T) -> (B,)."""
         return (codes <= self.prior.codebook_size).sum(1)
 
     def _values(self, features: Tensor, position: Tensor, stop: Tensor) -> Tensor:
@@ -275,7 +276,7 @@ class PriorPolicy(ActorCriticPolicy):
         return distribution.proba_distribution(logits)
 
     def _look(self, obs: Tensor, cache: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Features, logits, position and stop of ordinary observations, through a cache if that is on."""
+        """Features, logits, position and stop of ordinary observations, through a cache if it is enabled."""
         codes = obs.long()
         if not self.use_cache or torch.is_grad_enabled():
             features, position, stop = self._features(codes)
@@ -351,7 +352,7 @@ class PriorPolicy(ActorCriticPolicy):
         """The action distribution of observations (B, T) or of episodes' transitions.
 
         Raises:
-            ConfigError: with gradients, which TRPO alone asks for: it would leave out weights of the prior.
+            ConfigError: with gradients, which only TRPO needs, if TRPO would skip weights of the prior.
         """
         if isinstance(obs, Episodes):
             return self._distribution(self._twice_differentiable_logits(obs))
@@ -373,7 +374,7 @@ class PriorPolicy(ActorCriticPolicy):
         return self._values(features, position, stop)
 
     def _predict(self, observation: Tensor, deterministic: bool = False) -> Tensor:  # type: ignore[override]
-        """Actions for `predict`, through a cache of its own so that evaluation does not disturb a rollout."""
+        """Actions for `predict`, through a separate cache so that evaluation does not disturb a rollout."""
         distribution = self.get_distribution(observation)
         if deterministic:
             actions = distribution.mode()
@@ -386,4 +387,4 @@ class PriorPolicy(ActorCriticPolicy):
 
 
 PixelCNNPolicy = PriorPolicy
-"""Its name while a PixelCNN was the only prior; saved models hold it."""
+"""Its old name, from when a PixelCNN was the only prior; saved models contain it."""

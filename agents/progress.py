@@ -1,4 +1,4 @@
-"""How training through an environment goes: a bar, and learning curves over images."""
+"""Progress of training in an environment: a progress bar, and learning curves over images."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ class EpisodeProgress(BaseCallback):
     """Collects the environment's reward of every finished image, and shows the mean of the last ones.
 
     Args:
-        images: how many will be drawn.
-        label: of the bar.
-        quiet: no bar.
-        divergence: also collect KL(policy || oracle) as each rollout estimates it, from log o - log pi of its codes.
+        images: total number of images to draw.
+        label: label of the bar.
+        quiet: show no bar.
+        divergence: also collect each rollout's estimate of KL(policy || oracle), from log o - log pi of its codes.
     """
 
     def __init__(self, images: int, label: str, quiet: bool, divergence: bool = False) -> None:
@@ -45,7 +45,7 @@ class EpisodeProgress(BaseCallback):
         self._bar.close()
 
     def curve(self) -> dict[str, list[float]]:
-        """Means over consecutive shares of the images, by the images drawn at the end of each share."""
+        """Means over consecutive parts of the images, by the number of images drawn at the end of each part."""
         points = min(CURVE_POINTS, len(self.rewards))
         shares = {"reward": self.rewards} | ({"kl": self.divergences} if self.divergences else {})
         means = {

@@ -1,9 +1,9 @@
-"""Ties to the data for algorithms whose loss cannot be changed: callbacks around an unmodified PPO, A2C or TRPO.
+"""Regularisers for algorithms whose loss cannot be changed: callbacks around an unmodified PPO, A2C or TRPO.
 
 * `PriorKLReward`: KL to the prior, as a reward of every code (Ziegler et al., 2019).
 * `EntropyReward`: the entropy of whole images, as a reward of every code.
-* `EntropyTarget`: the entropy bonus, steered towards a target.
-* `MLEShare`: steps of maximum likelihood on real codes, between the algorithm's own.
+* `EntropyTarget`: an entropy bonus whose coefficient adapts to a target entropy.
+* `MLEShare`: maximum-likelihood steps on real codes, between the algorithm's own steps.
 
 `Reinforce` and `GRPO` have these in their loss: `kl_coef`, `ent_coef`, `mle_coef`.
 """
@@ -39,11 +39,11 @@ class AdaptiveEntropy:
     Args:
         codebook_size: K.
         coef: the coefficient on target.
-        target: share of ln K in 0..1, or `start`: the entropy that is measured first, that of the pretrained prior.
+        target: fraction of ln K in 0..1, or `start`: the first measured entropy, that of the pretrained prior.
         schedule: also scale by the training's progress: a linear rise over the first 5 %, a cosine fall to 0 over the
-            last 15 %. Only where `learn` is told the true number of steps.
-        dead_band: errors up to this leave the coefficient alone.
-        gain: how steeply it reacts.
+            last 15 %. Needs the true number of steps in `learn`.
+        dead_band: errors up to this leave the coefficient unchanged.
+        gain: strength of the reaction.
         bounds: lowest and highest coefficient.
 
     Raises:
@@ -62,9 +62,9 @@ class AdaptiveEntropy:
         bounds: tuple[float, float] = (7e-5, 4e-3),
     ) -> None:
         if target != "start" and not 0 <= target <= 1:
-            raise ConfigError(f"entropy target {target!r} is no share of ln K: choose 0..1, or 'start'")
+            raise ConfigError(f"entropy target {target!r} is not a fraction of ln K: choose 0..1, or 'start'")
         if not coef > 0:
-            raise ConfigError(f"entropy coefficient {coef} cannot be steered: give one above 0, such as 2.2e-3")
+            raise ConfigError(f"entropy coefficient {coef} cannot be adapted: give one above 0, such as 2.2e-3")
         self.codebook_size, self.coef, self.schedule = codebook_size, coef, schedule
         self.target: float | None = None if target == "start" else float(target)
         self.dead_band, self.gain, self.bounds = dead_band, gain, bounds
@@ -74,7 +74,7 @@ class AdaptiveEntropy:
 
         Args:
             entropy: mean entropy of a code, in nats.
-            progress: share of the training that is done, 0..1.
+            progress: fraction of the training that is done, 0..1.
         """
         share = entropy / math.log(self.codebook_size)
         if self.target is None:
@@ -108,9 +108,9 @@ def _checked_parts(callback: BaseCallback, buffer: bool = True) -> None:
 class PriorKLReward(BaseCallback):
     """Subtracts ``coef * (log pi(code) - log prior(code))`` from the reward of every code.
 
-    Its expectation is KL(policy || prior), and unlike a loss it also makes early codes answer for the divergence they
-    lead to. In a list it comes after the critic's callback, which writes the rewards it adds to. `rollout/ep_rew_mean`
-    keeps showing the reward without it. Logs `rollout/kl_to_prior`, per code.
+    The expected penalty is KL(policy || prior); unlike a loss it also penalises early codes for the divergence of later
+    ones. In a callback list it comes after the critic's callback, which writes the rewards that it adds to.
+    `rollout/ep_rew_mean` shows the reward without it. Logs `rollout/kl_to_prior`, per code.
 
     Args:
         coef: weight, per nat.
@@ -152,7 +152,7 @@ class PriorKLReward(BaseCallback):
 
 
 def _penalise(buffer: EpisodeRolloutBuffer, penalties: np.ndarray) -> None:
-    """Take something (N,) off the reward of every transition."""
+    """Subtract penalties (N,) from the reward of every transition."""
     if not len(buffer.mask):  # a rollout after a stop, in which no episode ended
         return
     rewards = np.zeros(buffer.mask.shape, np.float32)  # (n, T)
@@ -165,9 +165,9 @@ class EntropyReward(BaseCallback):
     """Subtracts ``coef * log pi(code)`` from the reward of every code: the entropy of whole images, as a reward.
 
     On `ral_gym/Oracle-v0`, whose reward is log o(code), with `coef` 1, gamma 1 and no normalised advantages the return
-    is log o - log pi: its expectation is -KL(policy || oracle), largest for the oracle itself. `ent_coef` is something
-    else, a bonus for the entropy at the states visited, which leaves out how a code changes the states to come.
-    `rollout/ep_rew_mean` keeps showing the reward without it. Logs `rollout/entropy`, per code.
+    is log o - log pi: its expectation is -KL(policy || oracle), largest for the oracle itself. `ent_coef` is different:
+    a bonus for the entropy at the visited states, which ignores how a code changes later states. `rollout/ep_rew_mean`
+    shows the reward without it. Logs `rollout/entropy`, per code.
 
     Args:
         coef: weight, per nat.
@@ -193,17 +193,17 @@ class EntropyReward(BaseCallback):
 
 
 class EntropyTarget(BaseCallback):
-    """Steers ``model.ent_coef`` by `AdaptiveEntropy` after every rollout.
+    """Adapts ``model.ent_coef`` by `AdaptiveEntropy` after every rollout.
 
-    The entropy is the mean of -log pi over the rollout's codes: an unbiased estimate for free. Logs `train/ent_coef`
+    The entropy is the mean of -log pi over the rollout's codes, an unbiased estimate at no cost. Logs `train/ent_coef`
     and `rollout/entropy`.
 
     Args:
         coef: see `AdaptiveEntropy`.
         target: see `AdaptiveEntropy`.
-        progress: tells the share of the training that is done, 0..1; None: SB3's, which is right where `learn` is told
+        progress: returns the fraction of the training that is done, 0..1; None: SB3's, which is right if `learn` gets
             the true number of steps.
-        **kwargs: the others of `AdaptiveEntropy`.
+        **kwargs: other arguments of `AdaptiveEntropy`.
 
     Raises:
         ConfigError: at the start of training, with an algorithm that has no entropy bonus, such as TRPO.
@@ -219,7 +219,7 @@ class EntropyTarget(BaseCallback):
     ) -> None:
         super().__init__()
         self.progress = progress
-        AdaptiveEntropy(2, coef, target, **kwargs)  # a wrong argument is told here
+        AdaptiveEntropy(2, coef, target, **kwargs)  # raises early for wrong arguments
         self._arguments = {"coef": coef, "target": target, **kwargs}
         self.rule: AdaptiveEntropy | None = None
 
@@ -258,12 +258,12 @@ class EntropyTarget(BaseCallback):
 class MLEShare(BaseCallback):
     """One optimizer step of maximum likelihood on real codes before every rollout but the first.
 
-    Adam's steps do not depend on the scale of a loss, so the share is in the step: the learning rate is `coef` times
-    the algorithm's. The optimizer is this callback's own; its steps are outside TRPO's trust region. Logs
-    `train/mle_loss`, nats per code.
+    Adam's steps do not depend on the scale of a loss, so `coef` scales the step: the learning rate is `coef` times the
+    algorithm's. The callback has its own optimizer; its steps are outside TRPO's trust region. Logs `train/mle_loss`,
+    nats per code.
 
     Args:
-        coef: share of the algorithm's learning rate.
+        coef: fraction of the algorithm's learning rate.
         n_images: real images per step; None: as many as environments.
 
     Raises:
@@ -295,7 +295,7 @@ class MLEShare(BaseCallback):
         return {} if self.optimizer is None else {"optimizer": self.optimizer.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """From a checkpoint, after the callback has been given its model; the next rollout's start brings no step."""
+        """From a checkpoint, after the callback has been given its model; the next rollout starts without a step."""
         assert self.optimizer is not None
         restore_optimizer(self.optimizer, state["optimizer"])
         self._started = False

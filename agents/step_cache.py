@@ -1,9 +1,9 @@
-"""A prior one step at a time, for rows that may be anywhere, without being told about resets.
+"""Sampling cache for policies: one step at a time, rows at any position, without notice of resets.
 
-The policy stays a pure function of the observation; this only makes it fast. It remembers which observation must come
-next (the last one with the drawn code written in). Rows that show it are one position further on; any other row
-(an automatic reset, another prefix, another batch) is built anew from its codes. The weights' version counters tell
-when they have changed.
+The policy stays a pure function of the observation; this only makes it fast. The cache remembers the observation that
+should come next (the last one with the drawn code written in). Rows that show it advance by one position; any other row
+(an automatic reset, another prefix, another batch) is rebuilt from its codes. The weights' version counters reveal when
+they have changed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ral_gym.priors.sampler import Sampler, make_sampler
 
 
 def first_not_drawn(codes: Tensor, not_drawn: int) -> Tensor:
-    """The next position to draw: codes (B, T) with token K at what is left -> (B,) int64; 0 where nothing is."""
+    """The next position to draw: codes (B, T) with token K where not drawn -> (B,) int64; 0 if nothing is left."""
     return (codes == not_drawn).int().argmax(1)
 
 
@@ -24,8 +24,8 @@ class StepCache:
     """A sampler that follows a stream of observations and verifies itself against each of them.
 
     Attributes:
-        hits: rows that were one position further on.
-        misses: rows that had to be built anew.
+        hits: rows that advanced by one position.
+        misses: rows that had to be rebuilt.
 
     Args:
         prior: the network.
@@ -40,12 +40,12 @@ class StepCache:
         self._fresh = False
 
     def forget(self) -> None:
-        """Build everything anew at the next observation."""
+        """Rebuild everything at the next observation."""
         self._expected = None
         self._fresh = False
 
     def sampler(self) -> Sampler:
-        """The sampler with the prior's present weights packed; what it had cached is gone if they changed."""
+        """The sampler, with the prior's current weights packed; changed weights clear its cache."""
         version = (sum(p._version for p in self.prior.parameters()), next(self.prior.parameters()).device)
         if self._sampler is None or (self._version is not None and self._version[1] != version[1]):
             self._sampler = make_sampler(self.prior)
@@ -80,7 +80,7 @@ class StepCache:
         return sampler.features(), sampler.logits()
 
     def draw(self, codes: Tensor) -> None:
-        """Tell which codes (B,) int64 are written at the positions just looked at."""
+        """Enter the codes (B,) int64 that were drawn at the positions of the last `look`."""
         assert self._expected is not None and self._sampler is not None, "look() comes first"
         self._expected.scatter_(1, self._position[:, None], codes[:, None])
         self._sampler.advance(codes)

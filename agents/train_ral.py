@@ -1,4 +1,4 @@
-"""Stage 3: MLE prior -> RAL, environment + algorithm + reward callback (Section 4; other rewards by name)."""
+"""Stage 3: MLE prior -> RAL, from environment, algorithm and reward callback (Section 4; other rewards by name)."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def make_agent(run: Run, env: CodeVecEnv, prior: Prior, device: torch.device) ->
     """The run's algorithm on `env`, its policy starting from the MLE prior.
 
     Raises:
-        ConfigError: an unknown algorithm, or settings that would not reach it.
+        ConfigError: an unknown algorithm, or settings that have no effect on it.
     """
     config = run.config.ral
     check_stage(config, [prior])
@@ -62,7 +62,7 @@ def make_agent(run: Run, env: CodeVecEnv, prior: Prior, device: torch.device) ->
 
 
 def reward_features(run: Run, vqvae: Tokenizer) -> Extractor | None:
-    """What critics and terms see that see features, `ral.reward_features`; None where the tokenizer has none."""
+    """The extractor `ral.reward_features` of critics and terms that see features; None if the tokenizer has none."""
     if run.config.ral.reward_features == "pyramid":
         return PyramidFeatures()
     return encoder_features(vqvae)
@@ -102,10 +102,10 @@ def make_critic(
 def make_reward(
     run: Run, critic: CoTrainedCritic | None, extractor: Extractor | None = None
 ) -> CriticCallback | CompositeReward:
-    """What delivers the run's rewards: the paper's, or `ral.reward_weights`' terms, each on its own scale.
+    """The reward callback: the paper's, or a sum of the terms of `ral.reward_weights`, each normalised separately.
 
     Raises:
-        ConfigError: a term that is unknown, or that a file names and the user does not.
+        ConfigError: a term that is unknown, or that only a file names.
     """
     config = run.config.ral
     if critic is not None and config.critic_alone:
@@ -126,10 +126,10 @@ class Stage:
 
     Attributes:
         model: the algorithm on its environment; `model.policy.optimizer` is the policy's optimizer.
-        critic: the critic and its optimizer; None where no reward is the critic's.
-        reward_callback: delivers the rewards.
-        run_callback: the average, the log, the checkpoints; `run_callback.updates` counts policy updates.
-        ties: callbacks for ties to the data that the algorithm's loss does not have.
+        critic: the critic and its optimizer; None if there is no critic reward.
+        reward_callback: writes the rewards.
+        run_callback: the weight average, the log, the checkpoints; `run_callback.updates` counts policy updates.
+        ties: callbacks for regularisers that the algorithm's loss does not have.
     """
 
     model: OnPolicyAlgorithm
@@ -140,7 +140,7 @@ class Stage:
 
     @property
     def callbacks(self) -> CallbackList:
-        """What `model.learn` takes."""
+        """The callbacks for `model.learn`."""
         return CallbackList([self.reward_callback, *self.ties, self.run_callback])
 
 
@@ -188,7 +188,7 @@ def make_stage(
 def train_ral(
     run: Run, vqvae: Tokenizer, prior: Prior, codes: CodeSet, device: torch.device, progress: bool = True
 ) -> tuple[Prior, Prior]:
-    """Train, or continue, or load what is there.
+    """Train, continue or load stage 3.
 
     Returns:
         the policy's network and its exponential average.
@@ -211,20 +211,20 @@ def train_ral(
 
 
 def load_run(path: Path | str, device: str = "auto", restore_random: bool = True, plugins: Sequence[str] = ()) -> Stage:
-    """Stage 3 of a run folder as it was left: policy, critic, both optimizers, average, environment, step, randomness.
+    """Stage 3 of a run folder from its checkpoint: policy, critic, optimizers, average, environment, random states.
 
     Reads safetensors and JSON only, and never unpickles. ``stage.model.learn(..., callback=stage.callbacks,
-    reset_num_timesteps=False)`` goes on from there, and ends at once where the run is finished.
+    reset_num_timesteps=False)`` continues training, and returns at once if the run is finished.
 
     Args:
         path: a run folder with stages 1 and 2, and a checkpoint of stage 3.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         restore_random: also set the global random states of Python, NumPy and torch.
-        plugins: modules that register parts, or ``module:Class`` names that the run's files may ask for.
+        plugins: modules that register parts, or ``module:Class`` names that the run's files may use.
 
     Raises:
-        ConfigError: a plug-in that cannot be imported, or a file that names code nobody has allowed.
-        RunError: no run folder, or a stage is missing or damaged.
+        ConfigError: a plug-in that cannot be imported, or a file that names code whose import was not allowed.
+        RunError: not a run folder, or a stage is missing or damaged.
         DeviceError: a device that does not exist here.
     """
     load_plugins(plugins)

@@ -31,10 +31,10 @@ class CodeVecEnv(VecEnv):
     entry, so no `VecMonitor` is needed around it: SB3 warns that one would write over those entries.
 
     Args:
-        world: what to draw in.
+        world: the environment's world.
         num_envs: E.
         reset_mode: `full`, `continue`, `scratch` or `mixed`.
-        lockstep: one mode and row count per round for all rows alike; False: each row draws its own.
+        lockstep: one mode and row count per round for all rows; False: each row draws its own.
         paired: for `mixed`, complementary pairs of episodes (see `StartDistribution`).
         render_mode: `rgb_array` or None.
 
@@ -92,18 +92,18 @@ class CodeVecEnv(VecEnv):
         return self.core.observations()
 
     def step_async(self, actions: np.ndarray) -> None:
-        """Take the codes (E,) to draw; `step_wait` draws them."""
+        """Store the codes (E,) to draw; `step_wait` draws them."""
         self._actions = np.asarray(actions)
 
     def step_wait(self) -> StepReturn:
         """Draw the codes.
 
         Returns:
-            observations (E, T) int16, rewards (E,) float32, dones (E,) bool, infos ({} where no episode ended).
+            observations (E, T) int16, rewards (E,) float32, dones (E,) bool, infos ({} if no episode ended).
 
         Raises:
             ValueError: not E integers in 0..K-1; nothing has changed then.
-            gymnasium.error.ResetNeeded: there was no `reset` yet.
+            gymnasium.error.ResetNeeded: `reset` was not called yet.
         """
         if self._actions is None:
             raise ValueError("step_wait() without actions: call step_async() first")
@@ -118,7 +118,7 @@ class CodeVecEnv(VecEnv):
         """Finish every running episode at once with the codes of whole images; returns as `step_wait`.
 
         Args:
-            codes: (E, T) integer; only positions still to be drawn are taken.
+            codes: (E, T) integer; only positions still to be drawn are used.
 
         Raises:
             ValueError: another shape, or no code at a position to draw; nothing has changed then.
@@ -127,7 +127,7 @@ class CodeVecEnv(VecEnv):
         return self._after(self.core.draw_round(codes))
 
     def _after(self, finished: Finished) -> StepReturn:
-        """Reset the finished rows and tell what they did."""
+        """Reset the finished rows and return their results."""
         infos: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
         rewards, dones = self.core.rewards.copy(), np.zeros(self.num_envs, bool)
         dones[finished.rows] = True
@@ -144,7 +144,7 @@ class CodeVecEnv(VecEnv):
         return self.core.observations(), rewards, dones, infos
 
     def action_masks(self) -> np.ndarray:
-        """(E, K) bool, the codes that may come next in each row; `env_method` hands `MaskablePPO` a row each."""
+        """(E, K) bool, the codes that may come next in each row; `env_method` gives `MaskablePPO` one row each."""
         return self.core.action_masks()
 
     def close(self) -> None:
@@ -159,7 +159,7 @@ class CodeVecEnv(VecEnv):
         setattr(self, attr_name, value)
 
     def env_method(self, method_name: str, *method_args: Any, indices: Any = None, **method_kwargs: Any) -> list[Any]:
-        """Call the adapter's method once; its result stands for every environment (of masks: each one's row)."""
+        """Call the adapter's method once; its result stands for every environment (masks: one row each)."""
         result = getattr(self, method_name)(*method_args, **method_kwargs)
         return [result[row] if method_name == "action_masks" else result for row in self._get_indices(indices)]
 
@@ -189,9 +189,9 @@ def make_sb3_env(
         id: such as ``ral_gym/Toy-v0``.
         n_envs: E.
         reset_mode: `full`, `continue`, `scratch` or `mixed`; None: what the id was registered with, `full` by default.
-        lockstep: one mode and row count per round for all rows alike, as the fast path and `n_steps = T` need, and so
-            the default here; `gym.make_vec` has False, since there row i must do what a single environment does.
-        paired: complementary pairs for `mixed`, so that ``n_steps = T`` always ends on an episode's end; None: yes for
+        lockstep: one mode and row count per round for all rows, which the fast path and `n_steps = T` need and which is
+            thus the default here; `gym.make_vec` has False, so that row i equals a single environment.
+        paired: complementary pairs for `mixed`, so that ``n_steps = T`` always ends with an episode; None: True for
             lockstep `mixed`.
         seed: row i is seeded with seed + i.
         render_mode: `rgb_array` or None.
@@ -239,12 +239,12 @@ def check_code_env(env: Any) -> None:
         ConfigError: not a `VecEnv` of ral_gym's codes, or episodes that a time limit ends before their last code.
     """
     if not isinstance(env, VecEnv):
-        raise ConfigError(f"{type(env).__name__} is no Stable-Baselines3 VecEnv: make the environments by make_sb3_env")
+        raise ConfigError(f"{type(env).__name__} is not a Stable-Baselines3 VecEnv: use make_sb3_env")
     space = env.observation_space
     n_codes = space.shape[0] if isinstance(space, spaces.Box) and len(space.shape) == 1 else 0
     if not env.has_attr("levels") or sum(env.get_attr("levels", 0)[0]) != n_codes:
         raise ConfigError(
-            f"observations {space} are not the codes of a ral_gym environment: make it by make_sb3_env, and take away "
+            f"observations {space} are not the codes of a ral_gym environment: make it by make_sb3_env, and remove "
             "wrappers that change observations, such as VecFrameStack"
         )
     normalised = unwrap_vec_normalize(env)

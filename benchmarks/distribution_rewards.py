@@ -1,9 +1,9 @@
-"""How long do the distribution rewards of one batch take, beside N separate matrix roots?
+"""How long do the distribution rewards of one batch take, compared with N separate matrix roots?
 
     python benchmarks/distribution_rewards.py            # half a minute on 2 idle cores
     python benchmarks/distribution_rewards.py --quick    # a second: shows that everything runs
 
-Seconds are medians over the rounds, in which the forms take turns; features are made up (Gaussian, correlated) and in
+Seconds are medians over the rounds, in which the forms take turns; features are synthetic (Gaussian, correlated) and in
 float64, since the cost does not depend on their values. `brute force` computes the root's trace for a few images left
 out, by an eigendecomposition each, and is scaled to all N; a star marks it. `error` is the exact form's largest
 difference from those, relative to the largest of them. Aim: 2 s for N = 1,024 and D = 512 on 2 cores.

@@ -136,7 +136,7 @@ def tile_world(grid: CodeGrid, device: torch.device) -> World:
 
 
 def make_ppo(settings: Settings, side: int, n_envs: int, device: torch.device, stock_steps: int | None = None) -> PPO:
-    """PPO with our buffer and cache; with `stock_steps`, SB3's buffer, a full pass per step and so many steps."""
+    """PPO with our buffer and cache; with `stock_steps`, SB3's buffer, a full pass per step and that many steps."""
     torch.manual_seed(0)
     grid = CodeGrid(side, side, settings.codebook_size)
     units, layers = settings.units, settings.layers

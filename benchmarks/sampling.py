@@ -14,7 +14,7 @@ the ratios within a round. GFLOP/s counts two operations per multiply-add of the
 taps that a mask would leave: once per code in `pass` and `cached`, once per code and pass in `naive`.
 
 The last lines are the memory that the sampler keeps for a batch of two-level images at the sizes of the supplement's
-Table 9, counted over the tensors of its cache, which are made without memory behind them for that.
+Table 9, counted over the tensors of its cache, which are created on the meta device for that.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ TABLE_9: dict[str, dict[str, Any]] = {
 def multiply_adds_per_code(prior: Any) -> int:
     """Multiply-adds per grid position of one pass: every weight is used once, except embeddings and biases.
 
-    Attention adds what it multiplies with the keys and contents of the codes before, on average half of all.
+    Attention adds its products with the keys and values of earlier codes, on average half of all.
     """
     weights = [layer.weight for layer in prior.modules() if isinstance(layer, torch.nn.Conv2d | torch.nn.Linear)]
     seen = (prior.height * prior.width + 1) // 2

@@ -1,6 +1,6 @@
 """The generation MDP; knows Gymnasium, not Stable-Baselines3.
 
-The names below are imported when they are first asked for, so that ``gymnasium.make`` loads one environment's modules.
+The names below are imported at first use, so that ``gymnasium.make`` loads one environment's modules.
 """
 
 from __future__ import annotations

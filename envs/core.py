@@ -1,16 +1,15 @@
 """The generation MDP, E episodes at once.
 
 State: the codes so far. Action: the next code in raster order. An episode ends with its last code; only then is there
-an image, a score map and a reward. The single environment, the vector environment and the Stable-Baselines3 adapter
-are thin covers over this one class, so they cannot drift apart.
+an image, a score map and a reward. The single environment, the vector environment and the Stable-Baselines3 adapter are
+thin wrappers around this one class, so they cannot drift apart.
 
-Actions come and observations go as NumPy arrays, so the bookkeeping is NumPy: a step moves nothing between devices.
-Torch comes in when episodes end: their codes go to the world's device in one transfer, are decoded and scored there in
-one batch, and the scores come back in one.
+Actions and observations are NumPy arrays, so the bookkeeping is in NumPy: a step moves nothing between devices. Torch
+is used when episodes end: their codes go to the world's device in one transfer, are decoded and scored there in one
+batch, and the scores come back in one transfer.
 
-With two levels an episode draws the top codes, then the bottom codes. Rows are rows of the top grid and bring their
-bottom rows with them, so what an episode draws may be two stretches of the sequence; the codes themselves say which:
-those that are still the token K.
+With two levels an episode draws the top codes, then the bottom codes. Rows are rows of the top grid and include the
+bottom rows under them, so an episode may draw two separate parts of the sequence: the positions that hold the token K.
 
 Shapes: E environments, T codes, H rows, W columns, K codes.
 """
@@ -41,8 +40,8 @@ class Finished:
         codes: (n, T) int16, with K + 1 where an episode never drew.
         score_map: (n, h, w) float32, 0 below the last drawn row; None without a scorer.
         step_rewards: (n, T) float32, 0 at given and never drawn positions.
-        rewards: (n,) float32, what the episode's last step pays: everything, or the last code's share with an oracle.
-        returns: (n,) float32, the sum of `step_rewards`: what the whole episode has paid.
+        rewards: (n,) float32, the reward of the episode's last step: all of it, or the last code's part with an oracle.
+        returns: (n,) float32, the sum of `step_rewards`: the episode's return.
         start: (n,) first drawn position.
         stop: (n,) one past the last.
         lengths: (n,) how many codes the episode drew.
@@ -66,8 +65,8 @@ class GenerationCore:
         world: what to draw in.
         num_envs: E.
         reset_mode: `full`, `continue`, `scratch` or `mixed`.
-        lockstep: one mode and row count per round for all rows alike (the paper's "during each roll-out"), so that all
-            rows stay at one position; False: each row draws its own.
+        lockstep: one mode and row count per round for all rows (the paper's "during each roll-out"), so that all rows
+            stay at the same position; False: each row draws its own.
         paired: see `StartDistribution`.
 
     Attributes:
@@ -77,11 +76,11 @@ class GenerationCore:
         stop: (E,) int64, one past the last position to draw; 0: not reset yet.
         image_rows: (E,) int64, rows that the row's image will have.
         to_draw: (E, T) bool, the positions that the row's episode draws, from its start on.
-        rewards: (E,) float32, what the last `step` or `draw_round` has paid each row.
-        asked: per row what `reset(options=...)` asked its episode to begin with, as a comparable key; None: nothing.
+        rewards: (E,) float32, each row's reward of the last `step` or `draw_round`.
+        asked: per row the start that `reset(options=...)` requested, as a comparable key; None: nothing.
 
     Raises:
-        ValueError: no environment, or see `StartDistribution`.
+        ValueError: `num_envs` is below 1, or see `StartDistribution`.
     """
 
     def __init__(
@@ -94,7 +93,7 @@ class GenerationCore:
         paired: bool = False,
     ) -> None:
         if not isinstance(num_envs, int | np.integer) or num_envs < 1:
-            raise ValueError(f"num_envs={num_envs!r}: give how many environments there are, 1 or more")
+            raise ValueError(f"num_envs={num_envs!r}: give the number of environments, 1 or more")
         self.world, self.grid, self.num_envs, self.lockstep = world, world.grid, num_envs, lockstep
         n_images = 0 if world.real_codes is None else len(world.real_codes)
         self.distribution = StartDistribution(
@@ -108,7 +107,7 @@ class GenerationCore:
         self.image_rows = np.zeros(num_envs, np.int64)
         self.to_draw = np.zeros(self.codes.shape, bool)
         self.rewards = np.zeros(num_envs, np.float32)
-        self._paid = np.zeros(self.codes.shape, np.float32)  # with an oracle: what each code has earned
+        self._paid = np.zeros(self.codes.shape, np.float32)  # with an oracle: each code's reward so far
         self._followers = Followers(world, num_envs)
         self._pending = np.zeros(num_envs, np.int64)
         self.asked: list[Hashable] = [None] * num_envs
@@ -121,7 +120,7 @@ class GenerationCore:
         return self.world.device
 
     def check_options(self, options: Options | None, n: int | None = None) -> list[StartRequest]:
-        """What `reset` with these options would ask for, one request per row; changes nothing.
+        """The start requests, one per row, that `reset` with these options would make; changes nothing.
 
         Args:
             options: for all rows, or one per row.
@@ -137,8 +136,8 @@ class GenerationCore:
     ) -> None:
         """Start new episodes.
 
-        The second half of a complementary pair comes only to a row that has finished the first half; seeds, options
-        and a reset in the middle of an episode begin a new pair.
+        A row gets the second half of a complementary pair only if it has finished the first half; seeds, options and a
+        reset in the middle of an episode begin a new pair.
 
         Args:
             rows: (n,) which environments.
@@ -174,13 +173,13 @@ class GenerationCore:
         """Write one row's first grid.
 
         Args:
-            row: which.
-            request: what was asked for.
+            row: index of the row.
+            request: the requested start.
             alike: in lockstep, the prefix and stop rows of this reset's first row; None: draw them.
-            pending: the first row's, where `alike` is given.
+            pending: that of the first row, if `alike` is given.
 
         Returns:
-            its prefix and stop rows; None where the request gave the codes.
+            the row's prefix and stop rows; None if the request gave the codes.
         """
         if request.codes is not None and request.stop_rows is not None:
             self.codes[row], self.image_rows[row] = request.codes, request.stop_rows
@@ -200,14 +199,14 @@ class GenerationCore:
 
     @property
     def starts_differ(self) -> bool:
-        """Whether the rows' episodes may have begun from different grids, one drawn or asked for by each."""
+        """Whether the rows' episodes may have begun from different grids, drawn or requested per row."""
         return self.distribution.mode in ("continue", "mixed") or any(key is not None for key in self.asked)
 
     def share_starts(self, leaders: np.ndarray) -> None:
-        """Let every row begin as another one does; nothing may have been drawn yet.
+        """Let every row begin like its leader; no code may have been drawn yet.
 
         Args:
-            leaders: (E,) int64, the row that each row follows; itself: it keeps its start.
+            leaders: (E,) int64, the row whose start each row copies; a row that leads itself keeps its start.
         """
         names = ("codes", "start", "position", "stop", "image_rows", "to_draw", "_pending", "_paid")
         for name in names:
@@ -240,7 +239,7 @@ class GenerationCore:
         self._followers.advance(codes)
         self.codes[rows, position] = codes[rows]
         position += 1
-        if self.grid.levels > 1:  # past the given rows of the next level
+        if self.grid.levels > 1:  # skip the given rows of the next level
             gap = np.flatnonzero(
                 (position < stop) & (self.codes[rows, position - (position == stop)] != self.grid.not_drawn)
             )
@@ -279,7 +278,7 @@ class GenerationCore:
         """Finish every episode with the codes of whole images: the same as stepping through every code.
 
         Args:
-            codes: (E, T) integer; only the positions that the running episodes still have to draw are taken.
+            codes: (E, T) integer; only positions that the running episodes still have to draw are used.
 
         Raises:
             ValueError: another shape or dtype, or no code at a position to draw; nothing has changed then.
@@ -332,7 +331,7 @@ class GenerationCore:
             scores, earned = self._score(self.grid.crop(codes[same], int(height)))  # (m, r, w), (m, codes of the rows)
             rewards[same[:, None], np.flatnonzero(self._masks[height])] = earned
             if score_map is None:
-                # One cell is a score of the whole image, whatever its height.
+                # One cell is a score for the whole image, whatever its height.
                 map_rows = 1 if scores.shape[1:] == (1, 1) else scores.shape[1] * self.grid.height // height
                 score_map = np.zeros((len(rows), map_rows, scores.shape[2]), np.float32)
             score_map[same, : scores.shape[1]] = scores
@@ -351,7 +350,7 @@ class GenerationCore:
         return self.codes.copy()
 
     def action_masks(self) -> np.ndarray:
-        """(E, K) bool: the codes that each row may draw next (see `Masks`); read-only where all rows are alike."""
+        """(E, K) bool: the codes that each row may draw next (see `Masks`); read-only if all rows are alike."""
         return self._followers.masks(self.codes, self.position)
 
     def state_dict(self) -> dict[str, Any]:
@@ -369,13 +368,26 @@ class GenerationCore:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` gave.
+        """Restore the result of `state_dict`.
 
         Raises:
             ValueError: it comes from another number of environments or another grid, or does not fit together; nothing
                 but random generators has changed then.
         """
+<<<<<<< HEAD
         arrays = checked_arrays(state, self.grid, self.num_envs)
+=======
+        shape = np.shape(state["codes"])
+        if shape != self.codes.shape or len(state["rngs"]) != self.num_envs:
+            raise ValueError(f"the state has {shape} codes (environments, T), not {self.codes.shape}")
+        for name in ("start", "position", "stop", "image_rows"):
+            setattr(self, name, np.array(state[name], np.int64))
+        self.to_draw = np.array(state["to_draw"], bool)
+        self.codes = np.array(state["codes"], np.int16)
+        self._followers.restart(self._rows)
+        self._paid = np.array(state["paid"], np.float32)
+        self._pending = np.array(state["pending"], np.int64)
+>>>>>>> 599d9cb (Plain English in envs, agents, examples and benchmarks; help of every command)
         for rng, bits in zip(self.rngs, state["rngs"], strict=True):
             rng.bit_generator.state = bits
         self._pending, self._paid = arrays.pop("pending"), arrays.pop("paid")

@@ -33,8 +33,8 @@ class FacesEnv(RegisteredEnv):
     ## Description
 
     A VQ-VAE, the codes of 288 photos (40 people, AT&T Laboratories Cambridge), a PixelCNN fitted to them by maximum
-    likelihood and a PatchGAN critic trained to tell the photos' codes from the PixelCNN's samples come with the package
-    (``ral_gym/assets``; made by ``make assets``). Otherwise this is `LatentCodeEnv`.
+    likelihood and a PatchGAN critic trained to tell the photos' codes from the PixelCNN's samples are included in the
+    package (``ral_gym/assets``; made by ``make assets``). Otherwise this is `LatentCodeEnv`.
 
     >>> import gymnasium as gym, ral_gym
     >>> env = gym.make("ral_gym/Faces-v0", reset_mode="continue", render_mode="rgb_array")

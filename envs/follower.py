@@ -1,7 +1,7 @@
-"""A prior that follows a batch of episodes, one code at a time: what it expects of the code each row draws next.
+"""Priors that follow a batch of episodes, one code at a time, and give the logits of each row's next code.
 
-`ral_gym/Oracle-v0` pays a code its log-probability, and `top_k` forbids the codes that a prior finds unlikely. Both
-need a network at every step; the sampling cache makes that cost one position instead of a whole pass.
+In `ral_gym/Oracle-v0` the reward of a code is its log-probability, and `top_k` forbids codes that a prior finds
+unlikely. Both need a network at every step; the sampling cache makes that cost one position instead of a whole pass.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class PriorFollower:
         self._stale = np.ones(num_envs, bool)
 
     def restart(self, rows: np.ndarray) -> None:
-        """Episodes (n,) that begin anew, or whose codes were changed by something else than `advance`."""
+        """Restart episodes (n,) that were reset, or whose codes were changed other than by `advance`."""
         self._stale[rows] = True
 
     def logits(self, codes: np.ndarray, position: np.ndarray) -> Tensor:
@@ -53,17 +53,17 @@ class PriorFollower:
         return self._sampler.logits()
 
     def advance(self, drawn: np.ndarray) -> None:
-        """Every row has drawn a code (E,) at its position; rows without a running episode give any code."""
+        """Enter the code (E,) that each row drew at its position; any code for rows without a running episode."""
         self._sampler.advance(torch.from_numpy(drawn.astype(np.int64)).to(self.device))
 
 
 class Followers:
-    """The networks that look on while E episodes are drawn: the oracle that pays, and the prior that masks.
+    """The networks that follow E episodes: the oracle that gives rewards, and the prior that gives masks.
 
-    Pickled without their activations, which follow from the codes.
+    Pickled without their activations, which can be recomputed from the codes.
 
     Args:
-        world: says which there are.
+        world: has the oracle and the masks' prior, if any.
         num_envs: E.
     """
 
@@ -96,7 +96,7 @@ class Followers:
         return log_probs.gather(1, at).squeeze(1).cpu().numpy()
 
     def masks(self, codes: np.ndarray, position: np.ndarray) -> np.ndarray:
-        """(E, K) bool, the codes that each row may draw next; read-only where all rows are alike."""
+        """(E, K) bool, the codes that each row may draw next; read-only if all rows are alike."""
         legal = np.broadcast_to(self._legal, (self.num_envs, len(self._legal)))
         if self._chooser is None or self.world.masks.top_k is None:
             return legal

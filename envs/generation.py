@@ -26,7 +26,7 @@ def action_space(grid: CodeGrid) -> spaces.Discrete:
 
 
 def finished_info(finished: Finished, number: int) -> dict[str, Any]:
-    """What the last step of an episode tells: `codes` (T,), `score_map` (h, w) and `step_rewards` (T,)."""
+    """The info of an episode's last step: `codes` (T,), `score_map` (h, w) and `step_rewards` (T,)."""
     info: dict[str, Any] = {"codes": finished.codes[number].copy()}
     if finished.score_map is not None:
         info["score_map"] = finished.score_map[number].copy()
@@ -35,7 +35,7 @@ def finished_info(finished: Finished, number: int) -> dict[str, Any]:
 
 
 class GenerationEnv(gym.Env[np.ndarray, np.int64]):
-    """One episode draws one image, code by code. Subclasses choose the world and carry its documentation.
+    """One episode draws one image, code by code. Subclasses choose the world and document it.
 
     Args:
         world: what to draw in.
@@ -61,7 +61,7 @@ class GenerationEnv(gym.Env[np.ndarray, np.int64]):
 
     @property
     def levels(self) -> tuple[int, ...]:
-        """How many codes each level has: what `algorithm_defaults` tells the policy and the buffer."""
+        """How many codes each level has; `algorithm_defaults` passes it to the policy and the buffer."""
         return self.world.grid.level_sizes
 
     def reset(
@@ -87,11 +87,11 @@ class GenerationEnv(gym.Env[np.ndarray, np.int64]):
             action: an integer in 0..K-1.
 
         Returns:
-            observation, reward (0 until the last code, unless an oracle pays at once), terminated, truncated (always
-            False), info (empty until the last code).
+            observation, reward (0 until the last code, unless an oracle rewards every code), terminated, truncated
+            (always False), info (empty until the last code).
 
         Raises:
-            ValueError: the action is no integer in 0..K-1; nothing has changed then.
+            ValueError: the action is not an integer in 0..K-1; nothing has changed then.
             gymnasium.error.ResetNeeded: there is no running episode.
         """
         if not self.action_space.contains(action):
@@ -107,7 +107,7 @@ class GenerationEnv(gym.Env[np.ndarray, np.int64]):
         return observation, reward, True, False, finished_info(finished, 0)
 
     def action_masks(self) -> np.ndarray:
-        """(K,) bool, the codes that may come next: what `MaskablePPO` asks for."""
+        """(K,) bool, the codes that may come next, as `MaskablePPO` needs them."""
         return self.core.action_masks()[0]
 
     def render(self) -> np.ndarray | str | None:

@@ -56,14 +56,15 @@ class LatentCodeEnv(RegisteredEnv):
     * `"scratch"`: nothing drawn, and the episode stops after n rows, n a multiple of (code rows / score-map rows).
     * `"mixed"`: one of the last two at random (Section 4.3).
 
-    `reset(options=...)` overrides it for one episode. What it leaves open is drawn; wrong values raise `ValueError`.
+    `reset(options=...)` overrides it for one episode. Omitted options are drawn at random; wrong values raise
+    `ValueError`.
 
     * `mode`: one of the above.
     * `prefix_rows`: 0..H-1 rows of a real image are given.
     * `stop_rows`: the episode stops after this row, a multiple of (code rows / score-map rows).
     * `image_index`: which real image the given rows come from; alone, it means `mode="continue"`.
-    * `codes`: the given codes themselves: a grid (H, W), some rows of it, or a prefix (n,); what comes before the first
-      K or K + 1 is given.
+    * `codes`: the given codes themselves: a grid (H, W), some rows of it, or a prefix (n,); the codes before the first
+      K or K + 1 are given.
 
     ## Episode End
 
@@ -82,11 +83,11 @@ class LatentCodeEnv(RegisteredEnv):
     * `reset_mode`: `full`, `continue`, `scratch` or `mixed`.
     * `render_mode`: `rgb_array` (the decoded image so far, undrawn cells grey) or `ansi`.
     * `device`: `cpu`, `cuda` or `cuda:N`: where images are decoded and scored.
-    * `forbidden_codes`: codes that ``env.unwrapped.action_masks()`` leaves out.
-    * `top_k`: the masks hold only the k codes that the run's prior finds likeliest after the codes so far. Masks are
-      advice for `MaskablePPO`: `step` takes every code.
-    * `plugins`: modules that register parts, or ``module:Class`` names that the run's files may ask for; a file that
-      names code is refused otherwise.
+    * `forbidden_codes`: codes that ``env.unwrapped.action_masks()`` excludes.
+    * `top_k`: the masks allow only the k codes that the run's prior finds likeliest after the codes so far. Masks are
+      meant for `MaskablePPO`; `step` accepts every code.
+    * `plugins`: modules that register parts, or ``module:Class`` names that the run's files may use; otherwise a file
+      that names code is refused.
 
     ## Version History
 

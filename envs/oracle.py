@@ -1,4 +1,4 @@
-"""``ral_gym/Oracle-v0``: the optimum is known, so algorithms can be compared exactly."""
+"""``ral_gym/Oracle-v0``: an environment with a known optimum, for exact comparisons of algorithms."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def oracle_world(
     """The world of the bundled oracle: its samples are the real images, its log-probabilities the rewards.
 
     Args:
-        reward: `step`: every code earns its log-probability at once; `single`: the mean of them at the last code;
-            `intermediate`: their sum at the last code; `none`: 0.
+        reward: `step`: every code is rewarded at once with its log-probability; `single`: the mean of them at the last
+            code; `intermediate`: their sum at the last code; `none`: 0.
         device: `cpu`, `cuda` or `cuda:N`.
         forbidden_codes: see `Masks`.
         top_k: see `Masks`; the prior is the bundled light one.
@@ -86,12 +86,12 @@ class OracleEnv(RegisteredEnv):
 
     ## Description
 
-    The oracle is a PixelCNN trained on the codes of `FacesEnv`. It stands for the true distribution of the data, as in
+    The oracle is a PixelCNN trained on the codes of `FacesEnv`. It plays the role of the data's distribution, as in
     Section 5.2 of Ak et al. (2020), and since its likelihoods can be computed, so can every distance to it. A policy
-    that maximises this reward alone collapses on the oracle's likeliest grid. With the policy's own log-probability
-    taken off, log o(code) - log pi(code) and a discount of 1, the return is -KL(pi || o) in expectation: *the optimal
-    policy is the oracle itself*, with return 0. `EntropyReward` of `ral_gym.agents` takes it off; SB3's `ent_coef` is
-    a bonus per state and has another optimum.
+    that maximises this reward alone collapses to the oracle's likeliest grid. If the policy's own log-probability is
+    subtracted, log o(code) - log pi(code), and the discount is 1, the expected return is -KL(pi || o): *the optimal
+    policy is the oracle itself*, with return 0. `EntropyReward` of `ral_gym.agents` subtracts it; SB3's `ent_coef` is a
+    bonus per state and has another optimum.
 
     >>> import gymnasium as gym, ral_gym
     >>> env = gym.make("ral_gym/Oracle-v0")
@@ -128,13 +128,13 @@ class OracleEnv(RegisteredEnv):
     ## Information
 
     Empty until the last step. Then, unless `reward="none"`: `codes` (64,) int16, `score_map` (8, 8) float32, the
-    log-probabilities where they lie (with `"step"`: 0 at codes that the episode did not draw), and `step_rewards`
+    log-probabilities at their positions (with `"step"`: 0 at codes that the episode did not draw), and `step_rewards`
     (64,) float32.
 
     ## Arguments
 
     `reward`: see above. `reset_mode`, `render_mode`, `device`, `forbidden_codes`, `top_k`: as `LatentCodeEnv`; the
-    prior that `top_k` asks is the bundled light one. `gym.make_vec` takes `autoreset_mode`, `lockstep` and `paired`
+    prior for `top_k` is the bundled light one. `gym.make_vec` takes `autoreset_mode`, `lockstep` and `paired`
     too: see `GenerationVectorEnv`.
 
     ## Version History

@@ -12,7 +12,7 @@ RENDER_MODES = ("rgb_array", "ansi")
 RENDER_FPS = 8
 GREY = 128
 MINIMUM_SIZE = 256
-"""Smaller images are enlarged by a whole factor, so that their cells can be seen."""
+"""Smaller images are enlarged by a whole factor, so that their cells are visible."""
 
 
 def check_render_mode(render_mode: str | None) -> None:
@@ -25,7 +25,7 @@ def render_codes(world: World, codes: np.ndarray) -> np.ndarray:
     """The images so far: drawn codes decoded in one batch, every other cell grey.
 
     Args:
-        world: decodes.
+        world: decodes the codes.
         codes: (E, T) with the tokens K and K + 1.
 
     Returns:
@@ -34,7 +34,7 @@ def render_codes(world: World, codes: np.ndarray) -> np.ndarray:
     grid = world.grid
     drawn = torch.from_numpy(codes < grid.codebook_size)  # (E, T)
     images = world.decode(torch.from_numpy(codes).long().where(drawn, 0).to(world.device)).cpu()  # (E, C, S, S)
-    # With two levels a cell shows once its bottom code is there; before, what its top code alone decodes to.
+    # With two levels a cell shows its bottom code once it is drawn; before that, the decoding of its top code alone.
     seen = torch.zeros(len(codes), 1, *images.shape[2:], dtype=torch.bool)
     for level, (height, width) in zip(grid.split(drawn), grid.shapes, strict=True):
         scale = images.shape[-1] // width

@@ -2,11 +2,11 @@
 
 * full: draw all H rows.
 * continue (the paper's mode 1): n rows of a real image's codes are given, the rest is drawn.
-* scratch (mode 2): the first n rows are drawn, the rest never is.
+* scratch (mode 2): the first n rows are drawn, the other rows never are.
 * mixed: continue or scratch, half and half. The paper says "randomly" for the mode and for n: n is uniform here.
 
-A short image must give the critic whole score-map rows, so the rows of a scratch episode come in multiples of
-`row_multiple` (code rows per score-map row).
+A short image must have whole score-map rows, so the rows of a scratch episode are a multiple of `row_multiple` (code
+rows per score-map row).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ OPTION_NAMES = ("mode", "prefix_rows", "stop_rows", "codes", "image_index")
 
 @dataclass(frozen=True)
 class StartRequest:
-    """What ``reset(options=...)`` asks for, checked; None: to be drawn.
+    """A checked request of ``reset(options=...)``; None: to be drawn at random.
 
     Attributes:
         mode: `full`, `continue`, `scratch` or `mixed`, for this one episode.
@@ -46,13 +46,13 @@ class StartRequest:
 
     @property
     def key(self) -> Hashable:
-        """Equal for equal requests."""
+        """A key that is equal for equal requests."""
         codes = None if self.codes is None else self.codes.tobytes()
         return self.mode, self.prefix_rows, self.stop_rows, self.image_index, codes
 
 
 class StartDistribution:
-    """Draws starts for one mode.
+    """Draws the starts of episodes in one mode.
 
     Args:
         grid: the code grid.
@@ -76,7 +76,7 @@ class StartDistribution:
         self.check_mode(mode, "reset_mode")
 
     def check_mode(self, mode: str, name: str) -> None:
-        """Raise `ValueError` for a mode that is unknown or impossible here; `name` is what the caller calls it."""
+        """Raise `ValueError` for a mode that is unknown or impossible here; `name` is its name in messages."""
         if mode not in RESET_MODES:
             raise ValueError(f"{name}={mode!r} is unknown: choose one of {', '.join(RESET_MODES)}")
         if mode not in ("continue", "mixed"):
@@ -92,10 +92,10 @@ class StartDistribution:
         Args:
             rng: the row's random generator.
             pending: rows of the scratch episode that completes a pair; 0: no pair is open.
-            mode: another mode for this one draw.
+            mode: another mode for this draw only.
 
         Returns:
-            ``(prefix_rows, stop_rows, pending)``; the last is to be handed to the next draw.
+            ``(prefix_rows, stop_rows, pending)``; pass the last to the next draw.
         """
         height = self.grid.height
         mode = self.mode if mode is None else mode
@@ -113,13 +113,13 @@ class StartDistribution:
         height = self.grid.height
         if pending:
             return 0, pending, 0
-        if self._scratch_choices == 0:  # no image is shorter than a whole one: only that has T codes
+        if self._scratch_choices == 0:  # no partial image is possible: only a whole image has T codes
             return 0, height, 0
         rows = self._scratch_rows(rng)
         return rows, height, rows
 
     def draw_requested(self, request: StartRequest, rng: np.random.Generator, pending: int) -> tuple[int, int, int]:
-        """As `draw`, for rows that a request fixes."""
+        """Like `draw`, with the rows that a request fixes."""
         if request.prefix_rows is None and request.stop_rows is None:
             return self.draw(rng, pending, request.mode)
         stop = self.grid.height if request.stop_rows is None else request.stop_rows
@@ -127,7 +127,7 @@ class StartDistribution:
 
     @property
     def _scratch_choices(self) -> int:
-        """How many row counts below H a scratch episode may have; 0: it is a full one."""
+        """Number of possible row counts below H of a scratch episode; 0: it is always a full one."""
         return self.grid.height // self.row_multiple - 1
 
     def _scratch_rows(self, rng: np.random.Generator) -> int:
@@ -163,13 +163,12 @@ def parse_options(options: Mapping[str, Any], distribution: StartDistribution) -
         options: `mode`, `prefix_rows` (0..H-1), `stop_rows` (a multiple of `row_multiple` in 1..H, above
             `prefix_rows`), `codes` (a grid to continue, (H, W), some whole rows of it (r, W), or a prefix (n,); the
             codes before its first K or K + 1 are given; with two levels a prefix of the sequence), `image_index` (which
-            real image the prefix comes from; alone, it means `mode` "continue"). None stands for an option that is
-            not given.
+            real image the prefix comes from; alone, it means `mode` "continue"). None means that an option is
+                not given.
         distribution: the environment's own.
 
     Raises:
-        ValueError: an unknown name, a value outside what is allowed, or options that contradict each other; says both
-            what was given and what is allowed.
+        ValueError: an unknown name, a value out of range, or options that contradict each other.
     """
     grid = distribution.grid
     unknown = [name for name in options if name not in OPTION_NAMES]
@@ -246,7 +245,7 @@ def _from_codes(given: Any, prefix_rows: int | None, stop_rows: int, grid: CodeG
 
 
 def _integer(options: Mapping[str, Any], name: str, low: int, high: int) -> int | None:
-    """The option as an int inside low..high, or None where it is not given."""
+    """The option as an int in low..high, or None if it is not given."""
     value = options.get(name)
     if value is None:
         return None

@@ -1,4 +1,4 @@
-"""The world of a run folder: a trained VQ-VAE, the codes of its images and a critic, loaded once per process."""
+"""The world of a run folder: a trained tokenizer, the codes of its images and a critic, loaded once per process."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def run_world(
     top_k: int | None = None,
     plugins: Sequence[str] = (),
 ) -> World:
-    """The world of a run folder: its VQ-VAE, its training images' codes and its critic, frozen.
+    """The world of a run folder: its tokenizer, its training images' codes and its critic, frozen.
 
     Args:
         run: path of the folder, with stages 1 and 2 done (and stage 3, if its critic is the reward).
@@ -43,11 +43,11 @@ def run_world(
         device: `cpu`, `cuda` or `cuda:N`.
         forbidden_codes: see `Masks`.
         top_k: see `Masks`; the prior is the run's.
-        plugins: modules that register parts, or ``module:Class`` names that the run's files may ask for.
+        plugins: modules that register parts, or ``module:Class`` names that the run's files may use.
 
     Raises:
         ValueError: unknown reward, or masks that leave nothing to draw.
-        ConfigError: a plug-in that cannot be imported, or a file that names code nobody has allowed.
+        ConfigError: a plug-in that cannot be imported, or a file that names code whose import was not allowed.
         DeviceError: a device that does not exist here.
         RunError: the folder lacks a stage, a file is damaged, or its files do not belong together.
     """
@@ -145,7 +145,7 @@ def _load_critic(path: Path, what: tuple[Tokenizer, Path, int, str]) -> Any:
 
 
 def _load(path: Path, load: Callable[[Path, Any], Any], argument: Any) -> Any:
-    """What ``load(path, argument)`` reads, once per process; a file that was written again is read again."""
+    """The result of ``load(path, argument)``, once per process; a file that was rewritten is read again."""
     version = (path.stat().st_mtime_ns, path.stat().st_size) if path.exists() else None
     return _load_once(path, path.absolute(), version, load, argument)
 

@@ -19,10 +19,10 @@ StepReturn = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any
 
 
 class GenerationVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
-    """E generation episodes: what `gymnasium.make_vec` makes of the registered ids.
+    """E generation episodes; `gymnasium.make_vec` makes subclasses of this for the registered ids.
 
     Seeded with s, row i does exactly what a single environment seeded with s + i does (unless `lockstep` or `paired`).
-    Episodes differ in length where the reset mode is not `full`.
+    Episodes may differ in length unless the reset mode is `full`.
 
     ## Autoreset
 
@@ -38,7 +38,7 @@ class GenerationVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     ## Options of ``reset``
 
     Those of the single environment, the same for all rows that are reset, and `reset_mask`, (E,) bool: reset these rows
-    only. They hold for that one reset.
+    only. They apply to that one reset.
 
     Args:
         world: what to draw in.
@@ -46,8 +46,8 @@ class GenerationVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         reset_mode: `full`, `continue`, `scratch` or `mixed`.
         render_mode: `rgb_array`, `ansi` or None.
         autoreset_mode: a `gymnasium.vector.AutoresetMode` or its value.
-        lockstep: one mode and row count per round for all rows alike (the paper's "during each roll-out"); False: each
-            row draws its own, as single environments do; `make_sb3_env` has True, for its fast path.
+        lockstep: one mode and row count per round for all rows (the paper's "during each roll-out"); False: each row
+            draws its own, as single environments do; the default of `make_sb3_env` is True, for its fast path.
         paired: for `mixed`, complementary pairs of episodes: continue after n rows, then n rows from scratch.
 
     Raises:
@@ -96,12 +96,12 @@ class GenerationVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
 
         Raises:
             ValueError: an option or a list of seeds that does not fit; nothing has changed then.
-            TypeError: a `reset_mask` that is no boolean array; nothing has changed then.
+            TypeError: a `reset_mask` that is not a boolean array; nothing has changed then.
         """
         if options is not None and not isinstance(options, Mapping):
             raise ValueError(
-                f"options are {options!r}: give one mapping, which holds for all rows; for options of their own reset "
-                "the rows one after another with a reset_mask"
+                f"options are {options!r}: give one mapping for all rows; for different options reset the "
+                "rows one after another with a reset_mask"
             )
         single = dict(options or {})
         rows = self._masked_rows(single.pop("reset_mask", None))
@@ -155,7 +155,7 @@ class GenerationVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         return self.core.observations(), rewards, self._ended.copy(), np.zeros(self.num_envs, bool), infos
 
     def _infos(self, finished: Finished) -> dict[str, Any]:
-        """What `SyncVectorEnv` would gather from single environments."""
+        """The infos that `SyncVectorEnv` would gather from single environments."""
         values = {"codes": finished.codes}
         if finished.score_map is not None:
             values |= {"score_map": finished.score_map, "step_rewards": finished.step_rewards}
@@ -196,7 +196,7 @@ class RegisteredVectorEnv(GenerationVectorEnv):
 
     Args:
         num_envs: E.
-        **kwargs: `GenerationVectorEnv`'s, and what the single environment takes, such as `reward` and `device`.
+        **kwargs: arguments of `GenerationVectorEnv`, and of the single environment, such as `reward` and `device`.
     """
 
     make_world: ClassVar[Callable[..., World]]
@@ -208,22 +208,22 @@ class RegisteredVectorEnv(GenerationVectorEnv):
 
 
 def _row_seeds(seed: Any, num_envs: int) -> list[int | None] | None:
-    """One seed per row, None where there is none.
+    """One seed per row, None for rows without.
 
     Raises:
-        ValueError: another number of seeds, or one that is no integer from 0 on.
+        ValueError: another number of seeds, or one that is not an integer of 0 or more.
     """
     if seed is None:
         return None
     whole = isinstance(seed, int | np.integer)
     if not whole and not isinstance(seed, Sequence | np.ndarray):
-        raise ValueError(f"seed={seed!r}: give an integer from 0 on, or one for each environment")
+        raise ValueError(f"seed={seed!r}: give an integer of 0 or more, or one for each environment")
     seeds = [int(seed) + i for i in range(num_envs)] if whole else list(seed)
     if len(seeds) != num_envs:
         raise ValueError(f"seed has {len(seeds)} entries: give one for each of the {num_envs} environments")
     for one in seeds:
         if one is not None and (not isinstance(one, int | np.integer) or one < 0):
-            raise ValueError(f"seed={one!r} is no integer from 0 on")
+            raise ValueError(f"seed={one!r} is not an integer of 0 or more")
     return seeds
 
 

@@ -1,7 +1,7 @@
-"""What an environment draws in: the code grid, real codes, the way from codes to an image and to a score.
+"""The world of an environment: the code grid, real codes, and functions from codes to images and scores.
 
 Environments are made from JSON-able arguments (paths and names), so that a spec can be stored and sent; the models
-behind them are loaded once per process and shared. A world is pickled as those arguments too, never as weights.
+behind them are loaded once per process and shared. A world is pickled as those arguments, never as weights.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ Scorer = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Drawn codes (B, r * W) int64 -> score map (B, h, w), step rewards (B, r * W), all on the world's device."""
 
 CRITIC_REWARDS = ("single", "intermediate")
-"""What a critic pays, or the toy environment's rule."""
+"""The rewards that a critic, or the toy environment's rule, can give."""
 REWARDS = (*CRITIC_REWARDS, "none")
 
 
 @dataclass(frozen=True)
 class Masks:
-    """Which codes an agent may draw next: advice for `MaskablePPO`; `step` takes every code of the codebook.
+    """The codes that an agent may draw next, for `MaskablePPO`; `step` accepts every code of the codebook.
 
     Attributes:
-        forbidden_codes: never drawn.
-        top_k: of the rest only the k likeliest under `prior`, given the codes so far; None: all of them.
-        prior: the network that `top_k` asks.
+        forbidden_codes: codes that are never drawn.
+        top_k: of the other codes allow only the k likeliest under `prior`, given the codes so far; None: all of them.
+        prior: the network for `top_k`.
     """
 
     forbidden_codes: tuple[int, ...] = ()
@@ -52,7 +52,7 @@ def make_masks(codebook_size: int, forbidden_codes: Sequence[int], top_k: int | 
     """Check the arguments `forbidden_codes` and `top_k` of an environment.
 
     Raises:
-        ValueError: a code outside the codebook, nothing left to draw, or `top_k` where there is no prior.
+        ValueError: a code outside the codebook, nothing left to draw, or `top_k` without a prior.
     """
     codes = tuple(sorted({int(code) for code in forbidden_codes}))
     if codes and not 0 <= codes[0] <= codes[-1] < codebook_size:
@@ -62,7 +62,7 @@ def make_masks(codebook_size: int, forbidden_codes: Sequence[int], top_k: int | 
     if top_k is not None and not 1 <= top_k <= codebook_size:
         raise ValueError(f"top_k={top_k} is out of range: choose 1..{codebook_size}")
     if top_k is not None and prior is None:
-        raise ValueError(f"top_k={top_k} asks a prior which codes are likely, but this environment has none")
+        raise ValueError(f"top_k={top_k} needs a prior, but this environment has none")
     return Masks(codes, top_k, None if top_k is None else prior)
 
 
@@ -77,11 +77,11 @@ class World:
         real_codes: (N, T) int16 codes of real images, or None.
         row_multiple: code rows per score-map row.
         device: where codes are decoded and scored.
-        oracle: pays every code its log-probability at once, instead of the scorer at the end; its scores are those of
-            the scorer. None: rewards come with the last code.
+        oracle: rewards every code at once with its log-probability, instead of the scorer at the end; score maps still
+            come from the scorer. None: rewards come with the last code.
         masks: which codes an agent may draw.
-        recipe: a function and its arguments that make the same world again: what is pickled and copied. None: the
-            world is pickled whole, as far as its parts allow it.
+        recipe: a function and its arguments that make the same world again, used for pickling and copying. None: the
+            world itself is pickled, as far as its parts allow.
     """
 
     grid: CodeGrid
@@ -111,7 +111,7 @@ def check_reward(reward: str, allowed: Sequence[str] = REWARDS, registered: bool
     Args:
         reward: its name.
         allowed: the environment's own.
-        registered: names of `ral_gym.registry.REWARDS` do as well.
+        registered: names in `ral_gym.registry.REWARDS` are allowed too.
     """
     if reward in allowed or (registered and reward in TERMS):
         return
@@ -123,7 +123,7 @@ def check_reward(reward: str, allowed: Sequence[str] = REWARDS, registered: bool
 
 
 def term_scorer(reward: str, grid: CodeGrid, decode: Callable[[Tensor], Tensor], device: torch.device) -> Scorer:
-    """A registered reward of single images as a scorer: a score map of one cell, paid with the last code.
+    """A registered reward of single images as a scorer: a score map of one cell, given with the last code.
 
     Raises:
         ValueError: a reward that compares a whole batch, or that sees features.
@@ -131,7 +131,7 @@ def term_scorer(reward: str, grid: CodeGrid, decode: Callable[[Tensor], Tensor],
     part = TERMS.get(reward)
     if isinstance(part, type) or hasattr(part, "state_dict") or getattr(part, "sees", "pixels") == "features":
         raise ValueError(
-            f"reward {reward!r} needs more than one image's pixels or codes, so an environment cannot pay it: use "
+            f"reward {reward!r} needs more than one image's pixels or codes, so an environment cannot give it: use "
             "CompositeReward, or --ral.reward-weights"
         )
     term = RewardTerm(reward, part)

@@ -94,7 +94,7 @@ def main(argv: Sequence[str], console: Console) -> None:
 
 
 def train_seed(seed: int, arguments: Arguments, console: Console) -> dict[str, Any]:
-    """The results of one run; what is there is read."""
+    """The results of one run; an existing file is read."""
     flags = ["--preset", arguments.preset, "--data", arguments.data, "--algo", arguments.algo]
     flags += ["--seed", str(seed), "--runs", arguments.runs, *(["--quiet"] if arguments.quiet else [])]
     return train(parse_train(flags), console)

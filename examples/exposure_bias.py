@@ -121,9 +121,9 @@ class Arguments:
         if min(self.n, self.n_prefixes, self.batch) < 2 or min(steps) < 1:
             raise ConfigError("n, n_prefixes and batch must be at least 2, for an interval, and all steps at least 1")
         if not 0 < self.wrong < 1:
-            raise ConfigError(f"wrong={self.wrong} is no probability: give a number between 0 and 1, such as 0.001")
+            raise ConfigError(f"wrong={self.wrong} is not a probability: give a number between 0 and 1, such as 0.001")
         if not 0 <= self.share <= 1:
-            raise ConfigError(f"share={self.share} is no probability: give a number from 0 to 1")
+            raise ConfigError(f"share={self.share} is not a probability: give a number from 0 to 1")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ConfigError(f"seeds {self.seeds}: give at least one, none twice")
 
@@ -321,7 +321,7 @@ def report(name: str, seed: int, result: Numbers, threshold: float | None, conso
 
 
 def caption(arguments: Arguments) -> str:
-    """What stands under the table."""
+    """The text under the table."""
     seeds = ", ".join(map(str, arguments.seeds))
     over_seeds = "Student's t over the seeds (models of one seed: over images)"
     intervals = over_seeds if len(arguments.seeds) > 1 else "over images, of one training each"
@@ -340,7 +340,7 @@ def save_results(
     episodes: dict[str, Episode],
     arguments: Arguments,
 ) -> None:
-    """All numbers behind the text and the pictures."""
+    """All numbers used in the text and the pictures."""
     played = {
         name: {key: value for key, value in vars(episode).items() if key != "frames"}
         | {"first_wrong": episode.first_wrong(arguments.wrong)}

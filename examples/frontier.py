@@ -245,7 +245,7 @@ class Frontier:
         return found | {name: self.control(name, prior, spent, updates)}
 
     def no_reward(self) -> dict[str, Any]:
-        """`loo_fd`'s training with the reward taken away: its maximum-likelihood share, which knows no dropout."""
+        """`loo_fd`'s training without the reward: its maximum-likelihood term, without dropout."""
         config = recipe_config(self.config, "loo_fd")
         config = replace(config, ral=replace(config.ral, reward_weights={"loo_fd": NO_WEIGHT}))
         run = self.experiment.train("no_reward", config)

@@ -6,7 +6,7 @@
     python examples/make_results.py --assemble-only      # only put what is there into the document
 
 Two commands run side by side, a thread each; benchmarks come first and alone, since they need a quiet machine. Ctrl-C
-stops all of it cleanly, and the same command goes on; a command that failed is named with its log's last lines, and
+stops all of it cleanly, and the same command continues; a command that failed is named with its log's last lines, and
 what does not need it is made all the same. Logs and times are in ``runs/results``. What is finished is not made again:
 to measure a part anew, remove its folder in ``runs`` (a benchmark: its log in ``runs/results/logs``).
 
@@ -108,7 +108,7 @@ class Arguments:
     docs: str = "docs"
     """Folder of results.md, where the figures go too."""
     assemble_only: bool = False
-    """Run nothing; put what is there into the document."""
+    """Run nothing; put existing results into the document."""
     dry_run: bool = False
     """Print the commands."""
 

@@ -215,7 +215,7 @@ def run_pair(algo: str, seed: int, task: Task) -> dict[str, Any]:
     """The result of one algorithm and seed: read if it is there, else trained.
 
     Raises:
-        RunError: what is there was made with other settings.
+        RunError: existing results were made with other settings.
     """
     path, settings = task.folder / f"{algo}-seed{seed}.json", task.settings(algo)
     if path.exists():

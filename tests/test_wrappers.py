@@ -72,21 +72,21 @@ def test_wrappers_that_leave_codes_alone_work(cls: type, name: str) -> None:
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "VecNormalize": (lambda: VecNormalize(make_sb3_env(ID, 2)), "norm_obs=False"),
     "VecFrameStack": (lambda: VecFrameStack(make_sb3_env(ID, 2), 2), "VecFrameStack|n_steps=16 cannot hold"),
-    "NormalizeObservation": (lambda: dummy(single.NormalizeObservation), "take away wrappers that change observations"),
+    "NormalizeObservation": (lambda: dummy(single.NormalizeObservation), "remove wrappers that change observations"),
     "RescaleObservation": (
         lambda: dummy(lambda env: single.RescaleObservation(env, np.zeros(T, np.float32), np.ones(T, np.float32))),
-        "take away wrappers that change observations",
+        "remove wrappers that change observations",
     ),
     "FrameStackObservation": (
         lambda: dummy(lambda env: single.FrameStackObservation(env, 2)),
-        "take away wrappers that change observations",
+        "remove wrappers that change observations",
     ),
-    "DelayObservation": (lambda: dummy(lambda env: single.DelayObservation(env, 2)), "take away wrappers|DelayObserv"),
+    "DelayObservation": (lambda: dummy(lambda env: single.DelayObservation(env, 2)), "remove wrappers|DelayObserv"),
     "TimeLimit": (lambda: dummy(lambda env: single.TimeLimit(env, 7)), "time limit"),
     "max_episode_steps": (lambda: dummy(lambda env: env, max_episode_steps=7), "time limit"),
     "StickyAction": (lambda: dummy(lambda env: single.StickyAction(env, 0.9)), "StickyAction"),
-    "RepeatAction": (lambda: dummy(lambda env: single.RepeatAction(env, 2)), "take away wrappers that change actions"),
-    "MaxAndSkip": (lambda: dummy(single.MaxAndSkipObservation), "take away wrappers"),
+    "RepeatAction": (lambda: dummy(lambda env: single.RepeatAction(env, 2)), "remove wrappers that change actions"),
+    "MaxAndSkip": (lambda: dummy(single.MaxAndSkipObservation), "remove wrappers"),
 }
 
 
@@ -101,8 +101,8 @@ def test_wrappers_that_cannot_work_are_refused_in_one_sentence(cls: type, name: 
 
 def test_the_defaults_refuse_what_an_algorithm_would_meet_later() -> None:
     for env, sentence in [
-        (gym.make(ID), "make the environments by make_sb3_env"),
-        (gym.make_vec(ID, num_envs=2), "make the environments by make_sb3_env"),
+        (gym.make(ID), "use make_sb3_env"),
+        (gym.make_vec(ID, num_envs=2), "use make_sb3_env"),
         (DummyVecEnv([lambda: gym.make("CartPole-v1")]), "not the codes of a ral_gym environment"),
         (dummy(lambda env: single.TimeLimit(env, 7)), "a time limit of 7 steps ends episodes of 16 codes"),
         (VecNormalize(make_sb3_env(ID, 2)), "make it with norm_obs=False"),

@@ -1,6 +1,6 @@
-"""What policy gradients on whole images share: a round of episodes per update, the fast path, two ties to the data.
+"""The base of policy gradients on whole images: a round of episodes per update, the fast path, two regularisers.
 
-`Reinforce` and `GRPO` differ in their advantages and in the loss of one code; everything else is here. Both are
+`Reinforce` and `GRPO` differ in their advantages and in the loss of a code; everything else is here. Both are
 Stable-Baselines3 algorithms: callbacks, loggers, save and load work as they do for `PPO`.
 """
 
@@ -30,7 +30,7 @@ Metrics = dict[str, float]
 
 
 class EpisodeArguments(TypedDict, total=False):
-    """The keyword arguments that `Reinforce` and `GRPO` hand on to `EpisodeAlgorithm`, which explains them."""
+    """The keyword arguments that `Reinforce` and `GRPO` pass to `EpisodeAlgorithm`, which documents them."""
 
     gamma: float
     mle_coef: float
@@ -53,10 +53,10 @@ class EpisodeArguments(TypedDict, total=False):
 class EpisodeAlgorithm(OnPolicyAlgorithm):
     """The base of `Reinforce` and `GRPO`: one round of whole episodes per update, `n_epochs` optimizer steps on it.
 
-    An algorithm of your own defines `advantages`, and `policy_loss` where it is not REINFORCE's.
+    An algorithm of your own defines `advantages`, and `policy_loss` if it differs from REINFORCE's.
 
     Args:
-        policy: `PixelCNNPolicy` (the class or its name).
+        policy: `PriorPolicy` (the class or its name).
         env: a `ral_gym` environment, best from `make_sb3_env`.
         learning_rate: Adam's.
         n_steps: capacity of the buffer per environment; None: T. A round is one finished episode per environment.
@@ -65,23 +65,23 @@ class EpisodeAlgorithm(OnPolicyAlgorithm):
         kl_coef: weight of KL(policy || the policy's starting weights), mean over drawn codes: exact over K, or an
             estimate where the algorithm says so.
         ent_coef: weight of the entropy bonus.
-        vf_coef: weight of the value loss, where the algorithm has one.
+        vf_coef: weight of the value loss, if the algorithm has one.
         max_grad_norm: gradient clipping.
         batch_size: transitions per forward and backward pass; gradients are summed over passes. None: all at once.
-        fast_path: draw whole images at once where all environments stand alike; False: step by step. Both give the
-            same codes, rewards and update from the same seed.
+        fast_path: draw whole images at once if all environments are at the same position; False: step by step. Both
+            give the same codes, rewards and update from the same seed.
         rollout_buffer_class: `EpisodeRolloutBuffer`.
         rollout_buffer_kwargs: its arguments.
         stats_window_size: episodes in the rollout averages.
         tensorboard_log: folder.
-        policy_kwargs: `PixelCNNPolicy`'s arguments, such as ``{"prior": "runs/demo"}``.
-        verbose: SB3's.
+        policy_kwargs: `PriorPolicy`'s arguments, such as ``{"prior": "runs/demo"}``.
+        verbose: as in SB3.
         seed: seeds everything.
-        device: SB3's.
-        _init_setup_model: SB3's.
+        device: as in SB3.
+        _init_setup_model: as in SB3.
 
     Raises:
-        ConfigError: a maximum-likelihood share without real codes, or an environment that cannot show whole episodes.
+        ConfigError: `mle_coef` without real codes, or an environment that does not show whole episodes.
     """
 
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {"PriorPolicy": PriorPolicy, "PixelCNNPolicy": PriorPolicy}
@@ -116,7 +116,7 @@ class EpisodeAlgorithm(OnPolicyAlgorithm):
         _init_setup_model: bool = True,
     ) -> None:
         if isinstance(env, VectorEnv):
-            raise ConfigError(f"{type(env).__name__} is no Stable-Baselines3 VecEnv: use make_sb3_env(id, n_envs)")
+            raise ConfigError(f"{type(env).__name__} is not a Stable-Baselines3 VecEnv: use make_sb3_env(id, n_envs)")
         _check_policy(policy, self.policy_aliases, type(self).__name__)
         self.mle_coef, self.kl_coef = mle_coef, kl_coef
         self.batch_size, self.fast_path = batch_size, fast_path
@@ -170,7 +170,7 @@ class EpisodeAlgorithm(OnPolicyAlgorithm):
     def collect_rollouts(self, env: VecEnv, callback: BaseCallback, rollout_buffer: Any, n_rollout_steps: int) -> bool:
         """One round: until every environment has finished the episode it is in.
 
-        Where the callback stops it, the next `learn` begins with a reset of the environments.
+        If the callback stops it, the next `learn` begins with a reset of the environments.
 
         Raises:
             ConfigError: observations without anything to draw, such as those of a wrapper that delays them.
@@ -180,7 +180,7 @@ class EpisodeAlgorithm(OnPolicyAlgorithm):
         left = to_draw.sum(1)
         if not left.all():
             raise ConfigError(
-                f"environment {left.argmin()} shows nothing to draw (no token {rollout_buffer.not_drawn}): take away "
+                f"environment {left.argmin()} shows nothing to draw (no token {rollout_buffer.not_drawn}): remove "
                 "wrappers that change observations, and make VecNormalize with norm_obs=False"
             )
         if self.fast_path and isinstance(env, CodeVecEnv) and bool((to_draw == to_draw[0]).all()):
@@ -210,7 +210,7 @@ class EpisodeAlgorithm(OnPolicyAlgorithm):
         if not callback.on_step():
             return False
         self._update_info_buffer(infos, dones)
-        if env.world.oracle is not None:  # every code was paid when it was drawn
+        if env.world.oracle is not None:  # every code got its reward when it was drawn
             rewards = np.stack([info["step_rewards"] for info in infos])  # (E, T)
         rollout_buffer.add_round(obs, codes.cpu().numpy(), rewards, values.cpu().numpy(), log_probs.cpu().numpy())
         self._last_obs, self._last_episode_starts = new_obs, dones
@@ -222,11 +222,11 @@ class EpisodeAlgorithm(OnPolicyAlgorithm):
     def advantages(self) -> np.ndarray:
         """The advantages of the buffer's N transitions, (N,) float32: the hook for an algorithm of your own.
 
-        `rollout_buffer` has the round, its transitions in this order: `returns`, `advantages` and `log_probs` (N,), and
-        of its n episodes `codes` and `mask` (n, T), `start` and `stop` (n,).
+        `rollout_buffer` holds the round: `returns`, `advantages` and `log_probs` (N,) of its transitions in this order,
+        and `codes` and `mask` (n, T), `start` and `stop` (n,) of its n episodes.
 
         Raises:
-            NotImplementedError: a subclass has not said.
+            NotImplementedError: a subclass has not defined it.
         """
         raise NotImplementedError(f"{type(self).__name__} must define advantages()")
 
@@ -239,7 +239,7 @@ class EpisodeAlgorithm(OnPolicyAlgorithm):
             log_prob: (N,) of the drawn codes, under the policy now.
             old_log_prob: (N,) when they were drawn.
             advantages: (N,) as `advantages` gave them.
-            row: (N,) int64, the episode that each is of.
+            row: (N,) int64, the episode that each belongs to.
 
         Returns:
             losses (N,), and numbers for the log, summed over the transitions.
@@ -251,7 +251,7 @@ class EpisodeAlgorithm(OnPolicyAlgorithm):
         return {}
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
-        """Put back what `extra_state` gave."""
+        """Restore the result of `extra_state`."""
 
     def _prior_kl(self, log_probs: Tensor, log_prob: Tensor, reference: Tensor, actions: Tensor) -> Tensor:
         """KL(policy || start) at every transition, from log-probabilities (N, K); `log_prob` (N,) of the `actions`."""
@@ -262,7 +262,7 @@ class EpisodeAlgorithm(OnPolicyAlgorithm):
         return None
 
     def _stop_early(self, metrics: Metrics) -> bool:
-        """Whether to make no further epoch."""
+        """Whether to skip the remaining epochs."""
         return False
 
     def train(self) -> None:
@@ -357,7 +357,7 @@ class EpisodeAlgorithm(OnPolicyAlgorithm):
         return loss, metrics
 
     def _mle_backward(self, n_images: int) -> float:
-        """Gradient of the maximum-likelihood share, on a batch of real codes."""
+        """Gradient of the maximum-likelihood term, on a batch of real codes."""
         assert self._real_codes is not None
         rows = np.random.randint(len(self._real_codes), size=n_images)
         codes = torch.as_tensor(self._real_codes[rows].astype(np.int64), device=self.device)  # (B, T)

@@ -4,10 +4,11 @@ Group Relative Policy Optimization (Shao et al., 2024, "DeepSeekMath") needs no 
 with others that started from the same grid. The sequence-level ratio is that of "Group Sequence Policy Optimization"
 (Zheng et al., 2025) in its token form, as used for autoregressive image models by Baran et al. (2026).
 
-What differs from those, and why:
+Differences from those papers, and why:
 
-* Advantages are centred per group, but divided by the standard deviation of the whole batch or by nothing: dividing
-  by each group's own weighs starts by how alike their images are, and is no longer the gradient of any one objective.
+* Advantages are centred per group, but divided by the standard deviation of the whole batch or by nothing: dividing by
+  each group's own deviation weights starts by how similar their images are, and the result is not the gradient of
+    any objective.
 * The surrogate is the pessimistic min(ratio A, clip(ratio) A). The code of Baran et al. takes the maximum, which
   leaves steps in a wrong direction unlimited.
 """
@@ -35,7 +36,7 @@ from ral_gym.errors import ConfigError
 
 
 def start_groups(buffer: EpisodeRolloutBuffer) -> np.ndarray:
-    """Labels (n,) of the finished episodes: equal where start, stop and all given codes are."""
+    """Labels (n,) of the finished episodes: equal if start, stop and all given codes are equal."""
     given = np.where(buffer.mask, -1, buffer.codes)  # (n, T)
     return np.unique(given, axis=0, return_inverse=True)[1].reshape(-1)
 
@@ -76,25 +77,26 @@ class GRPO(EpisodeAlgorithm):
     codes (Schulman, 2020): never negative.
 
     Args:
-        policy: see `EpisodeAlgorithm`; so are the next three.
-        env: see there.
-        learning_rate: see there.
-        n_steps: see there.
-        group_size: environments that continue the same real image from the same row, and divides their number. From
-            an empty grid all episodes have the same start, so the group is the batch. Where rows of a group were reset
-            with options of their own, rows of the whole batch that start alike are compared.
+        policy: as in `EpisodeAlgorithm`.
+        env: as in `EpisodeAlgorithm`.
+        learning_rate: as in `EpisodeAlgorithm`.
+        n_steps: as in `EpisodeAlgorithm`.
+        group_size: environments per group, which continue the same real image from the same row; a divisor of their
+            number. From an empty grid all episodes have the same start, so the group is the batch. If rows of a group
+            were reset with different options, rows of the whole batch with equal starts are compared.
         scale_advantage: `batch`: divide by the standard deviation over the batch; `none`: do not.
         n_epochs: optimizer steps per round.
         ratio: `sequence` or `token`, see `clipped_surrogate`.
         clip_range: see `clipped_surrogate`.
-        target_kl: make no further epoch once the mean KL per code from the round's policy exceeds 1.5 times this.
-        entropy_target: steer the bonus by `AdaptiveEntropy` around `ent_coef`: a share of ln K or `start`; None: fixed.
-        entropy_schedule: `AdaptiveEntropy`'s `schedule`.
+        target_kl: skip the remaining epochs once the mean KL per code from the round's policy exceeds 1.5 times this.
+        entropy_target: adapt the bonus around `ent_coef` (`AdaptiveEntropy`): a fraction of ln K or `start`; None:
+            fixed.
+        entropy_schedule: `schedule` of `AdaptiveEntropy`.
         **shared: `EpisodeArguments`, see `EpisodeAlgorithm`.
 
     Raises:
-        ConfigError: unknown `ratio` or `scale_advantage`, groups that do not fit the environments, a maximum-likelihood
-            share without real codes; in training, when no two episodes of a round had the same start.
+        ConfigError: unknown `ratio` or `scale_advantage`, groups that do not fit the environments, `mle_coef` without
+            real codes; in training, if no two episodes of a round have the same start.
     """
 
     def __init__(
@@ -136,10 +138,10 @@ class GRPO(EpisodeAlgorithm):
             self._check_groups(self.env)
 
     def _check_groups(self, env: VecEnv) -> CodeVecEnv | None:
-        """The environment whose rows must be grouped, or None where all start alike anyway.
+        """The environment whose rows must be grouped, or None if all rows start alike anyway.
 
         Raises:
-            ConfigError: they cannot be.
+            ConfigError: they cannot be grouped.
         """
         found = unwrap_code_env(env)
         if found is None or not found.core.starts_differ:
@@ -154,12 +156,12 @@ class GRPO(EpisodeAlgorithm):
         return found
 
     def _share_starts(self, core: GenerationCore) -> None:
-        """Rows that were asked for the same, or for nothing, take over the start of their group's first row.
+        """Rows with the same reset options, or with none, copy the start of their group's first row.
 
-        Where the options of a group's rows differ, all rows keep what they asked for.
+        If the options of a group's rows differ, all rows keep their own starts.
 
         Raises:
-            ConfigError: then a row has no other that starts from the same grid.
+            ConfigError: a row then shares its start with no other row.
         """
         leaders = np.arange(core.num_envs) // self.group_size * self.group_size
         if all(core.asked[leader] == key for leader, key in zip(leaders, core.asked, strict=True)):

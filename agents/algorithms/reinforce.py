@@ -1,9 +1,9 @@
 """REINFORCE on whole images (Eq. 2-4), as a Stable-Baselines3 algorithm.
 
-One update: every environment draws one episode, the rewards-to-go Q (Eq. 3) minus a baseline weigh the
-log-probabilities of the drawn codes, one optimizer step follows. The paper mentions no baseline; without one, every
-code of a batch is pushed the same way. The loss is the mean over drawn codes where Eq. 2 sums over an episode: with
-Adam only its ratio to other loss terms differs.
+One update: every environment draws one episode, the rewards-to-go Q (Eq. 3) minus a baseline weight the
+log-probabilities of the drawn codes, and one optimizer step follows. The paper mentions no baseline; without one, all
+codes of a batch are pushed in the same direction. The loss is the mean over drawn codes where Eq. 2 sums over an
+episode: with Adam only its ratio to other loss terms differs.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ def batch_baseline(returns: np.ndarray, mask: np.ndarray, group: np.ndarray, lea
     Args:
         returns: (n, T) rewards-to-go.
         mask: (n, T) bool, the drawn positions.
-        group: (n,) integer labels: episodes of one mode and length.
-        leave_one_out: leave the episode itself out (RLOO): then the baseline does not depend on its own codes and the
-            estimate stays unbiased. An episode alone in its group gets its own return: it teaches nothing.
+        group: (n,) integer labels, equal for episodes of one mode and length.
+        leave_one_out: leave the episode itself out (RLOO), so that the baseline does not depend on its own codes and
+            the estimate stays unbiased. An episode alone in its group gets its own return, so its advantage is 0.
 
     Returns:
         (n, T) float32.
@@ -51,10 +51,10 @@ class Reinforce(EpisodeAlgorithm):
     """Policy gradient with one round of episodes per update.
 
     Args:
-        policy: see `EpisodeAlgorithm`; so are the next three.
-        env: see there.
-        learning_rate: see there.
-        n_steps: see there.
+        policy: as in `EpisodeAlgorithm`.
+        env: as in `EpisodeAlgorithm`.
+        learning_rate: as in `EpisodeAlgorithm`.
+        n_steps: as in `EpisodeAlgorithm`.
         baseline: `none` (as the paper), `mean` or `leave_one_out` over the batch's episodes of the same start and
             stop, or `value` (the value head, trained alongside).
         normalize_advantage: divide the advantages by their standard deviation over the batch.
@@ -62,7 +62,7 @@ class Reinforce(EpisodeAlgorithm):
         **shared: `EpisodeArguments`, see `EpisodeAlgorithm`.
 
     Raises:
-        ConfigError: an unknown baseline, or a maximum-likelihood share without real codes.
+        ConfigError: an unknown baseline, or `mle_coef` without real codes.
     """
 
     def __init__(

@@ -1,1 +1,1 @@
-"""What brings rewards into a rollout."""
+"""Callbacks and wrappers that write rewards into a rollout."""

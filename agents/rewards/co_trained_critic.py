@@ -1,8 +1,8 @@
 """The critic that is trained alongside the policy, and its scores as rewards (Sections 4.2 and 4.4).
 
-One object, whatever brings its rewards to the agent. Real images are *decoded real codes* of equally many rows as the
-fakes: the critic must not tell them apart by the compression, nor by the decoder's edge of a short image. A critic that
-sees codes gets both as codes, and nothing is decoded.
+The same object serves all ways of giving its rewards to the agent. Real images are *decoded real codes* with as many
+rows as the fakes: the critic must not tell them apart by compression artefacts, nor by the lower edge of a short image.
+A critic that sees codes gets both as codes, and nothing is decoded.
 """
 
 from __future__ import annotations
@@ -29,29 +29,29 @@ if TYPE_CHECKING:
     from ral_gym.metrics import Extractor
 
 CACHE_BYTES = 512 * 2**20
-"""What the critic sees of real images is kept when that of all heights fits in this."""
+"""The critic's inputs for real images are cached if those of all heights fit into this."""
 CACHE_IMAGES = 2048
-"""Larger sets of real images are decoded batch by batch: most of them would be seen once or never."""
+"""Larger sets of real images are decoded batch by batch, since most images would be used at most once."""
 
 
 class CoTrainedCritic:
     """Trains a critic against the policy's images and turns its scores into rewards.
 
     Args:
-        vqvae: the frozen VQ-VAE.
-        critic: the critic to train; `ral_gym.rewards.scorer` says what it may be.
+        vqvae: the frozen tokenizer.
+        critic: the critic to train; `ral_gym.rewards.scorer` documents its interface.
         real_codes: (N, T) integer codes of real images.
-        held_out_codes: (M, T) codes of real images it never trains on. `config.held_out` of them, chosen once, are
+        held_out_codes: (M, T) codes of real images that it never trains on. `config.held_out` of them, chosen once, are
             scored at every update.
         config: its training settings.
         reward: `single` or `intermediate`.
         normalization: see `ScoreNormalizer`.
         seed: seeds its batches, and the choice of held-out images.
-        device: where it runs.
-        extractor: for a critic that sees features; None: the VQ-VAE's encoder.
+        device: device of the critic.
+        extractor: for a critic that sees features; None: the tokenizer's encoder.
 
     Raises:
-        ConfigError: no held-out images, or a critic that wants to see what is not to be had.
+        ConfigError: no held-out images, or a critic that sees features that are not available.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class CoTrainedCritic:
         return torch.optim.Adam(self.critic.parameters(), lr=config.learning_rate, betas=betas)
 
     def _choose_held_out(self, number: int) -> None:
-        """Take so many held-out images, all if there are no more or for 0; always the same ones."""
+        """Choose this many held-out images, or all if there are fewer or `number` is 0; always the same ones."""
         rows = subset(len(self.all_held_out_codes), number or None, self.seed)
         self.held_out, self.held_out_codes = number, self.all_held_out_codes[torch.from_numpy(rows)]
         self._held_out: dict[int, View] = {}
@@ -105,7 +105,7 @@ class CoTrainedCritic:
 
     @property
     def normalizer(self) -> ScoreNormalizer:
-        """The scale of the scores, as last fitted."""
+        """The normalisation of the scores, as last fitted."""
         return self.scorer.normalizer
 
     @normalizer.setter
@@ -118,16 +118,16 @@ class CoTrainedCritic:
         return self.vqvae.decode(codes.to(self.device).long())
 
     def finished(self, codes: Tensor) -> FinishedImages:
-        """Finished grids (n, T) int64, K + 1 where nothing was drawn, to be looked at by all rewards."""
+        """Finished grids (n, T) int64, K + 1 where nothing was drawn, as shared by all rewards."""
         return FinishedImages(codes, self.vqvae.grid, self.decode)
 
     @torch.no_grad()
     def see(self, codes: Tensor) -> Tensor:
-        """What the critic sees of codes of r rows (B, codes_of(r)): (B, ...) on the device."""
+        """The critic's input (B, ...), on its device, for codes of r rows (B, codes_of(r))."""
         return self.scorer.seen(View(codes, self.decode, batch_size=256))
 
     def real(self, rows: Tensor, height: int) -> Tensor:
-        """What the critic sees of real images of `height` code rows; kept for the next time where they are few."""
+        """The critic's input for real images of `height` code rows; cached if there are few."""
         codes, grid = self.real_codes, self.vqvae.grid
         bytes_needed = len(codes) * 4 * self.vqvae.channels * self.vqvae.image_size**2
         few = len(codes) <= CACHE_IMAGES and bytes_needed <= CACHE_BYTES // grid.height
@@ -159,7 +159,7 @@ class CoTrainedCritic:
         return metrics
 
     def _loss(self, real: Tensor, fake: Tensor) -> tuple[Tensor, dict[str, float]]:
-        """The critic's own loss where it has one, else that of the settings; what to log holds `loss`."""
+        """The critic's own loss if it has one, else that of the settings; the metrics include `loss`."""
         own = getattr(self.critic, "loss", None)
         if own is not None:
             found = own(real, fake, self.generator)
@@ -181,7 +181,7 @@ class CoTrainedCritic:
         return self.scorer.scores(images if isinstance(images, View) else View(images, self.decode))
 
     def _real_view(self, height: int) -> View:
-        """The chosen held-out images of `height` rows; kept, where they fit in memory, with what was seen of them."""
+        """The chosen held-out images of `height` rows; if they fit in memory, cached with their features."""
         if height in self._held_out:
             return self._held_out[height]
         view, grid = View(self.vqvae.grid.crop(self.held_out_codes, height), self.decode), self.vqvae.grid
@@ -192,7 +192,7 @@ class CoTrainedCritic:
 
     @torch.no_grad()
     def rewards(self, pool: FinishedImages) -> tuple[np.ndarray, dict[str, float]]:
-        """Normalised rewards of every code of finished grids, and how the critic tells them from held-out real images.
+        """Normalised rewards of every code of finished grids, and how well the critic tells them from held-out images.
 
         Args:
             pool: n grids.
@@ -229,7 +229,7 @@ class CoTrainedCritic:
         return rewards.numpy(), {"heldout_gap": gap, "heldout_auc": area, "score_mean": mean}
 
     def image_rewards(self, pool: FinishedImages) -> np.ndarray:
-        """(n,) float32 normalised scores of whole images, on the scale as it is."""
+        """(n,) float32 normalised scores of whole images, with the current normalisation."""
         rewards = torch.zeros(len(pool))
         for height in pool.heights:
             scores = self.normalizer(self.score_map(pool.view(height)))
@@ -248,7 +248,7 @@ class CoTrainedCritic:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """From a checkpoint. One that does not say how many held-out images are scored goes on with all of them."""
+        """From a checkpoint; one without a number of held-out images continues with all of them."""
         self.critic.load_state_dict(state["critic"])
         restore_optimizer(self.optimizer, state["optimizer"])
         self.generator.set_state(state["generator"])

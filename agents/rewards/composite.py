@@ -1,13 +1,13 @@
-"""Several named rewards in one: what the critic says, what the set of images lacks, and anything about an image.
+"""A weighted sum of named rewards: the critic's, distribution rewards of the image set, and functions of images.
 
     model.learn(100_000, callback=CompositeReward({"loo_fd": 1.0}))
     model.learn(100_000, callback=CompositeReward({"critic": 1.0, "kid": 0.5, "warm": 0.1}, critic=critic,
                                                   functions={"warm": redness}))
 
-Like `CriticCallback`, which it holds where there is a critic, it writes into an on-policy rollout at its end. Every
-term is brought to its own scale before it is weighed, as in Baran et al. (2026, arXiv 2603.23086), who normalise
-instance-level and distribution-level rewards separately. What differs: by the whole batch, since dividing by the
-spread of smaller groups is no gradient of any one objective. The distribution rewards and their source are in
+Like `CriticCallback`, which it contains if there is a critic, it writes into an on-policy rollout at its end. Every
+term is normalised separately before it is weighted, as in Baran et al. (2026, arXiv 2603.23086), who normalise
+instance-level and distribution-level rewards separately. Unlike there, the whole batch is used, since dividing by the
+deviation of smaller groups does not give the gradient of any objective. Distribution rewards and their source are in
 `ral_gym.rewards.distribution`.
 """
 
@@ -46,10 +46,10 @@ class CompositeReward(RolloutReward):
     Terms: `critic`, the co-trained critic's, trained and logged as by `CriticCallback`; `loo_fd`,
     `loo_fd_first_order`, `loo_fd_diagonal` and `kid`, see `ral_gym.rewards.distribution`, on features of the decoded
     images against those of decoded real codes; every other name of `ral_gym.registry.REWARDS`; and those of
-    `functions`. `ral_gym.rewards.terms` says what a reward may be. Rewards of images are paid with the last code, those
-    of codes (an intermediate critic's, or a reward's that sees codes) code by code. Episodes that stop early are
-    compared with each other and with real images of as many rows only; fewer than 3 of them in a rollout earn nothing
-    from distribution terms. All terms look at the same images: none is decoded twice, and no features are taken twice.
+    `functions`. `ral_gym.rewards.terms` documents the interface of a reward. Rewards of images are given with the last
+    code; those of codes (of an intermediate critic, or of a reward that sees codes) per code. Episodes that stop early
+    are compared only with each other and with real images of as many rows; fewer than 3 of them in a rollout get no
+    reward from distribution terms. All terms share the same images: each is decoded, and its features computed, once.
 
     Logs `reward/NAME_mean` and `reward/NAME_std` of every term before normalisation, `reward/NAME_distance` of
     distribution terms, and `reward/std` of the sum; `rollout/ep_rew_mean` shows the sum.
@@ -58,23 +58,22 @@ class CompositeReward(RolloutReward):
         weights: term -> weight.
         critic: for the term `critic`.
         functions: name -> reward that is not registered.
-        extractor: what terms see that see features; None: the run's VQ-VAE encoder, averaged over space. It should
-            not be the evaluation's, or the policy learns to please the yardstick.
-        evaluation_extractor: name of the evaluation's extractor, only to warn of that.
-        ema: b of the Frechet terms' moments, see `FrechetReward`: an average over about 1 / (1 - b) rollouts. More is
-            less noise, but the average lags behind a policy that moves, which is then pushed past its goal.
+        extractor: for terms that see features; None: the run's encoder, averaged over space. It should differ from the
+            evaluation's, or the policy optimises the evaluation metric directly.
+        evaluation_extractor: name of the evaluation's extractor, to warn if they are the same.
+        ema: b of the Frechet terms' moments, see `FrechetReward`: an average over about 1 / (1 - b) rollouts. A larger
+            b means less noise, but the average lags behind a moving policy, which then overshoots.
         components: see `FrechetReward`.
-        n_reference: real images for the reference, drawn once; fewer where there are fewer.
+        n_reference: number of real images in the reference, drawn once; fewer if there are fewer.
         normalization: for all terms or by name. `standard`: subtract the batch's mean, divide by its standard
             deviation; `centre`: subtract the mean only, so that ``{"loo_fd": 1.0}`` keeps the scale of FD's gradient;
-            `none`. Means are over images of the same number of rows. Rewards of codes are only divided, by the
-            standard deviation of their sums: a constant per code would reward or punish length.
-        seed: draws the reference.
-        verbose: SB3's.
+            `none`. Means are over images of the same number of rows. Rewards of codes are only divided, by the standard
+            deviation of their sums: a constant per code would reward or punish length. seed: seeds the choice of the
+            reference. verbose: as in SB3.
 
     Raises:
         ConfigError: an unknown term or normalisation, a term without what it needs; at the start of training, a model
-            without an `EpisodeRolloutBuffer`, another environment, or no features to be had.
+            without an `EpisodeRolloutBuffer`, another environment, or no available features.
     """
 
     def __init__(
@@ -123,12 +122,12 @@ class CompositeReward(RolloutReward):
             self._find_features(seeing)
 
     def _find_features(self, terms: list[RewardTerm]) -> None:
-        """Find the extractor, and warn where it is the one that judges in the end."""
+        """Find the extractor, and warn if it is the evaluation's."""
         if self.extractor is None:
             vqvae = vqvae_of(self.world)
             if vqvae is None:
                 raise ConfigError(
-                    f"{terms[0].name} needs features, and the environment has no VQ-VAE to take them from: give "
+                    f"{terms[0].name} needs features, but the environment has no tokenizer to take them from: give "
                     "extractor, such as EncoderFeatures"
                 )
             self.extractor = require_encoder_features(vqvae)
@@ -137,13 +136,13 @@ class CompositeReward(RolloutReward):
         if self.extractor.name == self.evaluation_extractor and not self._warned:
             self._warned = True
             logger.warning(
-                "the reward's features (%s) are the evaluation's: the policy learns to please the yardstick, and its "
-                "FD will say little; give CompositeReward another extractor",
+                "the reward's features (%s) are the evaluation's: the policy optimises the evaluation metric directly, "
+                "so its FD will say little; give CompositeReward another extractor",
                 self.extractor.name,
             )
 
     def write(self, buffer: EpisodeRolloutBuffer, codes: Tensor) -> np.ndarray:
-        """Every term's rewards, scaled, weighed and summed up; returns (n,) the sums."""
+        """Normalise, weight, sum and write every term's rewards; returns (n,) the sums."""
         images, mask = self._finished(codes), buffer.mask  # n images, (n, T)
         rows = images.image_rows.numpy()
         whole, per_code = np.zeros(len(mask)), np.zeros(mask.shape)  # (n,), (n, T)
@@ -157,15 +156,15 @@ class CompositeReward(RolloutReward):
                 per_code += self.weights[name] / scale * earned
         terminal = np.zeros(mask.shape, np.float32)
         terminal[np.arange(len(mask)), buffer.stop - 1] = whole
-        buffer.write_rewards(terminal)  # these are whole images', and end both of two levels
+        buffer.write_rewards(terminal)  # rewards of whole images, which end both of two levels
         buffer.add_rewards(per_code.astype(np.float32))
         totals = whole + per_code.sum(1)
         self.logger.record("reward/std", float(totals.std()))
-        self._references.clear()  # terms have taken what they need of these images
+        self._references.clear()  # terms have computed what they need from these images
         return totals
 
     def _finished(self, codes: Tensor) -> FinishedImages:
-        """The rollout's images (n, T), for all terms to look at."""
+        """The rollout's images, from codes (n, T), shared by all terms."""
         if self.critic is not None:
             return self.critic.critic.finished(codes)
         return FinishedImages(codes, self.world.grid, self._decode, batch_size=256)
@@ -204,7 +203,7 @@ class CompositeReward(RolloutReward):
         return self._references[height]
 
     def _normalise(self, name: str, rewards: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """Rewards (n,) on their own scale."""
+        """Normalised rewards (n,)."""
         kind = self.normalization[name]
         if kind == "none":
             return rewards
@@ -219,7 +218,7 @@ class CompositeReward(RolloutReward):
         self.logger.record(f"reward/{name}_std", float(rewards.std()))
 
     def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint, at the start of a rollout: what terms remember, and the critic's part."""
+        """For a checkpoint, at the start of a rollout: the state of the terms and of the critic."""
         terms = {key: state for term in self.terms for key, state in term.state_dict().items()}
         return {"critic": None if self.critic is None else self.critic.state_dict(), "terms": terms}
 
@@ -232,10 +231,10 @@ class CompositeReward(RolloutReward):
 
 
 def _joined(parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]], mask: np.ndarray) -> np.ndarray:
-    """Rewards by height -> of all images (n,), or of all drawn codes (n, T) where one of them is by code.
+    """Join rewards by height into those of all images (n,), or of all drawn codes (n, T) if one of them is per code.
 
     Args:
-        parts: which images (m,), where their codes stand (T',), and their rewards, (m,) or (m, T').
+        parts: indices of the images (m,), positions of their codes (T',), and their rewards, (m,) or (m, T').
         mask: (n, T) bool, the codes that were drawn.
     """
     if all(rewards.ndim == 1 for _, _, rewards in parts):
@@ -253,13 +252,13 @@ def _joined(parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]], mask: np.nda
 
 
 def vqvae_of(world: World) -> nn.Module | None:
-    """The VQ-VAE that a world decodes with, or None where it has none."""
+    """The tokenizer that a world decodes with, or None."""
     parts = (*getattr(world.decode, "args", ()), getattr(world.decode, "__self__", None))
     return next((part for part in parts if isinstance(part, nn.Module) and hasattr(part, "encode_features")), None)
 
 
 def _spread(values: np.ndarray) -> float:
-    """Standard deviation, or 1 where all are alike up to rounding."""
+    """Standard deviation, or 1 if all values are equal up to rounding."""
     spread = float(values.std())
     return spread if spread > 1e-12 * float(np.abs(values).max(initial=0.0)) else 1.0
 
@@ -267,7 +266,7 @@ def _spread(values: np.ndarray) -> float:
 def _checked_weights(
     weights: Mapping[str, float], functions: Mapping[str, Callable[..., Any]], has_critic: bool
 ) -> dict[str, float]:
-    """The weights, refused where a term is unknown or lacks something."""
+    """The weights; raises if a term is unknown or lacks something."""
     taken = sorted(set(functions) & set(REWARDS))
     if taken:
         raise ConfigError(f"the function {taken[0]!r} has the name of a registered reward: call it something else")

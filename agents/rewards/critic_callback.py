@@ -1,8 +1,8 @@
-"""Brings the co-trained critic's rewards into an on-policy rollout, at its end (Section 4.4).
+"""Writes the co-trained critic's rewards into an on-policy rollout, at its end (Section 4.4).
 
-Order at the end of every rollout: the critic learns (the first time it warms up, then `n_critic` steps) from images
-that are *not* scored now; it scores the rollout's images; the rewards go into the buffer and the returns are computed
-again; then the algorithm updates the policy.
+Order at the end of every rollout: the critic is trained (first a warm-up, later `n_critic` steps) on images other than
+those it scores next; it scores the rollout's images; the rewards are written into the buffer and the returns are
+recomputed; then the algorithm updates the policy.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ class CriticCallback(RolloutReward):
 
     Args:
         critic: the critic and its training.
-        verbose: SB3's.
+        verbose: as in SB3.
 
     Raises:
-        ConfigError: at the start of training, where the model's buffer or environment is of another kind.
+        ConfigError: at the start of training, if the model's buffer or environment is of another kind.
     """
 
     def __init__(self, critic: CoTrainedCritic, verbose: int = 0) -> None:
@@ -65,7 +65,7 @@ class CriticCallback(RolloutReward):
         return totals
 
     def earn(self, images: FinishedImages, mask: np.ndarray) -> np.ndarray:
-        """Let the critic learn from earlier images, and score these.
+        """Train the critic on earlier images, and score these.
 
         Args:
             images: the rollout's n finished images.
@@ -76,7 +76,7 @@ class CriticCallback(RolloutReward):
         """
         self._train_critic()
         rewards, metrics = self.critic.rewards(images)
-        self._pool = FinishedImages(images.codes, images.grid)  # what was decoded of them is not kept
+        self._pool = FinishedImages(images.codes, images.grid)  # decoded images are not kept
         rewards = rewards * mask
         self._report(rewards, metrics)
         return rewards
@@ -93,7 +93,7 @@ class CriticCallback(RolloutReward):
             self.logger.record(f"critic/{name}", value)
 
     def _fresh(self) -> FinishedImages:
-        """As many new samples of the policy as there are environments, started as the environment's episodes are."""
+        """As many new samples of the policy as there are environments, with starts drawn like the environment's."""
         env = self.code_env
         policy: PriorPolicy = self.model.policy  # type: ignore[assignment]
         grid = env.world.grid

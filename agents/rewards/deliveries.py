@@ -1,12 +1,12 @@
-"""Two more ways to bring the co-trained critic's rewards to an agent, for algorithms without a rollout to rewrite.
+"""Two other ways to give the co-trained critic's rewards to an agent, for algorithms without an on-policy rollout.
 
 `CriticCallback` writes rewards at a rollout's end; that is the default and needs an on-policy algorithm. Here:
 
 * `StepCriticCallback` writes into the step's reward array before SB3 stores it, so it works for DQN as well;
 * `CriticRewardWrapper` is a `VecEnvWrapper`: everything outside it, such as evaluation, sees the critic's rewards.
 
-Both carry terminal rewards only: an intermediate reward belongs to codes whose steps were stored long before the image
-that it scores was there. Replayed rewards grow stale as the critic moves on; a small replay buffer forgets them sooner.
+Both give terminal rewards only: an intermediate reward belongs to codes whose steps were stored long before the image
+was finished. Replayed rewards become stale as the critic changes; a small replay buffer drops them sooner.
 """
 
 from __future__ import annotations
@@ -30,15 +30,16 @@ from ral_gym.rewards.view import FinishedImages
 class CriticFeed:
     """Scores finished episodes and trains the critic on those before, in rounds of a fixed number of episodes.
 
-    At the start the critic warms up on uniformly random codes, what an untrained agent draws. A round: its episodes
-    are scored with the critic and the scale as they stand; after it the critic makes `n_critic` steps on them, and the
-    scale is fitted to them and to held-out real images. So no image is scored by a critic that has learnt from it.
+    At the start the critic warms up on uniformly random codes, like those of an untrained agent. The episodes of a
+    round are scored with the current critic and normalisation; after the round the critic is trained on them for
+    `n_critic` steps, and the normalisation is fitted to them and to held-out real images. So no image is scored by a
+    critic that was trained on it.
 
     Args:
         critic: the critic and its training; its reward is `single`.
-        env: with a `CodeVecEnv` inside.
+        env: an environment that wraps a `CodeVecEnv`.
         episodes_per_update: episodes in a round; None: as many as environments, but at least the critic's batch size.
-        train: False: only score, with the critic as it is.
+        train: False: only score, with the current critic.
 
     Attributes:
         metrics: of the last update: `loss`, `gap`, `gradient_penalty`, `heldout_gap`, `heldout_auc`, `score_mean`.
@@ -57,7 +58,7 @@ class CriticFeed:
             )
         found = unwrap_code_env(env)
         if found is None:
-            raise ConfigError("the critic scores codes of an environment from make_sb3_env, and there is none inside")
+            raise ConfigError("the critic scores codes of an environment from make_sb3_env, which is not inside")
         self.critic, self.train = critic, train
         self.episodes_per_update = episodes_per_update or max(env.num_envs, critic.config.batch_size)
         self.metrics: dict[str, float] = {}
@@ -89,12 +90,12 @@ class CriticFeed:
         return rewards
 
     def _learn(self) -> None:
-        """End of a round."""
+        """Train at the end of a round."""
         pool = self.critic.finished(torch.cat(self._codes))
         self._codes = []
         self.metrics = self.critic.rewards(pool)[1]  # of a critic that has not seen these images
         self.metrics |= self.critic.train(pool, self.critic.config.n_critic)
-        self.critic.rewards(pool)  # fits the scale to the critic as it is now
+        self.critic.rewards(pool)  # fits the normalisation to the updated critic
 
 
 def _deliver(feed: CriticFeed, rewards: np.ndarray, dones: np.ndarray, infos: list[dict[str, Any]]) -> None:
@@ -106,7 +107,7 @@ def _deliver(feed: CriticFeed, rewards: np.ndarray, dones: np.ndarray, infos: li
     for row, score in zip(ended, scores, strict=True):
         infos[row]["original_env_reward"] = float(rewards[row])
         rewards[row] = score
-        if "episode" in infos[row]:  # what rollout/ep_rew_mean averages
+        if "episode" in infos[row]:  # averaged as rollout/ep_rew_mean
             infos[row]["episode"]["r"] = float(score)
 
 
@@ -147,7 +148,7 @@ class CriticRewardWrapper(VecEnvWrapper):
     """A `VecEnv` whose rewards are the co-trained critic's, whatever algorithm trains in it.
 
     `info["original_env_reward"]` keeps the environment's own. For evaluation wrap another environment with
-    `train_critic=False`: the same critic object, and nothing that is evaluated teaches it.
+    `train_critic=False` and the same critic object, which is then not trained on evaluated images.
 
     Args:
         venv: from `make_sb3_env`, best with ``reward="none"``.
@@ -170,11 +171,11 @@ class CriticRewardWrapper(VecEnvWrapper):
         self.feed = CriticFeed(critic, venv, episodes_per_update, train_critic)
 
     def reset(self) -> np.ndarray:
-        """As the environment's."""
+        """Like the environment's `reset`."""
         return self.venv.reset()  # type: ignore[return-value]
 
     def step_wait(self) -> VecEnvStepReturn:
-        """As the environment's, with the critic's rewards for the episodes that have just ended."""
+        """Like the environment's `step_wait`, with the critic's rewards for episodes that have just ended."""
         observations, rewards, dones, infos = self.venv.step_wait()
         _deliver(self.feed, rewards, dones, infos)
         return observations, rewards, dones, infos

@@ -1,7 +1,7 @@
-"""Callbacks for RAL where an oracle stands for the data (Section 5.2), and its likelihoods are therefore known.
+"""Callbacks for RAL with an oracle of known likelihoods in place of the data (Section 5.2).
 
-`OracleReward` trains on the true reward, which bounds what any critic can do with as many images. `OracleCurve`
-measures the averaged policy on the way, for Figure 4, and how much a reward knows of the true one.
+`OracleReward` trains on the true reward, an upper bound for any critic with as many images. `OracleCurve` measures the
+averaged policy during training, for Figure 4, and the correlation of a reward with the true one.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from ral_gym.stages.pictures import sample_codes
 
 STAGE = "oracle"
 """The stage of ``metrics.jsonl`` that holds the curve."""
-FIGURES = ("nll_oracle", "nll_test", "entropy", "kl_model_oracle")
+METRICS = ("nll_oracle", "nll_test", "entropy", "kl_model_oracle")
 
 
 def stations(n_updates: int, parts: int) -> list[int]:
-    """Numbers of updates at equal distances: 0, .., n_updates, `parts` + 1 of them or fewer."""
+    """Numbers of updates at equal intervals: 0, .., n_updates, at most `parts` + 1 of them."""
     return sorted({n_updates * part // parts for part in range(parts + 1)})
 
 
 def log_ratio(oracle: PixelCNN, buffer: EpisodeRolloutBuffer) -> np.ndarray:
-    """How much likelier each drawn code is to the oracle, log o - log pi, of a rollout of whole images: (n, T)."""
+    """Log-ratio log o - log pi of each drawn code in a rollout of whole images: (n, T)."""
     with torch.no_grad():
         codes = torch.from_numpy(buffer.codes.astype(np.int64))  # (n, T)
         log_probs = oracle(codes).log_softmax(-1).gather(2, codes[..., None]).squeeze(2)  # (n, T)
@@ -40,18 +40,18 @@ def log_ratio(oracle: PixelCNN, buffer: EpisodeRolloutBuffer) -> np.ndarray:
 
 
 def curve_point(prior: PixelCNN, oracle: PixelCNN, oracle_codes: Tensor, seed: int) -> dict[str, float]:
-    """What the curve shows, from as many samples of the model as there are of the oracle (N, T); see `FIGURES`."""
+    """A point of the curve, from as many samples of the model as of the oracle (N, T); see `METRICS`."""
     measured = oracle_metrics(prior, oracle, sample_codes(prior, len(oracle_codes), seed), oracle_codes)
-    return {name: measured[name].value for name in FIGURES}
+    return {name: measured[name].value for name in METRICS}
 
 
 class OracleReward(BaseCallback):
-    """Replaces every reward by log o(code) - log pi(code), whose return is -KL(pi || o) in expectation.
+    """Replaces every reward by log o(code) - log pi(code), whose expected return is -KL(pi || o).
 
-    In a list it comes after the callback whose rewards it replaces. Whole images only.
+    In a callback list it comes after the callback whose rewards it replaces. Whole images only.
 
     Args:
-        oracle: the network that stands for the data.
+        oracle: the network that plays the role of the data.
     """
 
     def __init__(self, oracle: PixelCNN) -> None:
@@ -68,18 +68,18 @@ class OracleReward(BaseCallback):
 
 
 class OracleCurve(BaseCallback):
-    """Measures the averaged policy at equal distances; in a list it comes last.
+    """Measures the averaged policy at equal intervals; in a callback list it comes last.
 
-    Logs to the run, as stage `oracle`, `FIGURES`, and `reward_correlation`: of an image's reward with its
-    log o - log pi over the rollout.
+    Logs to the run, as stage `oracle`, `METRICS`, and `reward_correlation`: of an image's reward with its log o - log
+    pi over the rollout.
 
     Args:
-        run: where to.
+        run: the run to log to.
         bookkeeping: the stage's callback, which counts the updates and has the average.
-        oracle: the network that stands for the data.
-        oracle_codes: (N, T) int64, samples of it that nothing was trained on; the policy draws as many.
-        parts: how often, apart from the start.
-        seed: of the policy's samples; no global random state is touched.
+        oracle: the network that plays the role of the data.
+        oracle_codes: (N, T) int64, samples of it that were not used for training; the policy draws as many.
+        parts: number of measurements after the start.
+        seed: seeds the policy's samples; no global random state is changed.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
-"""What all callbacks have in common that write rewards into an on-policy rollout, at its end.
+"""The base of callbacks that write rewards into an on-policy rollout, at its end.
 
-The order at the end of a rollout: the rewards are worked out and written into the buffer, and the returns are computed
-again; then the algorithm updates the policy.
+Order at the end of a rollout: the rewards are computed and written into the buffer, and the returns are recomputed;
+then the algorithm updates the policy.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ class RolloutReward(BaseCallback):
     `rollout/ep_rew_mean` shows the rewards that were written.
 
     Args:
-        verbose: SB3's.
+        verbose: as in SB3.
 
     Raises:
-        ConfigError: at the start of training, where the model's buffer or environment is of another kind.
+        ConfigError: at the start of training, if the model's buffer or environment is of another kind.
     """
 
     def __init__(self, verbose: int = 0) -> None:
@@ -56,11 +56,11 @@ class RolloutReward(BaseCallback):
 
     @property
     def world(self) -> World:
-        """What is drawn in."""
+        """The environment's world."""
         return self.code_env.world
 
     def _on_step(self) -> bool:
-        # SB3 averages these dicts after the rollout: keeping them lets the true reward be written in.
+        # SB3 averages these dicts after the rollout: they are kept so that the written rewards can replace theirs.
         for env in np.flatnonzero(self.locals["dones"]):
             self._episodes[env].append(self.locals["infos"][env].get("episode", {}))
         return True
@@ -71,7 +71,7 @@ class RolloutReward(BaseCallback):
             return
         totals = self.write(buffer, torch.from_numpy(buffer.codes.astype(np.int64)))
         buffer.compute_returns_and_advantage()
-        # From the last on: after a stop the buffer leaves out the episodes that ended first.
+        # From the end: after a stop the buffer leaves out the episodes that ended first.
         for env, total in zip(buffer.episode_envs[::-1], totals[::-1], strict=True):
             if self._episodes[env]:
                 self._episodes[env].pop()["r"] = float(total)
@@ -87,7 +87,7 @@ class RolloutReward(BaseCallback):
             codes: (n, T) int64, its finished grids, K + 1 where nothing was drawn.
 
         Returns:
-            (n,) what each episode earned.
+            (n,) each episode's total reward.
         """
 
     @abstractmethod

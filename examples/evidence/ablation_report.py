@@ -75,7 +75,7 @@ def _both_rows(row: Mapping[str, Any], sharpened: Mapping[str, Any]) -> dict[str
 
 
 def difference(variant: Variant, reference: Variant, figure: str = "fd") -> dict[str, Any] | None:
-    """How far a variant's figure lies above the reference's, seed by seed; None without a common seed.
+    """How far a variant's metric lies above the reference's, seed by seed; None without a common seed.
 
     `half` is half the 95 % interval: with several seeds Student's, of the mean difference; with one that of the two
     rows' samples (their intervals in quadrature, although the rows share their random numbers), which says nothing
@@ -102,13 +102,13 @@ def sampling_half(row: Mapping[str, Any], figure: str) -> float | None:
 
 
 def mean_of(variant: Variant, figure: str) -> float | None:
-    """Mean over the seeds; None where a seed has no such figure."""
+    """Mean over the seeds; None if a seed lacks the metric."""
     values = [row.get(figure) for row in variant["seeds"].values()]
     return None if None in values or not values else sum(map(float, values)) / len(values)
 
 
 def number(value: float | None, spec: str) -> str:
-    """A figure as text; "-" where there is none."""
+    """A metric as text; "-" if there is none."""
     return "-" if value is None else format(value, spec)
 
 

@@ -1,7 +1,7 @@
 """Put measured tables into a document, between markers, and say what they were measured on.
 
-What lies between the lines ``<!-- begin NAME -->`` and ``<!-- end NAME -->`` is replaced; everything else is somebody's
-prose and stays as it is, to the byte.
+Text between the lines ``<!-- begin NAME -->`` and ``<!-- end NAME -->`` is replaced; everything else is prose and is
+kept, to the byte.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ def fill_blocks(text: str, blocks: Mapping[str, str], source: str = "the documen
         kind, name = match.groups() if match else ("", "")
         if kind == "begin" and (inside is not None or name in found):
             what = f"inside the block {inside}" if inside is not None else "for the second time"
-            raise RunError(f"{source}, line {number}: begin {name} stands {what}; mend the markers")
+            raise RunError(f"{source}, line {number}: begin {name} appears {what}; fix the markers")
         if kind == "end" and name != inside:
-            raise RunError(f"{source}, line {number}: end {name} without its begin; mend the markers")
+            raise RunError(f"{source}, line {number}: end {name} without its begin; fix the markers")
         if kind == "begin":
             result.append(line)
             found.add(name)
@@ -56,7 +56,7 @@ def fill_blocks(text: str, blocks: Mapping[str, str], source: str = "the documen
             result.append(line)
             inside = None if kind == "end" else inside
     if inside is not None:
-        raise RunError(f"{source}: begin {inside} without its end; mend the markers")
+        raise RunError(f"{source}: begin {inside} without its end; fix the markers")
     if missing := [name for name in blocks if name not in found]:
         raise RunError(
             f"{source} has no place for {', '.join(missing)}: add <!-- begin {missing[0]} --> and "

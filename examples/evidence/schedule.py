@@ -2,7 +2,7 @@
 
 Each job is a Python command in a process of its own, with a log and its wall-clock and CPU seconds, which add up over
 sittings in ``times.json``. A job waits for those it needs; one that fails is reported with its log's last lines, and
-whatever does not need it goes on. Ctrl-C reaches every running job as it would alone, and is waited for.
+jobs that do not need it continue. Ctrl-C reaches every running job as if it ran alone, and all are waited for.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Critics of one's own: for stage 3, the environment and the report; start it in this folder.
+"""Critics of your own: for stage 3, the environment and the report; start it in this folder.
 
 ral-gym train --preset smoke --name global --critic.kind own_critic:OneScore --critic.options width 16
 ral-gym train --preset smoke --name codes --critic.kind own_critic:CodeCritic --ral.reward intermediate

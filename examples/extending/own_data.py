@@ -1,4 +1,4 @@
-"""A data source of one's own: the images and labels of a NumPy archive.
+"""A data source of your own: the images and labels of a NumPy archive.
 
 ral-gym train --preset smoke --data own_data:Archive:images.npz
 """

@@ -1,4 +1,4 @@
-"""A prior of one's own, a small causal transformer: all of RAL with it. To be run in this folder.
+"""A prior of your own, a small causal transformer: all of RAL with it. To be run in this folder.
 
     ral-gym train --preset smoke --name gpt --prior.kind own_prior:GPT --prior.options heads 2 --prior.hidden-units 32
 Afterwards the name is asked for again: ``ral-gym sample runs/gpt --plugin own_prior:GPT``.

@@ -1,4 +1,4 @@
-"""Rewards of one's own for stage 3, each with its own weight, scale and curve; start it in this folder.
+"""Rewards of your own for stage 3, each with its own weight, scale and curve; start it in this folder.
 
 ral-gym train --preset smoke --plugin own_reward --ral.reward-weights critic 1 bright 0.5 own_reward:Novelty 1
 """

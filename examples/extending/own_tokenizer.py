@@ -1,4 +1,4 @@
-"""A tokenizer of one's own: every patch becomes the nearest of K real patches, drawn at random; no network at all.
+"""A tokenizer of your own: every patch becomes the nearest of K real patches, drawn at random; no network at all.
 
 ral-gym train --preset smoke --evaluation.extractor pyramid --vqvae.kind own_tokenizer:Patches --vqvae.options patch 8
 """

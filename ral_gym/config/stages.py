@@ -243,17 +243,17 @@ class RALConfig:
     checkpoint_every: int = 10
     """Updates between checkpoints."""
     reinforce: ReinforceConfig = field(default_factory=ReinforceConfig)
-    """REINFORCE alone."""
+    """Settings of REINFORCE only."""
     grpo: GRPOConfig = field(default_factory=GRPOConfig)
-    """GRPO alone."""
+    """Settings of GRPO only."""
     ppo: PPOConfig = field(default_factory=PPOConfig)
-    """PPO alone."""
+    """Settings of PPO only."""
     a2c: A2CConfig = field(default_factory=A2CConfig)
-    """A2C alone."""
+    """Settings of A2C only."""
     trpo: TRPOConfig = field(default_factory=TRPOConfig)
-    """TRPO alone."""
+    """Settings of TRPO only."""
     maskable_ppo: MaskablePPOConfig = field(default_factory=MaskablePPOConfig)
-    """MaskablePPO alone."""
+    """Settings of MaskablePPO only."""
 
     @property
     def uses_critic(self) -> bool:
@@ -290,19 +290,19 @@ class Config:
     preset: str = "demo"
     """The preset that these settings start from: a name, `module:NAME` of your own, or a .json file."""
     data: DataConfig = field(default_factory=DataConfig)
-    """Images."""
+    """Stage 0, the images."""
     vqvae: VQVAEConfig = field(default_factory=VQVAEConfig)
-    """Stage 1."""
+    """Stage 1, the tokenizer."""
     prior: PriorConfig = field(default_factory=PriorConfig)
-    """Stage 2; with two levels the top prior."""
+    """Stage 2, the prior; with two levels the prior of the top codes."""
     bottom: PriorConfig = field(default_factory=PriorConfig)
     """Stage 2 of two levels: the prior of the bottom codes given the top codes. Ignored with one level."""
     critic: CriticConfig = field(default_factory=CriticConfig)
-    """Stage 3, the reward."""
+    """Stage 3, the critic and its training."""
     ral: RALConfig = field(default_factory=RALConfig)
-    """Stage 3, the agent."""
+    """Stage 3, the agent: algorithm, rewards, partial generation."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    """The table."""
+    """Stage 4, the results table."""
     seed: int = 0
     """Seeds every source of randomness."""
 

@@ -32,7 +32,9 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
-        raise RunError(f"another process is using {folder}: wait for it, stop it, or choose another --name") from error
+        raise RunError(
+            f"another process is at work in {folder}: wait for it, stop it, or choose another --name"
+        ) from error
     except OSError as error:
         raise cannot_write(folder / LOCK, error) from error
     try:
