@@ -242,18 +242,11 @@ def restore_model(model: Any, state: dict[str, Any]) -> None:
     env.core.load_state_dict(state["env"])
     starts = array_of(state["last_episode_starts"], "last_episode_starts", (env.num_envs,), bool)
     # None after a stop inside a round: the next `learn` resets the environments.
-<<<<<<< HEAD
     last_obs, codes = state["last_obs"], env.core.codes
     if last_obs is not None:
         last_obs = array_of(last_obs, "last_obs", codes.shape, codes.dtype, 0, env.core.grid.never_drawn)
         if (env.core.position >= env.core.stop).any():
             raise ValueError("episodes that have ended already")
-=======
-    last_obs = None if state["last_obs"] is None else np.array(state["last_obs"])
-    shape = (env.num_envs, *(env.observation_space.shape or ()))
-    if (last_obs is not None and last_obs.shape != shape) or starts.shape != (env.num_envs,):
-        raise ValueError(f"observations that are not of shape {shape}, or another number of episode starts")
->>>>>>> 599d9cb (Plain English in envs, agents, examples and benchmarks; help of every command)
     model._last_obs, model._last_episode_starts = last_obs, starts
     model.num_timesteps = integer_of(state["num_timesteps"], "num_timesteps")
     model._n_updates = integer_of(state["n_updates"], "n_updates")

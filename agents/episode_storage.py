@@ -277,8 +277,7 @@ class EpisodeStorage(RolloutBuffer):
         return {"fill": self._fill, "arrays": arrays, "envs": envs, "slots": slots, "grids": grids}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-<<<<<<< HEAD
-        """Restore what `state_dict` gave; the next `reset` keeps it.
+        """Restore the result of `state_dict`; the next `reset` keeps it.
 
         Raises:
             ValueError: another buffer's, or it does not fit together.
@@ -299,14 +298,6 @@ class EpisodeStorage(RolloutBuffer):
         for name, values in arrays.items():
             getattr(self, name)[:longest] = values
         self._fill, self._start_envs, self._start_slots, self._start_grids = fill, [envs], [slots], [grids]
-=======
-        """Restore the result of `state_dict`; the next `reset` keeps it."""
-        self._fill = np.array(state["fill"])
-        for name, values in state["arrays"].items():
-            getattr(self, name)[: len(values)] = values
-        self._start_envs, self._start_slots = [np.array(state["envs"])], [np.array(state["slots"])]
-        self._start_grids = [np.array(state["grids"])]
->>>>>>> 599d9cb (Plain English in envs, agents, examples and benchmarks; help of every command)
         self._table = self._flat = None
         envs, _, _, codes = self._unfinished()
         self._expected[:], self._open[:] = -1, False

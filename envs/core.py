@@ -374,20 +374,7 @@ class GenerationCore:
             ValueError: it comes from another number of environments or another grid, or does not fit together; nothing
                 but random generators has changed then.
         """
-<<<<<<< HEAD
         arrays = checked_arrays(state, self.grid, self.num_envs)
-=======
-        shape = np.shape(state["codes"])
-        if shape != self.codes.shape or len(state["rngs"]) != self.num_envs:
-            raise ValueError(f"the state has {shape} codes (environments, T), not {self.codes.shape}")
-        for name in ("start", "position", "stop", "image_rows"):
-            setattr(self, name, np.array(state[name], np.int64))
-        self.to_draw = np.array(state["to_draw"], bool)
-        self.codes = np.array(state["codes"], np.int16)
-        self._followers.restart(self._rows)
-        self._paid = np.array(state["paid"], np.float32)
-        self._pending = np.array(state["pending"], np.int64)
->>>>>>> 599d9cb (Plain English in envs, agents, examples and benchmarks; help of every command)
         for rng, bits in zip(self.rngs, state["rngs"], strict=True):
             rng.bit_generator.state = bits
         self._pending, self._paid = arrays.pop("pending"), arrays.pop("paid")
