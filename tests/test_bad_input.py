@@ -209,15 +209,15 @@ def test_a_damaged_critic_is_named_by_the_environment(run) -> None:
         (
             "results.json",
             "[]",
-            "results.json is no results file (the file is not names and values); remove it to evaluate again",
+            "results.json is not a results file (the file is not names and values); remove it to evaluate again",
         ),
-        ("results.json", '{"rows": {"mle": 3}}', "results.json is no results file"),
+        ("results.json", '{"rows": {"mle": 3}}', "results.json is not a results file"),
         ("config.json", "{", "config.json cannot be read"),
         ("checkpoints/evaluation.json", "{", "evaluation.json cannot be read"),
         (
             "checkpoints/evaluation.json",
             '{"mle": 3}',
-            "evaluation.json holds no rows of a table (mle is not names and values); remove it",
+            "evaluation.json holds no table rows (mle is not names and values); remove it",
         ),
     ],
 )

@@ -275,7 +275,7 @@ def test_finished_rows_must_be_reset() -> None:
 
 
 def test_there_must_be_an_environment() -> None:
-    with pytest.raises(ValueError, match="num_envs=0: give how many environments"):
+    with pytest.raises(ValueError, match="num_envs=0: give the number of environments"):
         GenerationCore(toy_world(), 0)
 
 

@@ -176,9 +176,9 @@ def test_only_what_lies_between_the_markers_changes() -> None:
         ("<!-- end demo -->\n", "line 1: end demo without its begin"),
         (
             "<!-- begin demo -->\n<!-- begin b -->\n<!-- end b -->\n<!-- end demo -->",
-            "begin b stands inside the block demo",
+            "begin b appears inside the block demo",
         ),
-        ("<!-- begin demo -->\n<!-- end demo -->\n" * 2, "line 3: begin demo stands for the second time"),
+        ("<!-- begin demo -->\n<!-- end demo -->\n" * 2, "line 3: begin demo appears for the second time"),
         ("nothing\n", "no place for demo: add <!-- begin demo -->"),
     ],
 )

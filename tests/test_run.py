@@ -144,10 +144,10 @@ def test_no_checkpoint_is_none_and_damaged_or_foreign_ones_are_refused(run, tmp_
     with pytest.raises(RunError, match=r"prior\.safetensors is damaged .*; remove it"):
         run.load_checkpoint("prior")
     run.file("checkpoints/vqvae.safetensors").write_bytes(whole)
-    with pytest.raises(RunError, match=r"is no checkpoint of stage vqvae; remove it"):
+    with pytest.raises(RunError, match=r"is not a checkpoint of stage vqvae; remove it"):
         run.load_checkpoint("vqvae")
     save_tensors(path, {"a": torch.ones(1)}, {"class": "PatchCritic"})
-    with pytest.raises(RunError, match=r"is no checkpoint of stage prior"):
+    with pytest.raises(RunError, match=r"is not a checkpoint of stage prior"):
         run.load_checkpoint("prior")
     Run(tmp_path / "other", changed(seed=1)).file("checkpoints").mkdir()
     (tmp_path / "other" / "checkpoints" / "prior.safetensors").write_bytes(whole)
