@@ -65,7 +65,7 @@ def test_a_file_may_choose_another_algorithm(tmp_path: Path) -> None:
         ("[", "is not a JSON file"),
         ("[" * 100_000, "is not a JSON file"),
         ([1], "is not a preset: give names and values"),
-        ({"seed": 1}, 'data is missing; or name the preset that it changes: "base": "demo"'),
+        ({"seed": 1}, 'data is missing; or name a preset to change, such as "base": "demo"'),
         ({"base": "nothing"}, "preset 'nothing' is unknown"),
         ({"base": "evil:Config"}, "is code that a file names"),
         ({"base": 3}, "base is 3: give a preset's name"),
