@@ -283,5 +283,5 @@ def test_models_that_do_not_fit_are_refused(runs) -> None:
     with pytest.raises(ConfigError, match="not RolloutBuffer: pass rollout_buffer_class=EpisodeRolloutBuffer"):
         stock.learn(32, callback=CompositeReward({"kid": 1.0}))
     toy = PPO(PixelCNNPolicy, env, rollout_buffer_class=EpisodeRolloutBuffer, **arguments)
-    with pytest.raises(ConfigError, match=r"kid needs features, and the environment has no tokenizer.*give extractor"):
+    with pytest.raises(ConfigError, match=r"kid needs features, but the environment has no tokenizer.*give extractor"):
         toy.learn(32, callback=CompositeReward({"kid": 1.0}))

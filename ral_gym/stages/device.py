@@ -29,5 +29,5 @@ def resolve_device(name: str, auto: bool = True) -> torch.device:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if int(name[5:] or 0) >= count:
         instead = "use --device cpu or auto" if auto else "choose cpu"
-        raise DeviceError(f"device '{name}' is not available ({count} CUDA devices are visible); {instead}")
+        raise DeviceError(f"device '{name}' asked for, but {count} CUDA devices are visible; {instead}")
     return torch.device(name)
