@@ -223,7 +223,7 @@ def test_an_interrupted_run_has_a_cost_per_update(ablation: ModuleType, tmp_path
 
 def test_another_process_is_waited_for(ablation: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ablation, "WAIT_SECONDS", 0.0)
-    answers = [RunError("another process is is using runs/x: wait"), "done"]
+    answers = [RunError("another process is at work in runs/x: wait"), "done"]
 
     def act() -> str:
         answer = answers.pop(0)

@@ -154,5 +154,5 @@ def test_what_cannot_be_is_refused(stopped, tmp_path, path, other) -> None:
         value = value[key]
     copied = Run(shutil.copytree(run.path, tmp_path / "run"), run.config)
     copied.save_checkpoint("ral", changed({k: v for k, v in state.items() if k != "random"}, path, other(value)))
-    with pytest.raises(RalGymError, match=r"ral\.safetensors is no checkpoint that stage ral can go on from"):
+    with pytest.raises(RalGymError, match=r"ral\.safetensors is not a checkpoint from which stage ral can continue"):
         train(copied)
