@@ -226,7 +226,7 @@ def test_a_saved_state_continues_identically_and_is_a_copy() -> None:
 
 def test_a_state_of_another_shape_is_refused() -> None:
     core, other = seeded(toy_world()), GenerationCore(toy_world(), E + 1)
-    with pytest.raises(ValueError, match=r"has \(6, 16\) codes .* not \(7, 16\)"):
+    with pytest.raises(ValueError, match=r"has \(6, 16\) codes .* these environments \(7, 16\)"):
         other.load_state_dict(core.state_dict())
 
 
