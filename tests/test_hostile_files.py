@@ -28,6 +28,7 @@ from ral_gym.runs.storage import load_json, load_metadata, load_module, save_jso
 from ral_gym.stages.levels import load_generator, load_vqvae
 from ral_gym.tokenizers.code_set import CodeSet
 from tests.damage import JSON, WEIGHTS, Damage, damages, edit_tensors, same
+from tests.tiny import make_tiny_run
 
 MEMORY = 12 * 2**30
 """Bytes of address space: none of these files may take more, whatever they declare."""
@@ -186,6 +187,23 @@ def test_text_from_files_reaches_no_terminal_raw(tmp_path, smoke_run, capsys) ->
     captured = capsys.readouterr()
     assert "\x1b" not in captured.out + captured.err and "\x07" not in captured.out + captured.err
     assert r"\x1b]0;gotcha\x07" in captured.out and r"\x1b]0;gotcha\x07" in captured.err
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        ("1" + 400 * "0", "an integer of 401 digits"),
+        (str(10**30), "fd is an integer of 100 bits"),
+        ("true", "no number"),
+    ],
+)
+def test_a_distance_that_no_floating_point_number_holds_is_one_line(tmp_path, capsys, number, words) -> None:
+    folder = make_tiny_run(tmp_path / "run")
+    text = '{"rows": {"ral": {"fd": 7}}, "sweeps": {}, "checkpoints": [], "n_samples": 2, "seed": 0}'
+    (folder / "results.json").write_text(text.replace("7", number))
+    assert main(["report", str(folder), "--output", str(tmp_path / "page.html")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "results.json" in error and words in error
 
 
 def test_names_in_a_table_reach_no_terminal_raw_and_are_no_markup(tmp_path, smoke_run, capsys) -> None:
