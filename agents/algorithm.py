@@ -171,6 +171,8 @@ class Algorithm:
                 raise ConfigError(
                     f"ral.{name} is {getattr(config, name)}, but {config.algo} has no such argument: give {default}"
                 )
+        if self.section == "grpo":
+            _check_groups(config)
         self._check_options(config)
 
     def _check_options(self, config: RALConfig) -> None:
@@ -182,6 +184,21 @@ class Algorithm:
             if name not in self.parameters or name in RESERVED:
                 free = sorted(self.parameters - set(RESERVED) - set(SHARED) - own.keys())
                 raise ConfigError(f"ral.options: {config.algo} takes no {name} here; choose among {', '.join(free)}")
+
+
+def _check_groups(config: RALConfig) -> None:
+    """Refuse environments that cannot be grouped by the real image that they continue.
+
+    Raises:
+        ConfigError: the group size and the number of environments.
+    """
+    size, n_envs = config.grpo.group_size, config.n_envs
+    if config.reset_mode not in ("continue", "mixed") or (n_envs > 1 and n_envs % (size or n_envs) == 0):
+        return
+    what = f"ral.grpo.group_size is {size}" if size else "ral.grpo compares images that continue the same real one"
+    raise ConfigError(
+        f"{what}, but ral.n_envs is {n_envs}: give a multiple of the group size, 2 or more, or ral.reset_mode full"
+    )
 
 
 def find_algorithm(name: str) -> Algorithm:

@@ -47,6 +47,8 @@ def _minibatches(env: VecEnv) -> dict[str, Any]:
     """At least four minibatches, each the whole images of equally many environments."""
     n_codes, n_envs = int(env.observation_space.shape[0]), env.num_envs  # type: ignore[index]
     images = max(n for n in range(1, max(1, n_envs // 4) + 1) if n_envs % n == 0)
+    if n_codes * images == 1:  # PPO's minibatches have two codes or more, also of a grid of one code
+        images = next((n for n in range(2, n_envs + 1) if n_envs % n == 0), 2)
     return whole_episodes(env) | {"batch_size": n_codes * images}
 
 

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from ral_gym.commands.arguments import STAGES, EvaluateArguments, TrainArguments, parse_train
-from ral_gym.config import Config
+from ral_gym.config import Config, effect_notes
 from ral_gym.errors import RalGymError, RunError, printable
+from ral_gym.registry import PRESETS
 
 # torch and the stages are imported inside the functions, so that --help and a mistyped flag respond at once, and Ctrl-C
 # during the seconds of their import is handled like any other.
@@ -95,6 +96,8 @@ def train(arguments: TrainArguments, console: Console) -> dict[str, Any]:
             check_rewards(config)
         if "evaluate" in stages:
             check_measuring(run)
+        if main and config.preset in PRESETS.builtin:
+            _say(console, effect_notes(config, PRESETS[config.preset]))
         with run.locked() if main else nullcontext():
             return _run_stages(Pipeline(run, device, arguments, console), stages, console)
     except (RalGymError, OSError):

@@ -14,6 +14,7 @@ from ral_gym.config.algorithms import (
     TRPOConfig,
     changed_settings,
 )
+from ral_gym.config.effects import effect_notes, without_effect
 from ral_gym.config.flags import settings
 from ral_gym.config.ranges import RANGES
 from ral_gym.config.stages import (
@@ -43,5 +44,7 @@ __all__ = [
     "TRPOConfig",
     "VQVAEConfig",
     "changed_settings",
+    "effect_notes",
     "settings",
+    "without_effect",
 ]

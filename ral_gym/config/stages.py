@@ -18,13 +18,11 @@ from ral_gym.config.algorithms import (
     check_section,
     upgraded,
 )
+from ral_gym.config.fits import check_fits
 from ral_gym.config.ranges import check_ranges, check_sizes
 from ral_gym.errors import ConfigError
 from ral_gym.schema import check_types, config_from
 from ral_gym.settings import CRITIC_ALONE, Options, RewardWeights, check_reward_weights
-
-LITE0_PIXELS = 16
-"""The smallest images that the extractor lite0 takes: on others its last kernels exceed the feature maps."""
 
 
 @dataclass(frozen=True)
@@ -328,41 +326,7 @@ class Config:
         check_reward_weights(self.ral.reward_weights)
         for name in SECTIONS:
             check_section(name, getattr(self.ral, name))
-        # Only a tokenizer of your own knows which settings fit it.
-        sides = [("vqvae.layers", self.vqvae.layers, self.strided_layers)] if self.vqvae.kind == "vqvae" else []
-        if self.critic.kind == "patch":
-            sides += [("critic.layers", self.critic.layers, self.critic.layers)]
-        for name, value, layers in sides:
-            if self.data.image_size % 2**layers:
-                levels = " (one for the second level)" if layers > value else ""
-                raise ConfigError(
-                    f"{name} is {value}{levels}: data.image_size {self.data.image_size} must be a multiple of "
-                    f"2**{layers}; change one of them"
-                )
-        self._check_small_images()
-        for name, prior in (("prior", self.prior), ("bottom", self.bottom)):
-            if prior.attention_layers > prior.layers:
-                raise ConfigError(
-                    f"{name}.attention_layers is {prior.attention_layers}: give at most {name}.layers, {prior.layers}"
-                )
-            if prior.attention_layers and prior.hidden_units % prior.attention_heads:
-                raise ConfigError(
-                    f"{name}.attention_heads is {prior.attention_heads}: it must divide {name}.hidden_units, "
-                    f"{prior.hidden_units}; change one of them"
-                )
-
-    def _check_small_images(self) -> None:
-        """Refuse images that stage 3 or the evaluation would refuse only after hours."""
-        if self.ral.reset_mode in ("continue", "mixed") and self.grid_size < 2:
-            raise ConfigError(
-                f"ral.reset_mode is {self.ral.reset_mode}, but {self.data.image_size} pixels give one row of codes, "
-                "which cannot be continued: give ral.reset_mode full, larger images or fewer vqvae.layers"
-            )
-        if self.evaluation.extractor == "lite0" and self.data.image_size < LITE0_PIXELS:
-            raise ConfigError(
-                f"evaluation.extractor lite0 needs images of {LITE0_PIXELS} pixels or more, data.image_size is "
-                f"{self.data.image_size}: give larger images, or evaluation.extractor encoder"
-            )
+        check_fits(self)
 
     def to_json(self) -> str:
         """The configuration as indented JSON."""

@@ -250,14 +250,14 @@ class _Frechet:
 
     def __init__(self, reference: Tensor) -> None:
         self.mean = reference.mean(0)  # (F,)
-        covariance = reference.T.cov()  # (F, F)
+        covariance = reference.T.cov().reshape(len(self.mean), -1)  # (F, F), of one feature too
         values, vectors = torch.linalg.eigh(covariance)
         self.root = vectors * values.clamp(min=0).sqrt() @ vectors.T  # (F, F), A
         self.trace = covariance.trace()
 
     def __call__(self, features: Tensor) -> Tensor:
         """Features (N, F) float64 -> (1,)."""
-        covariance = features.T.cov()  # (F, F)
+        covariance = features.T.cov().reshape(len(self.mean), -1)  # (F, F)
         cross = torch.linalg.eigvalsh(self.root @ covariance @ self.root).clamp(min=0).sqrt().sum()
         shift = (features.mean(0) - self.mean).square().sum()
         return (shift + self.trace + covariance.trace() - 2 * cross)[None]

@@ -25,6 +25,8 @@ REACH = 24.0
 """The quadrature nodes are evenly spaced in v in [-REACH, REACH]: relative error 1e-9 by the ends, less by the step."""
 ROUNDING = 1e-12
 """Smaller ratios count as 0: they are rounding errors of sums of D numbers of order one."""
+SMALLEST = 1e-250
+"""Mean eigenvalues below this count as 0."""
 
 
 def spectral(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,7 +57,9 @@ def root_trace_change(spectrum: Tensor, squares: Tensor, factor: float) -> Tenso
         (N,), none positive.
     """
     v = torch.linspace(-REACH, REACH, NODES, dtype=spectrum.dtype, device=spectrum.device)  # (Q,)
-    s = spectrum.mean().clamp_min(torch.finfo(spectrum.dtype).tiny).sqrt() * v.exp()
+    scale = spectrum.mean()
+    scale = torch.where(scale > SMALLEST, scale, 1.0)  # images that are all alike: s^2 below would be 0, and 0 / 0
+    s = scale.sqrt() * v.exp()
     squares = squares * (spectrum > 0)
     shares = factor * squares / torch.where(spectrum > 0, spectrum, 1.0)  # (N, D)
     # At s = 0 the ratio 1 - x is 0 where the downdate lowers the rank, as it always does with few images; near s = 0

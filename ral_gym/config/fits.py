@@ -1,0 +1,73 @@
+"""Which settings fit one another: what a later stage would refuse is refused before the first."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ral_gym.errors import ConfigError
+
+LITE0_PIXELS = 16
+"""The smallest images that the extractor lite0 takes: its last convolutions are larger than what is left of others."""
+
+
+def check_fits(config: Any) -> None:
+    """Refuse settings of a `Config` that contradict one another.
+
+    Raises:
+        ConfigError: which one, its value, and what it has to fit.
+    """
+    _check_sides(config)
+    _check_small_images(config)
+    _check_attention(config)
+
+
+def _check_sides(config: Any) -> None:
+    """Refuse strided convolutions that do not divide the image's side."""
+    # Of a tokenizer of one's own only the tokenizer knows what fits it.
+    sides = [("vqvae.layers", config.vqvae.layers, config.strided_layers)] if config.vqvae.kind == "vqvae" else []
+    if config.critic.kind == "patch":
+        sides += [("critic.layers", config.critic.layers, config.critic.layers)]
+    for name, value, layers in sides:
+        if config.data.image_size % 2**layers:
+            levels = " (one for the second level)" if layers > value else ""
+            raise ConfigError(
+                f"{name} is {value}{levels}: data.image_size {config.data.image_size} must be a multiple of "
+                f"2**{layers}; change one of them"
+            )
+
+
+def _check_small_images(config: Any) -> None:
+    """Refuse images, and grids of one level or one code, that stage 3 or the evaluation would refuse, after hours."""
+    if config.vqvae.levels == 1 and config.ral.train_levels != "both":
+        raise ConfigError(
+            f"ral.train_levels is {config.ral.train_levels}, but vqvae.levels is 1: give both, or vqvae.levels 2"
+        )
+    if config.vqvae.levels == 1 and config.vqvae.kind == "vqvae" and config.grid_size * config.ral.n_envs == 1:
+        raise ConfigError(
+            "ral.n_envs is 1, and an image is one code: an update on one code has nothing to compare it with; give "
+            "ral.n_envs 2 or more, larger images or fewer vqvae.layers"
+        )
+    if config.ral.reset_mode in ("continue", "mixed") and config.grid_size < 2:
+        raise ConfigError(
+            f"ral.reset_mode is {config.ral.reset_mode}, but {config.data.image_size} pixels give one row of codes, "
+            "which cannot be continued: give ral.reset_mode full, larger images or fewer vqvae.layers"
+        )
+    if config.evaluation.extractor == "lite0" and config.data.image_size < LITE0_PIXELS:
+        raise ConfigError(
+            f"evaluation.extractor lite0 needs images of {LITE0_PIXELS} pixels or more, data.image_size is "
+            f"{config.data.image_size}: give larger images, or evaluation.extractor encoder"
+        )
+
+
+def _check_attention(config: Any) -> None:
+    """Refuse attention that does not fit the prior's network."""
+    for name, prior in (("prior", config.prior), ("bottom", config.bottom)):
+        if prior.attention_layers > prior.layers:
+            raise ConfigError(
+                f"{name}.attention_layers is {prior.attention_layers}: give at most {name}.layers, {prior.layers}"
+            )
+        if prior.attention_layers and prior.hidden_units % prior.attention_heads:
+            raise ConfigError(
+                f"{name}.attention_heads is {prior.attention_heads}: it must divide {name}.hidden_units, "
+                f"{prior.hidden_units}; change one of them"
+            )
