@@ -105,7 +105,7 @@ class RunCallback(BaseCallback):
         keep_average: called with the number of updates four times, at equal intervals, to save the average.
         progress: show a progress bar.
         checkpoint_every: updates between checkpoints.
-        ties: regulariser callbacks between the two; those with a `state_dict` are saved in checkpoints.
+        regularizers: callbacks between the two; those with a `state_dict` are saved in checkpoints.
     """
 
     def __init__(
@@ -118,10 +118,14 @@ class RunCallback(BaseCallback):
         keep_average: Callable[[int], None] | None = None,
         progress: bool = True,
         checkpoint_every: int = 10,
-        ties: Sequence[BaseCallback] = (),
+        regularizers: Sequence[BaseCallback] = (),
     ) -> None:
         super().__init__()
-        self._ties: dict[str, Any] = {type(tie).__name__: tie for tie in ties if hasattr(tie, "state_dict")}
+        self._regularizers: dict[str, Any] = {
+            type(regularizer).__name__: regularizer
+            for regularizer in regularizers
+            if hasattr(regularizer, "state_dict")
+        }
         self.run, self.reward, self.total_updates = run, reward, n_updates
         self.draw_samples, self.keep_average, self.progress = draw_samples, keep_average, progress
         self.checkpoint_every = checkpoint_every
@@ -141,8 +145,8 @@ class RunCallback(BaseCallback):
         assert self.average is not None
         self.average.load_state_dict(state["average"], self.model.policy)
         self.reward.load_state_dict(state["critic"])
-        for name, tie in self._ties.items():
-            tie.load_state_dict(state["ties"][name])
+        for name, regularizer in self._regularizers.items():
+            regularizer.load_state_dict(state["regularizers"][name])
         hidden = state.get("hidden", {})
         for name, value in state.get("logged", {}).items():
             self.logger.record(str(name), float(value), exclude=tuple(map(str, hidden.get(name, ()))))
@@ -217,7 +221,7 @@ class RunCallback(BaseCallback):
             "optimizer": model.policy.optimizer.state_dict(),
             "average": self.average.state_dict(),
             "critic": self.reward.state_dict(),
-            "ties": {name: tie.state_dict() for name, tie in self._ties.items()},
+            "regularizers": {name: regularizer.state_dict() for name, regularizer in self._regularizers.items()},
             "algorithm": model.extra_state() if hasattr(model, "extra_state") else {},
             "buffer": model.rollout_buffer.state_dict(),
             "env": env.core.state_dict(),

@@ -129,19 +129,19 @@ class Stage:
         critic: the critic and its optimizer; None if there is no critic reward.
         reward_callback: writes the rewards.
         run_callback: the weight average, the log, the checkpoints; `run_callback.updates` counts policy updates.
-        ties: callbacks for regularisers that the algorithm's loss does not have.
+        regularizers: callbacks for those that the algorithm's loss does not have.
     """
 
     model: OnPolicyAlgorithm
     critic: CoTrainedCritic | None
     reward_callback: CriticCallback | CompositeReward
     run_callback: RunCallback
-    ties: list[BaseCallback] = field(default_factory=list)
+    regularizers: list[BaseCallback] = field(default_factory=list)
 
     @property
     def callbacks(self) -> CallbackList:
         """The callbacks for `model.learn`."""
-        return CallbackList([self.reward_callback, *self.ties, self.run_callback])
+        return CallbackList([self.reward_callback, *self.regularizers, self.run_callback])
 
 
 def make_stage(
@@ -165,7 +165,7 @@ def make_stage(
     critic = make_critic(run, vqvae, codes, device, prior, extractor) if config.uses_critic else None
     model = make_agent(run, env, prior, device)
     reward_callback = make_reward(run, critic, extractor)
-    ties = find_algorithm(config.algo).callbacks(
+    regularizers = find_algorithm(config.algo).callbacks(
         config, PriorWeights.of(prior), lambda: (run_callback.updates + 1) / config.n_updates
     )
     run_callback = RunCallback(
@@ -178,11 +178,11 @@ def make_stage(
         ),
         progress=progress,
         checkpoint_every=config.checkpoint_every,
-        ties=ties,
+        regularizers=regularizers,
     )
     board, writer = RunEventLog(run), RunWriter(run, lambda: run_callback.updates)
     model.set_logger(Logger(None, [board, writer]))
-    return Stage(model, critic, reward_callback, run_callback, ties)
+    return Stage(model, critic, reward_callback, run_callback, regularizers)
 
 
 def train_ral(

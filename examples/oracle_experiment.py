@@ -171,7 +171,7 @@ class SeedExperiment:
             rewards = [OracleReward(self.oracle)] if variant == "oracle_reward" else []
             bookkeeping, points = stage.run_callback, self.settings.stations
             curve = OracleCurve(run, bookkeeping, self.oracle, self.curve_codes, points, self.seed * 1000 + 12)
-            callbacks = CallbackList([stage.reward_callback, *rewards, *stage.ties, bookkeeping, curve])
+            callbacks = CallbackList([stage.reward_callback, *rewards, *stage.regularizers, bookkeeping, curve])
             stage.model.learn(total_timesteps=2**62, callback=callbacks, log_interval=1, reset_num_timesteps=False)
             stage.model.logger.close()
             stage.run_callback.save()

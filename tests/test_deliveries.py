@@ -1,4 +1,4 @@
-"""The critic's reward step by step and by a wrapper; ties to the data around unmodified algorithms."""
+"""The critic's reward step by step and by a wrapper; regularizers around unmodified algorithms."""
 
 import math
 from dataclasses import replace

@@ -269,13 +269,13 @@ def test_ties_that_a_loss_lacks_are_callbacks(tmp_path: Path) -> None:
     }
     for name, expected in kinds.items():
         stage = make_stage(*parts(stage_2(tmp_path / name, **CASES[name])), progress=False)
-        assert [type(tie) for tie in stage.ties] == expected
-        assert stage.callbacks.callbacks == [stage.reward_callback, *stage.ties, stage.run_callback]
-        coefs = {type(tie): getattr(tie, "coef", None) for tie in stage.ties}
+        assert [type(regularizer) for regularizer in stage.regularizers] == expected
+        assert stage.callbacks.callbacks == [stage.reward_callback, *stage.regularizers, stage.run_callback]
+        coefs = {type(regularizer): getattr(regularizer, "coef", None) for regularizer in stage.regularizers}
         assert coefs.get(PriorKLReward, 0.3) == 0.3 and coefs.get(MLEShare, 0.2) == 0.2
     model: Any = stage.model
     assert (model.kl_coef, model.mle_coef, model.entropy_target) == (0.3, 0.2, None)  # steered once, not twice
-    rule = stage.ties[0]
+    rule = stage.regularizers[0]
     rule.init_callback(model)
     assert (rule.rule.coef, rule.rule.target, rule.rule.schedule) == (3e-3, None, True)
 

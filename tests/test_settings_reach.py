@@ -341,9 +341,9 @@ def test_an_algorithm_gets_its_own_settings_and_the_shared_ones(tmp_path: Path, 
     codes = CodeSet.load(run.file("codes.safetensors"), load_vqvae(run).grid)
     stage = train_ral.make_stage(run, load_vqvae(run), load_generator(run, "prior"), codes, CPU, progress=False)
     model: Any = stage.model
-    ties = {type(tie).__name__: tie for tie in stage.ties}
+    regularizers = {type(regularizer).__name__: regularizer for regularizer in stage.regularizers}
     stage.callbacks.init_callback(model)
-    rule = ties["EntropyTarget"].rule if "EntropyTarget" in ties else None
+    rule = regularizers["EntropyTarget"].rule if "EntropyTarget" in regularizers else None
     steered = {}
     if rule is not None:
         steered = {"ent_coef": rule.coef, "entropy_target": rule.target, "entropy_schedule": rule.schedule}
@@ -352,13 +352,13 @@ def test_an_algorithm_gets_its_own_settings_and_the_shared_ones(tmp_path: Path, 
         got = got(1.0) if callable(got) else got
         assert value != getattr(defaults, name) or name == "ent_coef" or value is None, f"{name} is at its default"
         assert got == value, name
-    ties |= {"loss": model}
+    regularizers |= {"loss": model}
     got = {
         "gamma": model.rollout_buffer.gamma,
         "learning_rate": model.lr_schedule(1.0),
         "normalize_advantage": getattr(model, "normalize_advantage", False),
-        "mle_coef": ties["MLEShare"].coef if "MLEShare" in ties else model.mle_coef,
-        "kl_coef": ties["PriorKLReward"].coef if "PriorKLReward" in ties else model.kl_coef,
+        "mle_coef": regularizers["MLEShare"].coef if "MLEShare" in regularizers else model.mle_coef,
+        "kl_coef": regularizers["PriorKLReward"].coef if "PriorKLReward" in regularizers else model.kl_coef,
         "max_grad_norm": getattr(model, "max_grad_norm", None),
     }
     assert {name: got[name] for name in shared} == shared
