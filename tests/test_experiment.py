@@ -115,5 +115,5 @@ def test_what_is_taken_over_must_fit(base: Run, tmp_path: Path) -> None:
     fork = fork_run(base, tmp_path / "fork", base.config)
     changed = Run(shutil.copytree(base.path, tmp_path / "changed"), base.config)
     changed.file("prior.safetensors").write_bytes(b"another")
-    with pytest.raises(RunError, match=r"another prior\.safetensors"):
+    with pytest.raises(RunError, match=r"a prior\.safetensors that differs"):
         fork_run(changed, fork.path, base.config)

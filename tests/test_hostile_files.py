@@ -194,7 +194,7 @@ def test_text_from_files_reaches_no_terminal_raw(tmp_path, smoke_run, capsys) ->
     [
         ("1" + 400 * "0", "an integer of 401 digits"),
         (str(10**30), "fd is an integer of 100 bits"),
-        ("true", "no number"),
+        ("true", "not a number"),
     ],
 )
 def test_a_distance_that_no_floating_point_number_holds_is_one_line(tmp_path, capsys, number, words) -> None:
