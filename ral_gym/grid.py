@@ -9,6 +9,10 @@ An image's first r rows, counted in rows of the top grid, are a sequence of thei
 bottom codes under them. Everything that takes codes accepts such short sequences.
 
 Two more tokens appear in observations only: K, "not drawn yet", and K + 1, "will not be drawn in this episode".
+
+With N classes a sequence has one more entry, always given: the label, at the end, as K + 2 + class. K + 2 + N is "no
+class", for networks and samplers; it is never in an observation. A sequence of r rows is then `codes_of(r)` codes and
+the label. Code files keep codes and labels apart; a tokenizer's grid has no classes.
 """
 
 from __future__ import annotations
@@ -22,6 +26,8 @@ from torch import Tensor
 
 from ral_gym.errors import ConfigError
 
+MOST_ENTRY = 32_767
+"""The largest entry of a stored sequence: int16."""
 Codes = TypeVar("Codes", np.ndarray, Tensor)
 Position = TypeVar("Position", int, np.ndarray, Tensor)
 
@@ -35,16 +41,25 @@ class CodeGrid:
         width: columns W of the (top) grid.
         codebook_size: K.
         levels: 1, or 2: a bottom grid of 2H x 2W codes follows the top one.
+        classes: N, how many classes an image's label may name; 0: images have no labels.
     """
 
     height: int
     width: int
     codebook_size: int
     levels: int = 1
+    classes: int = 0
 
     def __post_init__(self) -> None:
         if self.levels not in (1, 2):
             raise ConfigError(f"a code grid of {self.levels} levels: give 1 or 2")
+        if self.classes < 0:
+            raise ConfigError(f"a code grid of {self.classes} classes: give 0 (no labels) or more")
+        if self.largest_entry > MOST_ENTRY:
+            raise ConfigError(
+                f"{self.codebook_size} codes and {self.classes} classes need entries up to {self.largest_entry}, but "
+                f"sequences are int16: at most {MOST_ENTRY}"
+            )
 
     @property
     def shapes(self) -> tuple[tuple[int, int], ...]:
@@ -70,6 +85,53 @@ class CodeGrid:
     def never_drawn(self) -> int:
         """Token of a code that this episode does not draw: K + 1."""
         return self.codebook_size + 1
+
+    @property
+    def length(self) -> int:
+        """Entries of a sequence: T, or T + 1 with classes."""
+        return self.n_codes + (self.classes > 0)
+
+    @property
+    def first_label(self) -> int:
+        """The entry that stands for class 0: K + 2."""
+        return self.codebook_size + 2
+
+    @property
+    def no_class(self) -> int:
+        """The entry that stands for "no class": K + 2 + N."""
+        return self.first_label + self.classes
+
+    @property
+    def largest_entry(self) -> int:
+        """The largest entry that an observation may have: K + 1, or K + 1 + N with classes."""
+        return self.never_drawn + self.classes
+
+    def with_labels(self, codes: Codes, labels: Codes) -> Codes:
+        """Sequences (..., T' + 1) of codes (..., T') and classes (...) in 0..N, where N is "no class".
+
+        Raises:
+            ConfigError: the grid has no classes, or a label is out of range.
+        """
+        if not self.classes:
+            raise ConfigError("labels for a code grid without classes: leave them out")
+        if labels.shape[0] and not 0 <= int(labels.min()) <= int(labels.max()) <= self.classes:
+            raise ConfigError(
+                f"labels lie in {int(labels.min())}..{int(labels.max())}: the {self.classes} classes are "
+                f"0..{self.classes - 1}"
+            )
+        last: Any = labels[..., None] + self.first_label
+        if isinstance(codes, Tensor):
+            return torch.cat([codes, last.to(codes)], -1)
+        return np.concatenate([codes, last.astype(codes.dtype)], -1)
+
+    def labels_of(self, sequence: Codes) -> Codes | None:
+        """The classes (...) of sequences (..., T' + 1), N for "no class"; None without classes."""
+        labels: Any = sequence[..., -1] - self.first_label if self.classes else None
+        return labels
+
+    def without_labels(self, sequence: Codes) -> Codes:
+        """The codes (..., T') of sequences (..., T' + 1), a view; without classes the sequences themselves."""
+        return sequence[..., :-1] if self.classes else sequence
 
     def codes_of(self, rows: int) -> int:
         """How many codes an image of `rows` (top) rows has; `codes_of(H)` is T."""
@@ -98,19 +160,22 @@ class CodeGrid:
             stop_rows: (top) rows that the image will have, 0..H.
 
         Returns:
-            (T,) bool: True in the rows prefix_rows..stop_rows-1, and in the bottom rows that lie under them.
+            (`length`,) bool: True in the rows prefix_rows..stop_rows-1, and in the bottom rows that lie under them;
+            False at the label.
         """
         drawn = [np.zeros(shape, bool) for shape in self.shapes]
         for level, rows in enumerate(drawn):
             rows[prefix_rows * 2**level : stop_rows * 2**level] = True
-        return np.concatenate([rows.reshape(-1) for rows in drawn])  # (T,)
+        parts = [rows.reshape(-1) for rows in drawn]
+        return np.concatenate([*parts, np.zeros(self.length - self.n_codes, bool)])  # (length,)
 
     def split(self, codes: Codes) -> list[Codes]:
-        """Split a sequence (..., codes_of(r)) into every level's codes, top first: (..., r*W) and (..., 4*r*W).
+        """Split a sequence of r rows into every level's codes, top first: (..., r*W) and (..., 4*r*W), no label.
 
         Raises:
             ConfigError: the length is not that of 1..H rows.
         """
+        codes = self.without_labels(codes)
         rows = self.rows_of(codes.shape[-1])
         if self.levels == 1:
             return [codes]
@@ -121,13 +186,15 @@ class CodeGrid:
         """The sequence of an image's first `rows` (top) rows.
 
         Args:
-            codes: (..., T), or a sequence of at least `rows` rows; array or tensor.
+            codes: (..., `length`), or a sequence of at least `rows` rows; array or tensor.
             rows: how many to keep, 1..H.
 
         Returns:
-            (..., codes_of(rows)) of the same kind; with one level a view.
+            (..., codes_of(rows)) of the same kind, and the label behind them with classes; else, with one level, a
+            view.
         """
         kept = [level[..., : rows * self.width * 4**number] for number, level in enumerate(self.split(codes))]
+        kept += [codes[..., -1:]] * (self.classes > 0)
         if len(kept) == 1:
             return kept[0]
         joined: Any = torch.cat(kept, -1) if isinstance(codes, Tensor) else np.concatenate(kept, -1)

@@ -5,19 +5,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ral_gym.data.images import ImageSet, augment, to_float, to_uint8
+from ral_gym.data.images import ImageSet, Labels, augment, to_float, to_uint8
 from ral_gym.errors import RunError
 from ral_gym.grid import CodeGrid
 from ral_gym.runs.storage import load_tensors, save_tensors
 from ral_gym.tokenizers.base import Tokenizer, device_of
+
+LABELLED = ("train", "test")
+"""Parts of a code file that may have labels, in the tensors ``train_labels`` and ``test_labels``."""
 
 
 @dataclass(frozen=True)
@@ -29,19 +33,48 @@ class CodeSet:
         test: held-out images (of known people, for faces).
         new_people: held-out people, or None.
         clean: how many rows of `train`, the first ones, are codes of the images without augmentation.
+        labels: the classes of `train` and `test`, int64 from 0, and the name of every class; None: no labels.
     """
 
     train: np.ndarray
     test: np.ndarray
     new_people: np.ndarray | None
     clean: int
+    labels: Labels | None = None
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes, in the order of their numbers; empty without labels."""
+        return () if self.labels is None else self.labels.classes
+
+    def grid_of(self, grid: CodeGrid) -> CodeGrid:
+        """A tokenizer's grid with this set's number of classes: the grid of its sequences."""
+        return replace(grid, classes=len(self.classes))
+
+    def sequences(self, part: str, grid: CodeGrid) -> np.ndarray:
+        """The sequences (n, `length`) int16 of a part: its codes, with their labels if the grid has classes.
+
+        Args:
+            part: `train`, `test`, or `clean`: the training images without augmentation.
+            grid: `grid_of`, or a grid without classes, which leaves the labels out.
+        """
+        name, rows = ("train", slice(self.clean)) if part == "clean" else (part, slice(None))
+        codes: np.ndarray = getattr(self, name)[rows]
+        if not grid.classes:
+            return codes
+        assert self.labels is not None
+        return grid.with_labels(codes, getattr(self.labels, name)[rows])
 
     def save(self, path: Path) -> None:
         """Write atomically as safetensors."""
         tensors = {"train": torch.from_numpy(self.train), "test": torch.from_numpy(self.test)}
         if self.new_people is not None:
             tensors["new_people"] = torch.from_numpy(self.new_people)
-        save_tensors(path, tensors, {"clean": self.clean})
+        facts: dict[str, Any] = {"clean": self.clean}
+        if self.labels is not None:
+            tensors |= {f"{name}_labels": _stored_labels(getattr(self.labels, name)) for name in LABELLED}
+            facts["classes"] = list(self.labels.classes)
+        save_tensors(path, tensors, facts)
 
     @classmethod
     def load(cls, path: Path, grid: CodeGrid | None = None) -> CodeSet:
@@ -49,7 +82,7 @@ class CodeSet:
 
         Args:
             path: the file.
-            grid: the shape that the codes must have; None: any.
+            grid: the shape that the codes must have, whatever its classes; None: any.
 
         Raises:
             RunError: the file is missing, truncated, not a code file, or does not fit the grid.
@@ -58,6 +91,7 @@ class CodeSet:
         clean = metadata.get("clean")
         if "train" not in tensors or "test" not in tensors or isinstance(clean, bool) or not isinstance(clean, int):
             raise RunError(f"{path} is not a code file (no train and test codes in it); remove it to encode again")
+        labels = _labels_in(path, tensors, metadata)
         for name, codes in tensors.items():
             if codes.dtype != torch.int16 or codes.ndim != 2:
                 raise RunError(
@@ -73,13 +107,45 @@ class CodeSet:
                 "encode again"
             )
         arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
-        return cls(arrays["train"], arrays["test"], arrays.get("new_people"), clean)
+        return cls(arrays["train"], arrays["test"], arrays.get("new_people"), clean, labels)
+
+
+def _stored_labels(labels: np.ndarray) -> Tensor:
+    return torch.from_numpy(labels.astype(np.int16))
+
+
+def _labels_in(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> Labels | None:
+    """The labels of a code file, or None; removes them from its `tensors`.
+
+    Raises:
+        RunError: there are labels for some parts only, or not one from 0 to N - 1 for every image.
+    """
+    found = {name: tensors.pop(f"{name}_labels", None) for name in LABELLED}
+    names = metadata.get("classes")
+    if names is None and not any(labels is not None for labels in found.values()):
+        return None
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise RunError(f"{path}: its labels have no list of class names; remove the file to encode again")
+    for name, labels in found.items():
+        fits = labels is not None and labels.dtype == torch.int16 and labels.shape == tensors[name].shape[:1]
+        if not fits or labels is None or (len(labels) and not _between(labels, len(names))):
+            raise RunError(
+                f"{path}: tensor {name}_labels does not hold one class in 0..{len(names) - 1} (int16) for each of the "
+                f"{len(tensors[name])} images; remove the file to encode again"
+            )
+    arrays = {name: labels.numpy().astype(np.int64) for name, labels in found.items() if labels is not None}
+    return Labels(arrays["train"], arrays["test"], tuple(names))
 
 
 def _fits(codes: Tensor, grid: CodeGrid) -> bool:
     """Whether codes (N, T) have the grid's T and lie in its codebook."""
-    inside = codes.numel() == 0 or 0 <= int(codes.min()) <= int(codes.max()) < grid.codebook_size
+    inside = codes.numel() == 0 or _between(codes, grid.codebook_size)
     return codes.shape[1:] == (grid.n_codes,) and inside
+
+
+def _between(values: Tensor, count: int) -> bool:
+    """Whether all values lie in 0..count - 1."""
+    return bool(0 <= int(values.min()) <= int(values.max()) < count)
 
 
 @torch.no_grad()
@@ -126,7 +192,15 @@ def encode_set(vqvae: Tokenizer, images: ImageSet, *, passes: int, seed: int, pr
     train = encode_images(vqvae, images.train, passes=passes, seed=seed, progress=progress)
     test = encode_images(vqvae, images.test, progress=False)
     new_people = None if images.new_people is None else encode_images(vqvae, images.new_people, progress=False)
-    return CodeSet(train, test, new_people, clean=len(images.train))
+    labels = None if images.labels is None else _repeated(images.labels, passes)
+    return CodeSet(train, test, new_people, clean=len(images.train), labels=labels)
+
+
+def _repeated(labels: Labels, passes: int) -> Labels:
+    """The labels of `passes` passes over the training images; classes without a name are called by their number."""
+    count = 1 + max(int(part.max(initial=0)) for part in (labels.train, labels.test))
+    names = labels.classes or tuple(map(str, range(count)))
+    return Labels(np.tile(labels.train, passes), labels.test, names)
 
 
 @torch.no_grad()
