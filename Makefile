@@ -6,7 +6,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 JOBS ?= 2
 ARGS ?=
-FAST := not slow and not cuda and not faults and not commands and not processes and not browser
+FAST := not slow and not cuda and not faults and not commands and not processes and not browser and not parity
 LOWEST := .venv-lowest
 # What touches the libraries most: saved files, tokenizers, networks, environments, SB3, metrics, and the preset `smoke`
 # through stage 3 with its checkpoints (test_train_ral.py).
@@ -19,7 +19,7 @@ PIP := $(PY) -m pip --quiet --quiet --no-input --disable-pip-version-check
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo results assets test test-commands test-processes test-browser test-slow test-cuda test-faults soak test-lowest check format bench clean distclean
+.PHONY: help venv demo results assets test test-commands test-processes test-browser test-parity test-slow test-cuda test-faults soak test-lowest check format bench clean distclean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
@@ -46,6 +46,9 @@ test-processes: $(STAMP) ## Training on several processes
 
 test-browser: $(STAMP) ## The report in a browser (Chromium)
 	OMP_NUM_THREADS=1 $(PY) -P -m pytest -m browser $(ARGS)
+
+test-parity: $(STAMP) ## Networks of released checkpoints against independent implementations (transformers, diffusers)
+	OMP_NUM_THREADS=1 $(PY) -P -m pytest -m parity $(ARGS)
 
 test-slow: $(STAMP) ## The tests that train for minutes
 	$(PY) -P -m pytest -m "slow and not cuda and not faults" $(ARGS)
