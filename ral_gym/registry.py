@@ -254,6 +254,7 @@ PRIORS = Registry(
         "pixelcnn": "ral_gym.priors.pixelcnn:PixelCNN",
         "two_level": "ral_gym.priors.two_level:TwoLevelPrior",
         "transformer": "ral_gym.priors.transformer:Transformer",
+        "gpt": "ral_gym.priors.gpt:GPT",
     },
 )
 CRITICS = Registry("critic", "ral_gym.critics", {"patch": "ral_gym.rewards.critic:PatchCritic"})

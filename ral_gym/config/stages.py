@@ -106,7 +106,8 @@ class PriorConfig:
     """Stage 2, a prior over codes (by default a PixelCNN) by maximum likelihood (supplement, Tables 4b to 10b)."""
 
     kind: str = "pixelcnn"
-    """The network: `pixelcnn`, a registered name, or your own `module:Class`."""
+    """The network: `pixelcnn`, `transformer` (LlamaGen's), `gpt` (taming's), a registered name, or your own
+    `module:Class`."""
     options: Options = field(default_factory=dict)
     """Arguments of your own prior that are not settings of this section: `--prior.options NAME VALUE ..`."""
     hidden_units: int = 128

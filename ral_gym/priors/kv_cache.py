@@ -1,4 +1,4 @@
-"""What sampling from a `Transformer` keeps: the keys and values of every slot so far.
+"""What sampling from a causal transformer keeps: the keys and values of every slot so far.
 
 Slot 0 is the class token, slot 1 + t is code t. The features of code t come out of slot t, which reads the label for
 t = 0 and code t - 1 else: a step runs one slot through all blocks, writes its key and value, and attends to the slots
@@ -16,8 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ral_gym.errors import ConfigError
+
 Transformer = Any
-"""`ral_gym.priors.transformer.Transformer`, which imports this file."""
+"""`ral_gym.priors.causal.CausalTransformer`, which imports this file."""
 
 
 class PackedTransformer:
@@ -71,7 +73,7 @@ class KVCache:
         shape = (len(prior.layers), batch, heads, slots, prior.hidden_units // heads)
         self._keys, self._values = like.new_zeros(shape), like.new_zeros(shape)  # (L, B, N, T, h)
         self._codes = torch.zeros(batch, slots, dtype=torch.int64, device=like.device)
-        self._labels = torch.full((batch,), prior.classes, dtype=torch.int64, device=like.device)
+        self._labels = torch.full((batch,), max(0, prior.largest_label), dtype=torch.int64, device=like.device)
         self._rows = torch.arange(batch, device=like.device)
         self._slots = torch.arange(slots, device=like.device)
         self.features = like.new_zeros(batch, prior.hidden_units)
@@ -94,62 +96,60 @@ class KVCache:
         given = torch.as_tensor(positions, device=codes.device)[:, None] > self._slots[: codes.shape[1]]  # (n, T')
         codes = codes.clamp(max=self.prior.codebook_size - 1).masked_fill(~given, 0)
         self._codes[rows, : codes.shape[1]] = codes
-        labels = self._labels.new_full((len(codes),), self.prior.classes)
-        if condition is not None:
-            labels = condition[:, 0]
+        labels = self._unlabelled(len(codes)) if condition is None else condition[:, 0]
         self._labels[rows] = labels
         # The slot of a position is the step's to run, so that the last one here is that of the position before.
         count = min(int(positions.max()), codes.shape[1])
         if count == 0:
             return
         x = self.prior.embed(codes[:, : count - 1], labels)  # (n, count, C)
-        cosine, sine = self.prior.cosine[:count], self.prior.sine[:count]
+        turn = self.prior.turns(slice(0, count))
         for layer, block in enumerate(self.prior.layers):
-            queries, keys, values = block.qkv(x, cosine, sine)
+            queries, keys, values = block.qkv(x, turn)
             self._keys[layer, rows, :, :count] = keys
             self._values[layer, rows, :, :count] = values
             if layer + 1 < len(self.prior.layers):
-                x = block.finish(x, self.prior._attend(queries, keys, values))
+                x = block.finish(x, self.prior.attend(queries, keys, values))
+
+    def _unlabelled(self, rows: int) -> Tensor:
+        """The labels (n,) of rows that were given none: the start token, or "no class"."""
+        if self.prior.classes and not self.prior.null_class:
+            raise ConfigError(
+                f"this {type(self.prior).__name__} draws images of a class, and has no row for no class: pass "
+                f"sequences whose last entry is a label, one of {self.prior.classes} classes"
+            )
+        return self._labels.new_full((rows,), self.prior.classes)
 
     def step(self, row: int, column: int) -> None:
         """Features and logits of all batch rows at one position."""
         slot = row * self.prior.width + column
-        first = slot == 0
-        x = self.prior.cls_embedding(self._labels) if first else self.prior.tok_embeddings(self._codes[:, slot - 1])
-        cosine, sine = self.prior.cosine[slot], self.prior.sine[slot]  # (h / 2,)
+        x = self.prior.embed_at(self._codes[:, slot - 1], self._labels, slot)
         seen = slice(0, slot + 1)
 
         def write(cache: Tensor, new: Tensor) -> Tensor:
             cache[:, :, slot] = new
             return cache[:, :, seen]
 
-        self._run(x, cosine, sine, write, None)
+        self._run(x, self.prior.turns(slot), write, None)
 
     def step_at(self, grid_rows: np.ndarray, columns: np.ndarray) -> None:
         """Features and logits of the batch rows, each at a position of its own (B,)."""
         slots = torch.as_tensor(grid_rows * self.prior.width + columns, device=self._codes.device)  # (B,)
         last = int((grid_rows * self.prior.width + columns).max())
         before = self._codes[self._rows, (slots - 1).clamp(min=0)]  # (B,)
-        x = torch.where(
-            (slots == 0)[:, None], self.prior.cls_embedding(self._labels), self.prior.tok_embeddings(before)
-        )  # (B, C)
-        cosine, sine = (
-            self.prior.cosine[slots][:, None, None],
-            self.prior.sine[slots][:, None, None],
-        )  # (B, 1, 1, h / 2)
+        x = self.prior.embed_at(before, self._labels, slots)  # (B, C)
         behind = (self._slots[: last + 1] > slots[:, None])[:, None, None]  # (B, 1, 1, last + 1)
 
         def write(cache: Tensor, new: Tensor) -> Tensor:
             cache[self._rows, :, slots] = new
             return cache[:, :, : last + 1]
 
-        self._run(x, cosine, sine, write, behind)
+        self._run(x, self.prior.turns(slots), write, behind)
 
     def _run(
         self,
         x: Tensor,
-        cosine: Tensor,
-        sine: Tensor,
+        turn: Any,
         write: Callable[[Tensor, Tensor], Tensor],
         behind: Tensor | None,
     ) -> None:
@@ -157,15 +157,14 @@ class KVCache:
 
         Args:
             x: its input (B, C).
-            cosine: of its angles (h / 2,), or (B, 1, 1, h / 2).
-            sine: the same.
+            turn: what the prior's `turns` gives for it.
             write: enters keys or values (B, N, h) into a layer's cache (B, N, T, h), and returns those to attend to.
             behind: (B, 1, 1, S) bool, of these the slots that a row must not see; None: it sees all.
         """
         x = x[:, None]  # (B, 1, C)
         scale = (self.prior.hidden_units // self.prior.attention_heads) ** -0.5
         for layer, block in enumerate(self.prior.layers):
-            queries, new_keys, new_values = block.qkv(x, cosine, sine)  # (B, N, 1, h)
+            queries, new_keys, new_values = block.qkv(x, turn)  # (B, N, 1, h)
             keys = write(self._keys[layer], new_keys[:, :, 0])  # (B, N, S, h)
             values = write(self._values[layer], new_values[:, :, 0])
             scores = queries @ keys.mT * scale  # (B, N, 1, S)
