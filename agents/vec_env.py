@@ -15,8 +15,9 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, unwrap_vec_normalize
 from torch import Tensor
 
-from ral_gym.envs.core import Finished, GenerationCore
-from ral_gym.envs.generation import action_space, finished_info, observation_space
+from ral_gym.envs.core import GenerationCore
+from ral_gym.envs.finished import Finished
+from ral_gym.envs.generation import action_space, observation_space
 from ral_gym.envs.rendering import RENDER_FPS, check_render_mode, render_codes
 from ral_gym.envs.worlds import World
 from ral_gym.errors import ConfigError
@@ -37,6 +38,7 @@ class CodeVecEnv(VecEnv):
         lockstep: one mode and row count per round for all rows; False: each row draws its own.
         paired: for `mixed`, complementary pairs of episodes (see `StartDistribution`).
         render_mode: `rgb_array` or None.
+        label_draw: with classes, how an episode's class is drawn: `uniform`, or `data`, as often as among real images.
 
     Raises:
         ValueError: an unknown mode, or one that is impossible in this world.
@@ -53,10 +55,13 @@ class CodeVecEnv(VecEnv):
         lockstep: bool = True,
         paired: bool = False,
         render_mode: str | None = None,
+        label_draw: str = "uniform",
     ) -> None:
         check_render_mode(render_mode)
         self.world, self.render_mode = world, render_mode
-        self.core = GenerationCore(world, num_envs, reset_mode=reset_mode, lockstep=lockstep, paired=paired)
+        self.core = GenerationCore(
+            world, num_envs, reset_mode=reset_mode, lockstep=lockstep, paired=paired, label_draw=label_draw
+        )
         self._actions: np.ndarray | None = None
         self._options_for_all: dict | None = None
         self._started = time.time()
@@ -89,7 +94,15 @@ class CodeVecEnv(VecEnv):
         self._reset_seeds()
         self._reset_options()
         self.reset_infos = [{} for _ in range(self.num_envs)]
+        self._show_labels(np.arange(self.num_envs))
         return self.core.observations()
+
+    def _show_labels(self, rows: np.ndarray) -> None:
+        """With classes, write those of rows (n,) that have just been reset into `reset_infos`."""
+        labels = self.core.labels_of(rows)
+        if labels is not None:
+            for row, label in zip(rows.tolist(), labels.tolist(), strict=True):
+                self.reset_infos[row] = {"label": label}
 
     def step_async(self, actions: np.ndarray) -> None:
         """Store the codes (E,) to draw; `step_wait` draws them."""
@@ -99,7 +112,7 @@ class CodeVecEnv(VecEnv):
         """Draw the codes.
 
         Returns:
-            observations (E, T) int16, rewards (E,) float32, dones (E,) bool, infos ({} if no episode ended).
+            observations (E, T) int16, with classes (E, T + 1), rewards (E,) float32, dones (E,) bool, infos ({} if no episode ended).
 
         Raises:
             ValueError: not E integers in 0..K-1; nothing has changed then.
@@ -118,7 +131,7 @@ class CodeVecEnv(VecEnv):
         """Finish every running episode at once with the codes of whole images; returns as `step_wait`.
 
         Args:
-            codes: (E, T) integer; only positions still to be drawn are used.
+            codes: (E, T) integer, with classes (E, T + 1); only positions still to be drawn are used.
 
         Raises:
             ValueError: another shape, or no code at a position to draw; nothing has changed then.
@@ -135,12 +148,13 @@ class CodeVecEnv(VecEnv):
         lengths = finished.lengths.tolist()
         for number, row in enumerate(finished.rows.tolist()):
             infos[row] = {
-                **finished_info(finished, number),
+                **finished.info(number),
                 "terminal_observation": finished.codes[number],
                 "TimeLimit.truncated": False,
                 "episode": {"r": float(finished.returns[number]), "l": lengths[number], "t": seconds},
             }
         self.core.reset(finished.rows)
+        self._show_labels(finished.rows)
         return self.core.observations(), rewards, dones, infos
 
     def action_masks(self) -> np.ndarray:
@@ -181,6 +195,7 @@ def make_sb3_env(
     paired: bool | None = None,
     seed: int | None = None,
     render_mode: str | None = None,
+    label_draw: str | None = None,
     **kwargs: Any,
 ) -> CodeVecEnv:
     """A registered environment as an SB3 `VecEnv`.
@@ -195,6 +210,7 @@ def make_sb3_env(
             lockstep `mixed`.
         seed: row i is seeded with seed + i.
         render_mode: `rgb_array` or None.
+        label_draw: with classes, `uniform` or `data`; None: what the id was registered with, `uniform` by default.
         **kwargs: the environment's own arguments, such as `run`, `reward`, `device`.
 
     Raises:
@@ -207,6 +223,7 @@ def make_sb3_env(
         raise ConfigError(f"{id} is not a ral_gym environment: make_sb3_env takes ral_gym/... ids")
     arguments = {**spec.kwargs, **kwargs}
     registered_mode, registered_render_mode = arguments.pop("reset_mode", "full"), arguments.pop("render_mode", None)
+    registered_draw = arguments.pop("label_draw", "uniform")
     mode: str = registered_mode if reset_mode is None else reset_mode
     env = CodeVecEnv(
         creator.make_world(**arguments),
@@ -215,6 +232,7 @@ def make_sb3_env(
         lockstep=lockstep,
         paired=(lockstep and mode == "mixed") if paired is None else paired,
         render_mode=registered_render_mode if render_mode is None else render_mode,
+        label_draw=registered_draw if label_draw is None else label_draw,
     )
     env.spec = spec
     if seed is not None:

@@ -9,8 +9,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ral_gym.envs.core import Finished, GenerationCore
+    from ral_gym.envs.core import GenerationCore
     from ral_gym.envs.faces import FacesEnv, FacesVectorEnv
+    from ral_gym.envs.finished import Finished
     from ral_gym.envs.generation import GenerationEnv
     from ral_gym.envs.latent_code import LatentCodeEnv, LatentCodeVectorEnv
     from ral_gym.envs.oracle import OracleEnv, OracleVectorEnv
@@ -21,8 +22,9 @@ if TYPE_CHECKING:
     from ral_gym.envs.worlds import Masks, World, toy_world
 
 _MODULES = {
-    "core": ("Finished", "GenerationCore"),
+    "core": ("GenerationCore",),
     "faces": ("FacesEnv", "FacesVectorEnv"),
+    "finished": ("Finished",),
     "generation": ("GenerationEnv",),
     "latent_code": ("LatentCodeEnv", "LatentCodeVectorEnv"),
     "oracle": ("OracleEnv", "OracleVectorEnv"),

@@ -11,13 +11,15 @@ batch, and the scores come back in one transfer.
 With two levels an episode draws the top codes, then the bottom codes. Rows are rows of the top grid and include the
 bottom rows under them, so an episode may draw two separate parts of the sequence: the positions that hold the token K.
 
-Shapes: E environments, T codes, H rows, W columns, K codes.
+With classes an observation ends with the class of its image, given from the first step on: its label. It is part of
+the state, since rewards and the policy depend on it, and never drawn.
+
+Shapes: E environments, T codes, H rows, W columns, K codes, L entries of an observation: T, or T + 1 with a label.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,36 +28,11 @@ from gymnasium.error import ResetNeeded
 from torch import Tensor
 
 from ral_gym.envs.core_state import checked_arrays
+from ral_gym.envs.finished import Finished
 from ral_gym.envs.follower import Followers
+from ral_gym.envs.labels import LabelDistribution
 from ral_gym.envs.resets import Options, StartDistribution, StartRequest, parse_requests
 from ral_gym.envs.worlds import World
-
-
-@dataclass(frozen=True)
-class Finished:
-    """Episodes that have just ended.
-
-    Attributes:
-        rows: (n,) which environments.
-        codes: (n, T) int16, with K + 1 where an episode never drew.
-        score_map: (n, h, w) float32, 0 below the last drawn row; None without a scorer.
-        step_rewards: (n, T) float32, 0 at given and never drawn positions.
-        rewards: (n,) float32, the reward of the episode's last step: all of it, or the last code's part with an oracle.
-        returns: (n,) float32, the sum of `step_rewards`: the episode's return.
-        start: (n,) first drawn position.
-        stop: (n,) one past the last.
-        lengths: (n,) how many codes the episode drew.
-    """
-
-    rows: np.ndarray
-    codes: np.ndarray
-    score_map: np.ndarray | None
-    step_rewards: np.ndarray
-    rewards: np.ndarray
-    returns: np.ndarray
-    start: np.ndarray
-    stop: np.ndarray
-    lengths: np.ndarray
 
 
 class GenerationCore:
@@ -68,19 +45,20 @@ class GenerationCore:
         lockstep: one mode and row count per round for all rows (the paper's "during each roll-out"), so that all rows
             stay at the same position; False: each row draws its own.
         paired: see `StartDistribution`.
+        label_draw: see `LabelDistribution`.
 
     Attributes:
-        codes: (E, T) int16, the observations.
+        codes: (E, L) int16, the observations.
         start: (E,) int64, first position that the row's episode draws.
         position: (E,) int64, the next position to draw.
         stop: (E,) int64, one past the last position to draw; 0: not reset yet.
         image_rows: (E,) int64, rows that the row's image will have.
-        to_draw: (E, T) bool, the positions that the row's episode draws, from its start on.
+        to_draw: (E, L) bool, the positions that the row's episode draws, from its start on.
         rewards: (E,) float32, each row's reward of the last `step` or `draw_round`.
         asked: per row the start that `reset(options=...)` requested, as a comparable key; None: nothing.
 
     Raises:
-        ValueError: `num_envs` is below 1, or see `StartDistribution`.
+        ValueError: `num_envs` is below 1, or see `StartDistribution` and `LabelDistribution`.
     """
 
     def __init__(
@@ -91,28 +69,35 @@ class GenerationCore:
         reset_mode: str = "full",
         lockstep: bool = False,
         paired: bool = False,
+        label_draw: str = "uniform",
     ) -> None:
         if not isinstance(num_envs, int | np.integer) or num_envs < 1:
             raise ValueError(f"num_envs={num_envs!r}: give the number of environments, 1 or more")
         self.world, self.grid, self.num_envs, self.lockstep = world, world.grid, num_envs, lockstep
         n_images = 0 if world.real_codes is None else len(world.real_codes)
+        self.labels = LabelDistribution(world.grid, world.real_codes, world.class_names, label_draw)
         self.distribution = StartDistribution(
-            world.grid, reset_mode, n_images=n_images, row_multiple=world.row_multiple, paired=paired
+            world.grid,
+            reset_mode,
+            n_images=n_images,
+            row_multiple=world.row_multiple,
+            paired=paired,
+            labels=self.labels,
         )
         self.rngs = [np.random.default_rng() for _ in range(num_envs)]
-        self.codes = np.full((num_envs, world.grid.n_codes), world.grid.not_drawn, np.int16)
+        self.codes = np.full((num_envs, world.grid.length), world.grid.not_drawn, np.int16)
         self.start = np.zeros(num_envs, np.int64)
         self.position = np.zeros(num_envs, np.int64)
         self.stop = np.zeros(num_envs, np.int64)
         self.image_rows = np.zeros(num_envs, np.int64)
         self.to_draw = np.zeros(self.codes.shape, bool)
         self.rewards = np.zeros(num_envs, np.float32)
-        self._paid = np.zeros(self.codes.shape, np.float32)  # with an oracle: each code's reward so far
+        self._paid = np.zeros((num_envs, world.grid.n_codes), np.float32)  # with an oracle: each code's reward so far
         self._followers = Followers(world, num_envs)
         self._pending = np.zeros(num_envs, np.int64)
         self.asked: list[Hashable] = [None] * num_envs
         self._rows = np.arange(num_envs)
-        self._masks = {rows: world.grid.mask(0, rows) for rows in range(world.grid.height + 1)}  # (T,) each
+        self._masks = {rows: world.grid.mask(0, rows) for rows in range(world.grid.height + 1)}  # (L,) each
 
     @property
     def device(self) -> torch.device:
@@ -161,7 +146,7 @@ class GenerationCore:
             drawn = self._start_episode(row, requests[number], alike, self._pending[rows[0]])
             self.asked[row] = requests[number].key if options else None
             first = drawn if number == 0 else first
-        self.to_draw[rows] = to_draw = self.codes[rows] == self.grid.not_drawn  # (n, T)
+        self.to_draw[rows] = to_draw = self.codes[rows] == self.grid.not_drawn  # (n, L)
         self.position[rows] = self.start[rows] = to_draw.argmax(1)
         self.stop[rows] = to_draw.shape[1] - to_draw[:, ::-1].argmax(1)
         self._paid[rows] = 0
@@ -181,10 +166,11 @@ class GenerationCore:
         Returns:
             the row's prefix and stop rows; None if the request gave the codes.
         """
+        rng, label = self.rngs[row], request.label
         if request.codes is not None and request.stop_rows is not None:
             self.codes[row], self.image_rows[row] = request.codes, request.stop_rows
+            self._write_label(row, label)
             return None
-        rng = self.rngs[row]
         if alike is not None:
             (prefix, stop), self._pending[row] = alike, pending
         else:
@@ -192,15 +178,28 @@ class GenerationCore:
         self.image_rows[row] = stop
         self.codes[row] = np.where(self._masks[stop], self.grid.not_drawn, self.grid.never_drawn)
         if prefix and self.world.real_codes is not None:
-            image = self.distribution.draw_image(rng) if request.image_index is None else request.image_index
+            image = self.distribution.draw_image(rng, label) if request.image_index is None else request.image_index
             given = self._masks[prefix]
             self.codes[row, given] = self.world.real_codes[image, given]
+            label = self.labels.of_image(image) if label is None else label
+        self._write_label(row, label)
         return prefix, stop
+
+    def _write_label(self, row: int, label: int | None) -> None:
+        """Write the class of a row's image, drawn if it is None; without classes nothing happens."""
+        if self.grid.classes:
+            label = self.labels.draw(self.rngs[row]) if label is None else label
+            self.codes[row, -1] = self.grid.first_label + label
+
+    def labels_of(self, rows: np.ndarray) -> np.ndarray | None:
+        """The classes (n,) int64 of the images of rows (n,); None without classes."""
+        return self.grid.labels_of(self.codes[rows].astype(np.int64))
 
     @property
     def starts_differ(self) -> bool:
-        """Whether the rows' episodes may have begun from different grids, drawn or requested per row."""
-        return self.distribution.mode in ("continue", "mixed") or any(key is not None for key in self.asked)
+        """Whether the rows' episodes may have begun from different observations, drawn or requested per row."""
+        drawn = self.distribution.mode in ("continue", "mixed") or self.grid.classes > 0
+        return drawn or any(key is not None for key in self.asked)
 
     def share_starts(self, leaders: np.ndarray) -> None:
         """Let every row begin like its leader; no code may have been drawn yet.
@@ -278,7 +277,7 @@ class GenerationCore:
         """Finish every episode with the codes of whole images: the same as stepping through every code.
 
         Args:
-            codes: (E, T) integer; only positions that the running episodes still have to draw are used.
+            codes: (E, L) integer; only positions that the running episodes still have to draw are used.
 
         Raises:
             ValueError: another shape or dtype, or no code at a position to draw; nothing has changed then.
@@ -289,13 +288,14 @@ class GenerationCore:
             raise ValueError(f"codes of shape {array.shape} and dtype {array.dtype}: give integers {self.codes.shape}")
         if (self.position >= self.stop).any():
             raise _reset_needed(self._rows[self.position >= self.stop])
-        to_draw = self.codes == self.grid.not_drawn  # (E, T)
+        to_draw = self.codes == self.grid.not_drawn  # (E, L)
         drawn = array[to_draw]
         if drawn.min() < 0 or drawn.max() >= self.grid.codebook_size:
             raise ValueError(f"codes lie in {drawn.min()}..{drawn.max()}: choose 0..{self.grid.codebook_size - 1}")
         self.codes[to_draw] = drawn
         if self.world.oracle is not None:
-            self._paid = np.where(to_draw, self._score_all(self._rows)[1], self._paid)
+            paid = self._score_all(self._rows)[1]  # (E, T)
+            self._paid = np.where(self.grid.without_labels(to_draw), paid, self._paid)
         self.position[:] = self.stop
         finished = self.finish(self._rows)
         self.rewards = finished.rewards.copy()
@@ -310,19 +310,20 @@ class GenerationCore:
         start, stop = self.start[rows], self.stop[rows]  # (n,), (n,)
         if self.world.oracle is None:
             score_map, step_rewards = self._score_all(rows)
-            step_rewards *= self.to_draw[rows]
+            step_rewards *= self.grid.without_labels(self.to_draw[rows])
             returns = last = step_rewards.sum(1)
         else:
             step_rewards = self._paid[rows]
             score_map = step_rewards.reshape(len(rows), self.grid.height, self.grid.width)
             returns, last = step_rewards.sum(1), step_rewards[np.arange(len(rows)), stop - 1]
         lengths = self.to_draw[rows].sum(1)
-        return Finished(rows.copy(), self.codes[rows], score_map, step_rewards, last, returns, start, stop, lengths)
+        codes, labels = self.codes[rows], self.labels_of(rows)
+        return Finished(rows.copy(), codes, score_map, step_rewards, last, returns, start, stop, lengths, labels)
 
     def _score_all(self, rows: np.ndarray) -> tuple[np.ndarray | None, np.ndarray]:
         """Score maps (n, h, w), None without a scorer, and the rewards (n, T) of all codes of finished rows (n,)."""
-        codes, heights = self.codes[rows], self.image_rows[rows]  # (n, T), (n,)
-        rewards = np.zeros(codes.shape, np.float32)  # (n, T)
+        codes, heights = self.codes[rows], self.image_rows[rows]  # (n, L), (n,)
+        rewards = np.zeros((len(rows), self.grid.n_codes), np.float32)  # (n, T)
         score_map: np.ndarray | None = None
         if self.world.scorer is None:
             return None, rewards
@@ -337,16 +338,18 @@ class GenerationCore:
             score_map[same, : scores.shape[1]] = scores
         return score_map, rewards
 
-    def _score(self, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Codes (m, length) -> score map (m, r, w), step rewards (m, length): one transfer each way."""
+    def _score(self, sequences: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Sequences of n codes (m, n) or (m, n + 1) -> score map (m, r, w), step rewards (m, n), in one transfer."""
         assert self.world.scorer is not None
-        score_map, step_rewards = self.world.scorer(torch.from_numpy(codes).to(self.device).long())
-        flat = torch.cat([score_map.flatten(1), step_rewards], 1).float().cpu().numpy()  # (m, r * w + length)
+        given = torch.from_numpy(sequences).to(self.device).long()
+        codes, labels = self.grid.without_labels(given), self.grid.labels_of(given)
+        score_map, step_rewards = self.world.scorer(codes) if labels is None else self.world.scorer(codes, labels)
+        flat = torch.cat([score_map.flatten(1), step_rewards], 1).float().cpu().numpy()  # (m, r * w + n)
         cells = flat.shape[1] - codes.shape[1]
         return flat[:, :cells].reshape(score_map.shape), flat[:, cells:]
 
     def observations(self) -> np.ndarray:
-        """The codes of all rows, (E, T) int16, a fresh array."""
+        """The codes of all rows, (E, L) int16, a fresh array."""
         return self.codes.copy()
 
     def action_masks(self) -> np.ndarray:

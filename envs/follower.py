@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ral_gym.envs.worlds import World
+from ral_gym.grid import CodeGrid
 from ral_gym.priors.base import Prior
 from ral_gym.priors.sampler import make_sampler
 
@@ -23,9 +24,11 @@ class PriorFollower:
     Args:
         prior: the network, frozen.
         num_envs: E.
+        grid: the grid of the observations; their labels are for networks with classes only.
     """
 
-    def __init__(self, prior: Prior, num_envs: int) -> None:
+    def __init__(self, prior: Prior, num_envs: int, grid: CodeGrid) -> None:
+        self._grid, self._takes_labels = grid, prior.grid.classes > 0
         self.device = next(prior.parameters()).device
         self._sampler = make_sampler(prior)
         self._stale = np.ones(num_envs, bool)
@@ -38,9 +41,10 @@ class PriorFollower:
         """Logits (E, K) of every row's next code.
 
         Args:
-            codes: (E, T) observations.
+            codes: (E, L) observations.
             position: (E,) next position to draw.
         """
+        codes = codes if self._takes_labels else self._grid.without_labels(codes)
         if self._stale.any():
             rows = np.flatnonzero(self._stale)
             grids = torch.from_numpy(codes[rows].astype(np.int64)).to(self.device)
@@ -72,8 +76,8 @@ class Followers:
         self._legal = np.ones(world.grid.codebook_size, bool)
         self._legal[list(world.masks.forbidden_codes)] = False
         oracle, chooser = world.oracle, world.masks.prior
-        self._oracle = None if oracle is None else PriorFollower(oracle, num_envs)
-        self._chooser = None if chooser is None else PriorFollower(chooser, num_envs)
+        self._oracle = None if oracle is None else PriorFollower(oracle, num_envs, world.grid)
+        self._chooser = None if chooser is None else PriorFollower(chooser, num_envs, world.grid)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Followers, (self.world, self.num_envs)

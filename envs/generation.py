@@ -9,29 +9,23 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 
-from ral_gym.envs.core import Finished, GenerationCore
+from ral_gym.envs.core import GenerationCore
 from ral_gym.envs.rendering import RENDER_FPS, RENDER_MODES, check_render_mode, render_codes, render_text
 from ral_gym.envs.worlds import World
 from ral_gym.grid import CodeGrid
 
 
 def observation_space(grid: CodeGrid) -> spaces.Box:
-    """``Box(0, K + 1, (T,), int16)``: K is "not drawn yet", K + 1 "will not be drawn in this episode"."""
-    return spaces.Box(0, grid.never_drawn, (grid.n_codes,), np.int16)
+    """``Box(0, K + 1, (T,), int16)``: K is "not drawn yet", K + 1 "will not be drawn in this episode".
+
+    With N classes ``Box(0, K + 1 + N, (T + 1,), int16)``: the last entry is K + 2 + class, from the first step on.
+    """
+    return spaces.Box(0, grid.largest_entry, (grid.length,), np.int16)
 
 
 def action_space(grid: CodeGrid) -> spaces.Discrete:
     """``Discrete(K)``: the next code."""
     return spaces.Discrete(grid.codebook_size)
-
-
-def finished_info(finished: Finished, number: int) -> dict[str, Any]:
-    """The info of an episode's last step: `codes` (T,), `score_map` (h, w) and `step_rewards` (T,)."""
-    info: dict[str, Any] = {"codes": finished.codes[number].copy()}
-    if finished.score_map is not None:
-        info["score_map"] = finished.score_map[number].copy()
-        info["step_rewards"] = finished.step_rewards[number].copy()
-    return info
 
 
 class GenerationEnv(gym.Env[np.ndarray, np.int64]):
@@ -41,6 +35,7 @@ class GenerationEnv(gym.Env[np.ndarray, np.int64]):
         world: what to draw in.
         reset_mode: `full`, `continue`, `scratch` or `mixed`.
         render_mode: `rgb_array`, `ansi` or None.
+        label_draw: with classes, how an episode's class is drawn: `uniform`, or `data`, as often as among real images.
 
     Raises:
         ValueError: an unknown mode, or one that is impossible in this world.
@@ -51,13 +46,20 @@ class GenerationEnv(gym.Env[np.ndarray, np.int64]):
         "render_fps": RENDER_FPS,
     }
 
-    def __init__(self, world: World, *, reset_mode: str = "full", render_mode: str | None = None) -> None:
+    def __init__(
+        self,
+        world: World,
+        *,
+        reset_mode: str = "full",
+        render_mode: str | None = None,
+        label_draw: str = "uniform",
+    ) -> None:
         check_render_mode(render_mode)
         self.world = world
         self.render_mode = render_mode
         self.observation_space = observation_space(world.grid)
         self.action_space = action_space(world.grid)
-        self.core = GenerationCore(world, 1, reset_mode=reset_mode)
+        self.core = GenerationCore(world, 1, reset_mode=reset_mode, label_draw=label_draw)
 
     @property
     def levels(self) -> tuple[int, ...]:
@@ -69,6 +71,9 @@ class GenerationEnv(gym.Env[np.ndarray, np.int64]):
     ) -> tuple[np.ndarray, dict[str, Any]]:
         """Start an episode; see the class page for `options`.
 
+        Returns:
+            observation, info: empty, or with classes `label`, the class of the image that will be drawn.
+
         Raises:
             ValueError: an option that is unknown or out of range; nothing has changed then.
         """
@@ -78,7 +83,8 @@ class GenerationEnv(gym.Env[np.ndarray, np.int64]):
         super().reset(seed=seed)
         self.core.rngs[0] = self.np_random
         self.core.reset(np.zeros(1, np.int64), options)
-        return self.core.observations()[0], {}
+        labels = self.core.labels_of(np.zeros(1, np.int64))
+        return self.core.observations()[0], {} if labels is None else {"label": int(labels[0])}
 
     def step(self, action: np.int64 | int) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         """Draw one code.
@@ -104,7 +110,7 @@ class GenerationEnv(gym.Env[np.ndarray, np.int64]):
         reward = float(self.core.rewards[0])
         if finished is None:
             return observation, reward, False, False, {}
-        return observation, reward, True, False, finished_info(finished, 0)
+        return observation, reward, True, False, finished.info(0)
 
     def action_masks(self) -> np.ndarray:
         """(K,) bool, the codes that may come next, as `MaskablePPO` needs them."""
@@ -116,7 +122,7 @@ class GenerationEnv(gym.Env[np.ndarray, np.int64]):
             gym.logger.warn("render() called without a render_mode: pass render_mode='rgb_array' or 'ansi' to make()")
             return None
         if self.render_mode == "ansi":
-            return render_text(self.world.grid, self.core.codes)[0]
+            return render_text(self.world.grid, self.core.codes, self.world.class_names)[0]
         return render_codes(self.world, self.core.codes)[0]
 
 
@@ -127,10 +133,19 @@ class RegisteredEnv(GenerationEnv):
         *args: what makes the world, see `make_world`.
         reset_mode: see `GenerationEnv`.
         render_mode: see there.
+        label_draw: see there.
         **kwargs: as `args`, such as `reward` and `device`.
     """
 
     make_world: ClassVar[Callable[..., World]]
 
-    def __init__(self, *args: Any, reset_mode: str = "full", render_mode: str | None = None, **kwargs: Any) -> None:
-        super().__init__(self.make_world(*args, **kwargs), reset_mode=reset_mode, render_mode=render_mode)
+    def __init__(
+        self,
+        *args: Any,
+        reset_mode: str = "full",
+        render_mode: str | None = None,
+        label_draw: str = "uniform",
+        **kwargs: Any,
+    ) -> None:
+        world = self.make_world(*args, **kwargs)
+        super().__init__(world, reset_mode=reset_mode, render_mode=render_mode, label_draw=label_draw)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import numpy as np
 import torch
 
@@ -26,17 +29,18 @@ def render_codes(world: World, codes: np.ndarray) -> np.ndarray:
 
     Args:
         world: decodes the codes.
-        codes: (E, T) with the tokens K and K + 1.
+        codes: (E, L) observations, with the tokens K and K + 1.
 
     Returns:
         (E, side, side, 3) uint8, at least 256 pixels a side.
     """
     grid = world.grid
+    codes = grid.without_labels(codes)
     drawn = torch.from_numpy(codes < grid.codebook_size)  # (E, T)
     images = world.decode(torch.from_numpy(codes).long().where(drawn, 0).to(world.device)).cpu()  # (E, C, S, S)
     # With two levels a cell shows its bottom code once it is drawn; before that, the decoding of its top code alone.
     seen = torch.zeros(len(codes), 1, *images.shape[2:], dtype=torch.bool)
-    for level, (height, width) in zip(grid.split(drawn), grid.shapes, strict=True):
+    for level, (height, width) in zip(replace(grid, classes=0).split(drawn), grid.shapes, strict=True):
         scale = images.shape[-1] // width
         seen |= level.reshape(-1, 1, height, width).repeat_interleave(scale, 2).repeat_interleave(scale, 3)
     pixels = torch.where(seen, images, GREY).expand(-1, 3, -1, -1).permute(0, 2, 3, 1)  # (E, S, S, 3)
@@ -44,8 +48,11 @@ def render_codes(world: World, codes: np.ndarray) -> np.ndarray:
     return pixels.numpy().repeat(factor, 1).repeat(factor, 2)
 
 
-def render_text(grid: CodeGrid, codes: np.ndarray) -> list[str]:
-    """The codes (E, T) as tables, one per level: ``.`` not drawn yet, ``x`` not drawn in this episode."""
+def render_text(grid: CodeGrid, codes: np.ndarray, class_names: Sequence[str] = ()) -> list[str]:
+    """The codes (E, L) as tables, one per level: ``.`` not drawn yet, ``x`` not drawn in this episode.
+
+    With classes a last line names the image's: its name, or its number if there are no names.
+    """
     digits = len(str(grid.codebook_size - 1))
     marks = {grid.not_drawn: ".", grid.never_drawn: "x"}
     texts = []
@@ -54,5 +61,8 @@ def render_text(grid: CodeGrid, codes: np.ndarray) -> list[str]:
         for level, (_, width) in zip(grid.split(row), grid.shapes, strict=True):
             cells = [marks.get(code, str(code)).rjust(digits) for code in level.tolist()]
             tables.append("".join(" ".join(cells[i : i + width]) + "\n" for i in range(0, len(cells), width)))
+        if grid.classes:
+            label = int(row[-1]) - grid.first_label
+            tables.append(f"class: {class_names[label] if class_names else label}\n")
         texts.append("\n".join(tables))
     return texts

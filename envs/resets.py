@@ -7,23 +7,26 @@
 
 A short image must have whole score-map rows, so the rows of a scratch episode are a multiple of `row_multiple` (code
 rows per score-map row).
+
+With classes every episode also has a label, see `ral_gym.envs.labels`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
 
+from ral_gym.envs.labels import LabelDistribution
 from ral_gym.grid import CodeGrid
 
 ResetMode = Literal["full", "continue", "scratch", "mixed"]
 RESET_MODES: tuple[str, ...] = get_args(ResetMode)
 Options = Mapping[str, Any] | Sequence[Mapping[str, Any] | None]
 """The options of ``reset``: one mapping for all rows, or one per row."""
-OPTION_NAMES = ("mode", "prefix_rows", "stop_rows", "codes", "image_index")
+OPTION_NAMES = ("mode", "prefix_rows", "stop_rows", "codes", "image_index", "label")
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,8 @@ class StartRequest:
         prefix_rows: rows given.
         stop_rows: rows of the image; the episode stops after them.
         image_index: which real image the given rows come from.
-        codes: (T,) int16, the first observation itself.
+        codes: (L,) int16, the first observation itself; its label is not read.
+        label: the image's class.
     """
 
     mode: str | None = None
@@ -43,12 +47,13 @@ class StartRequest:
     stop_rows: int | None = None
     image_index: int | None = None
     codes: np.ndarray | None = None
+    label: int | None = None
 
     @property
     def key(self) -> Hashable:
         """A key that is equal for equal requests."""
         codes = None if self.codes is None else self.codes.tobytes()
-        return self.mode, self.prefix_rows, self.stop_rows, self.image_index, codes
+        return self.mode, self.prefix_rows, self.stop_rows, self.image_index, codes, self.label
 
 
 class StartDistribution:
@@ -61,18 +66,27 @@ class StartDistribution:
         row_multiple: rows of a scratch episode are a multiple of this; divides H.
         paired: for `mixed`, draw complementary pairs: continue after n rows, then n rows from scratch, T codes in
             all, so that two episodes in a row always fill ``n_steps = T``.
+        labels: the classes; None: there are none.
 
     Raises:
         ValueError: an unknown mode, no real codes to continue, or a grid too small for partial generation.
     """
 
     def __init__(
-        self, grid: CodeGrid, mode: str = "full", *, n_images: int = 0, row_multiple: int = 1, paired: bool = False
+        self,
+        grid: CodeGrid,
+        mode: str = "full",
+        *,
+        n_images: int = 0,
+        row_multiple: int = 1,
+        paired: bool = False,
+        labels: LabelDistribution | None = None,
     ) -> None:
         if row_multiple < 1 or grid.height % row_multiple:
             raise ValueError(f"row_multiple {row_multiple} must divide the {grid.height} rows of the code grid")
         self.grid, self.mode, self.n_images = grid, mode, n_images
         self.row_multiple, self.paired = row_multiple, paired and mode == "mixed"
+        self.labels = LabelDistribution(grid, None) if labels is None else labels
         self.check_mode(mode, "reset_mode")
 
     def check_mode(self, mode: str, name: str) -> None:
@@ -133,9 +147,22 @@ class StartDistribution:
     def _scratch_rows(self, rng: np.random.Generator) -> int:
         return self.row_multiple * int(rng.integers(1, self._scratch_choices + 1))
 
-    def draw_image(self, rng: np.random.Generator) -> int:
-        """A row of the real codes, uniformly."""
-        return int(rng.integers(self.n_images))
+    def draw_image(self, rng: np.random.Generator, label: int | None = None) -> int:
+        """A row of the real codes, uniformly; only among those of a class if there is a `label`."""
+        return int(rng.integers(self.n_images)) if label is None else self.labels.draw_image(rng, label)
+
+    def check_label(self, request: StartRequest) -> None:
+        """Raise `ValueError` if an episode with this label may have to continue an image, and the class has none."""
+        if request.label is None or request.image_index is not None or request.codes is not None:
+            return
+        rows_given = (request.prefix_rows, request.stop_rows) != (None, None)
+        mode = self.mode if request.mode is None else request.mode
+        continues = bool(request.prefix_rows) if rows_given else mode in ("continue", "mixed")
+        if continues and not self.labels.count(request.label):
+            raise ValueError(
+                f"option label={self.labels.name(request.label)}: no real image of this class to continue; choose "
+                "another one, or mode='full'"
+            )
 
 
 def parse_requests(options: Options | None, n: int, distribution: StartDistribution) -> list[StartRequest]:
@@ -163,8 +190,9 @@ def parse_options(options: Mapping[str, Any], distribution: StartDistribution) -
         options: `mode`, `prefix_rows` (0..H-1), `stop_rows` (a multiple of `row_multiple` in 1..H, above
             `prefix_rows`), `codes` (a grid to continue, (H, W), some whole rows of it (r, W), or a prefix (n,); the
             codes before its first K or K + 1 are given; with two levels a prefix of the sequence), `image_index` (which
-            real image the prefix comes from; alone, it means `mode` "continue"). None means that an option is
-                not given.
+            real image the prefix comes from; alone, it means `mode` "continue"), `label` (the image's class, a number
+            or a name; images to continue are then drawn among its own, unless `image_index` or `codes` is given).
+            None means that an option is not given.
         distribution: the environment's own.
 
     Raises:
@@ -174,6 +202,20 @@ def parse_options(options: Mapping[str, Any], distribution: StartDistribution) -
     unknown = [name for name in options if name not in OPTION_NAMES]
     if unknown:
         raise ValueError(f"reset option {unknown[0]!r} is unknown: choose from {', '.join(OPTION_NAMES)}")
+    label = options.get("label")
+    number = None if label is None else distribution.labels.number(label)
+    request = _parse_start(options, distribution)
+    own = _label_in_codes(options.get("codes"), grid)
+    if None not in (own, number) and own != number:
+        raise ValueError(f"option label={label!r} differs from the label {own} at the end of option codes: give one")
+    request = replace(request, label=own if number is None else number)
+    distribution.check_label(request)
+    return request
+
+
+def _parse_start(options: Mapping[str, Any], distribution: StartDistribution) -> StartRequest:
+    """The request without its label."""
+    grid = distribution.grid
     mode, image = options.get("mode"), options.get("image_index")
     if mode is not None:
         distribution.check_mode(mode, "option mode")
@@ -211,6 +253,8 @@ def parse_options(options: Mapping[str, Any], distribution: StartDistribution) -
 def _from_codes(given: Any, prefix_rows: int | None, stop_rows: int, grid: CodeGrid) -> StartRequest:
     """A start from a given grid: its codes up to `prefix_rows`, or up to the first one that is not drawn."""
     codes = np.asarray(given)
+    if _label_in_codes(codes, grid) is not None:
+        codes = codes[:-1]
     whole_rows = grid.levels == 1 and codes.ndim == 2 and codes.shape[1] == grid.width and codes.shape[0] <= grid.height
     if not (whole_rows or (codes.ndim == 1 and codes.size <= grid.n_codes)):
         grids = f"{(grid.height, grid.width)}, fewer rows of {grid.width}, or " if grid.levels == 1 else ""
@@ -226,14 +270,14 @@ def _from_codes(given: Any, prefix_rows: int | None, stop_rows: int, grid: CodeG
         )
     drawn = codes < grid.codebook_size
     length = codes.size if drawn.all() else int(np.argmin(drawn))
-    given = np.arange(grid.n_codes) < length  # (T,)
+    given = np.arange(grid.length) < length  # (L,)
     if prefix_rows is not None:
         given = grid.mask(0, prefix_rows)
-        if not np.pad(drawn, (0, grid.n_codes - codes.size))[given].all():
+        if not np.pad(drawn, (0, grid.length - codes.size))[given].all():
             raise ValueError(
                 f"option prefix_rows={prefix_rows} needs {int(given.sum())} codes, but codes gives {length}"
             )
-    image = grid.mask(0, stop_rows)  # (T,)
+    image = grid.mask(0, stop_rows)  # (L,)
     if not (image & ~given).any():
         raise ValueError(
             f"option codes gives {length} codes and nothing is left to draw: give fewer than {stop_rows * grid.width}, "
@@ -242,6 +286,17 @@ def _from_codes(given: Any, prefix_rows: int | None, stop_rows: int, grid: CodeG
     start = np.where(image, grid.not_drawn, grid.never_drawn).astype(np.int16)
     start[given & image] = codes[: grid.n_codes][np.flatnonzero(given & image)]
     return StartRequest(stop_rows=stop_rows, codes=start)
+
+
+def _label_in_codes(codes: Any, grid: CodeGrid) -> int | None:
+    """The class in a whole observation that is given as option `codes`, or None."""
+    if not grid.classes or codes is None:
+        return None
+    array = np.asarray(codes)
+    if array.shape != (grid.length,) or array.dtype.kind not in "iu":
+        return None
+    label = int(array[-1]) - grid.first_label
+    return label if 0 <= label < grid.classes else None
 
 
 def _integer(options: Mapping[str, Any], name: str, low: int, high: int) -> int | None:

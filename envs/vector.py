@@ -10,7 +10,8 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from ral_gym.envs.core import Finished, GenerationCore
+from ral_gym.envs.core import GenerationCore
+from ral_gym.envs.finished import Finished
 from ral_gym.envs.generation import action_space, observation_space
 from ral_gym.envs.rendering import RENDER_FPS, RENDER_MODES, check_render_mode, render_codes, render_text
 from ral_gym.envs.worlds import World
@@ -49,6 +50,7 @@ class GenerationVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         lockstep: one mode and row count per round for all rows (the paper's "during each roll-out"); False: each row
             draws its own, as single environments do; the default of `make_sb3_env` is True, for its fast path.
         paired: for `mixed`, complementary pairs of episodes: continue after n rows, then n rows from scratch.
+        label_draw: with classes, how an episode's class is drawn: `uniform`, or `data`, as often as among real images.
 
     Raises:
         ValueError: an unknown mode, or one that is impossible in this world.
@@ -70,9 +72,12 @@ class GenerationVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP,
         lockstep: bool = False,
         paired: bool = False,
+        label_draw: str = "uniform",
     ) -> None:
         check_render_mode(render_mode)
-        self.core = GenerationCore(world, num_envs, reset_mode=reset_mode, lockstep=lockstep, paired=paired)
+        self.core = GenerationCore(
+            world, num_envs, reset_mode=reset_mode, lockstep=lockstep, paired=paired, label_draw=label_draw
+        )
         self.world, self.num_envs, self.render_mode = world, num_envs, render_mode
         self.autoreset_mode = _autoreset_mode(autoreset_mode)
         self.metadata = {**self.metadata, "autoreset_mode": self.autoreset_mode}  # type: ignore[misc]
@@ -92,7 +97,8 @@ class GenerationVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             options: see the class.
 
         Returns:
-            observations (E, T) int16, and an empty dict.
+            observations (E, T) int16, or with classes (E, T + 1); infos: empty, or with classes `label` (E,) int64 and
+            its mask `_label`.
 
         Raises:
             ValueError: an option or a list of seeds that does not fit; nothing has changed then.
@@ -108,7 +114,23 @@ class GenerationVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         seeds = _row_seeds(seed, self.num_envs)
         self.core.reset(rows, single, None if seeds is None else [seeds[row] for row in rows])
         self._ended[rows] = False
-        return self.core.observations(), {}
+        return self.core.observations(), self._label_infos(rows)
+
+    def _label_infos(self, rows: np.ndarray) -> dict[str, Any]:
+        """The infos of rows (n,) that have just been reset."""
+        labels = self.core.labels_of(rows)
+        return {} if labels is None else self._gathered({"label": labels}, rows)
+
+    def _gathered(self, values: Mapping[str, np.ndarray], rows: np.ndarray) -> dict[str, Any]:
+        """Infos of rows (n,) by name, and the mask of the rows that have them, as `SyncVectorEnv` gathers them."""
+        mask = np.zeros(self.num_envs, bool)
+        mask[rows] = True
+        infos: dict[str, Any] = {}
+        for name, value in values.items():
+            infos[name] = np.zeros((self.num_envs, *value.shape[1:]), value.dtype)
+            infos[name][rows] = value
+            infos[f"_{name}"] = mask.copy()
+        return infos
 
     def _masked_rows(self, mask: Any) -> np.ndarray:
         """The rows that a `reset_mask` names; all without one."""
@@ -132,46 +154,39 @@ class GenerationVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
 
         Returns:
             observations (E, T) int16, rewards (E,) float64, terminations (E,) bool, truncations (E,) bool (all False),
-            infos (empty where no episode ended).
+            infos (empty where no episode ended; with classes `label` where one began).
 
         Raises:
             ValueError: wrong actions; nothing has changed then.
             gymnasium.error.ResetNeeded: a row has no running episode; nothing has changed then.
         """
-        waiting = self._ended
+        waiting, infos = self._ended, {}
         if self.autoreset_mode == AutoresetMode.NEXT_STEP and waiting.any():
             finished = self.core.step(actions, np.flatnonzero(~waiting))
             self.core.reset(np.flatnonzero(waiting))
+            infos = self._label_infos(np.flatnonzero(waiting))
         else:
             finished = self.core.step(actions)
         rewards = self.core.rewards.astype(np.float64)
         self._ended = np.zeros(self.num_envs, bool)
-        infos: dict[str, Any] = {}
         if finished is not None:
             self._ended[finished.rows] = True
-            infos = self._infos(finished)
+            infos = _merged(infos, self._infos(finished))
             if self.autoreset_mode == AutoresetMode.SAME_STEP:
                 self.core.reset(finished.rows)
+                infos |= self._label_infos(finished.rows)
         return self.core.observations(), rewards, self._ended.copy(), np.zeros(self.num_envs, bool), infos
 
     def _infos(self, finished: Finished) -> dict[str, Any]:
         """The infos that `SyncVectorEnv` would gather from single environments."""
-        values = {"codes": finished.codes}
-        if finished.score_map is not None:
-            values |= {"score_map": finished.score_map, "step_rewards": finished.step_rewards}
-        mask = np.zeros(self.num_envs, bool)
-        mask[finished.rows] = True
-        infos: dict[str, Any] = {}
-        for name, value in values.items():
-            infos[name] = np.zeros((self.num_envs, *value.shape[1:]), value.dtype)
-            infos[name][finished.rows] = value
-            infos[f"_{name}"] = mask.copy()
+        infos = self._gathered(finished.infos(), finished.rows)
         if self.autoreset_mode != AutoresetMode.SAME_STEP:
             return infos
         final_obs = np.full(self.num_envs, None, object)
         for row, observation in zip(finished.rows, finished.codes, strict=True):
             final_obs[row] = observation
-        return {"final_obs": final_obs, "_final_obs": mask.copy(), "final_info": infos, "_final_info": mask}
+        mask = infos["_codes"]
+        return {"final_obs": final_obs, "_final_obs": mask.copy(), "final_info": infos, "_final_info": mask.copy()}
 
     def action_masks(self) -> np.ndarray:
         """(E, K) bool, the codes that may come next in each row."""
@@ -182,7 +197,7 @@ class GenerationVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         if self.render_mode is None:
             return None
         if self.render_mode == "ansi":
-            return tuple(render_text(self.world.grid, self.core.codes))
+            return tuple(render_text(self.world.grid, self.core.codes, self.world.class_names))
         return tuple(render_codes(self.world, self.core.codes))
 
     @property  # type: ignore[misc]
@@ -205,6 +220,12 @@ class RegisteredVectorEnv(GenerationVectorEnv):
         names = inspect.signature(GenerationVectorEnv).parameters
         episodes = {name: kwargs.pop(name) for name in [*kwargs] if name in names}
         super().__init__(self.make_world(**kwargs), num_envs, **episodes)
+
+
+def _merged(began: dict[str, Any], ended: dict[str, Any]) -> dict[str, Any]:
+    """The infos of rows that began and of others that ended in the same step; both may have a label."""
+    both = began.keys() & ended.keys()
+    return began | ended | {name: began[name] + ended[name] for name in both}  # 0 or False where a row has none
 
 
 def _row_seeds(seed: Any, num_envs: int) -> list[int | None] | None:

@@ -25,8 +25,10 @@ from ral_gym.rewards.terms import RewardTerm
 from ral_gym.rewards.view import View
 from ral_gym.stages.device import resolve_device
 
-Scorer = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""Drawn codes (B, r * W) int64 -> score map (B, h, w), step rewards (B, r * W), all on the world's device."""
+Scorer = Callable[..., tuple[Tensor, Tensor]]
+"""Drawn codes (B, r * W) int64 -> score map (B, h, w), step rewards (B, r * W), all on the world's device.
+
+In a world with classes a scorer gets the images' classes (B,) int64 as a second argument."""
 
 CRITIC_REWARDS = ("single", "intermediate")
 """The rewards that a critic, or the toy environment's rule, can give."""
@@ -71,10 +73,10 @@ class World:
     """Everything an environment needs that does not change while it runs.
 
     Attributes:
-        grid: the code grid.
-        decode: codes (B, r * W) -> images (B, C, h, S) uint8.
+        grid: the code grid, and how many classes there are.
+        decode: codes (B, r * W), without labels, -> images (B, C, h, S) uint8.
         scorer: drawn codes -> score map and step rewards; None: rewards are 0.
-        real_codes: (N, T) int16 codes of real images, or None.
+        real_codes: (N, T) int16 codes of real images, with classes sequences (N, T + 1); or None.
         row_multiple: code rows per score-map row.
         device: where codes are decoded and scored.
         oracle: rewards every code at once with its log-probability, instead of the scorer at the end; score maps still
@@ -82,6 +84,10 @@ class World:
         masks: which codes an agent may draw.
         recipe: a function and its arguments that make the same world again, used for pickling and copying. None: the
             world itself is pickled, as far as its parts allow.
+        class_names: the name of every class; empty: they have no names, or there are no classes.
+
+    Raises:
+        ValueError: real codes whose length is not that of the grid's sequences.
     """
 
     grid: CodeGrid
@@ -93,6 +99,15 @@ class World:
     oracle: Prior | None = None
     masks: Masks = Masks()
     recipe: tuple[Callable[..., World], tuple[Any, ...]] | None = None
+    class_names: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        real, length = self.real_codes, self.grid.length
+        if self.grid.classes and real is not None and real.shape[1:] != (length,):
+            raise ValueError(
+                f"real_codes have shape {real.shape}: with {self.grid.classes} classes a row is a sequence of {length}, "
+                f"{self.grid.n_codes} codes and their label (CodeGrid.with_labels)"
+            )
 
     def made_by(self, make: Callable[..., World], arguments: tuple[Any, ...]) -> World:
         """The same world with another recipe."""
@@ -102,7 +117,7 @@ class World:
         if self.recipe is not None:
             return self.recipe
         parts = (self.grid, self.decode, self.scorer, self.real_codes, self.row_multiple, self.device)
-        return World, (*parts, self.oracle, self.masks)
+        return World, (*parts, self.oracle, self.masks, None, self.class_names)
 
 
 def check_reward(reward: str, allowed: Sequence[str] = REWARDS, registered: bool = False) -> None:
@@ -136,8 +151,9 @@ def term_scorer(reward: str, grid: CodeGrid, decode: Callable[[Tensor], Tensor],
         )
     term = RewardTerm(reward, part)
 
-    def score(codes: Tensor) -> tuple[Tensor, Tensor]:
-        rewards = term(View(codes, decode), grid.rows_of(codes.shape[1])).float().to(device)  # (B,) or (B, r * W)
+    def score(codes: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        view = View(codes, decode, labels)
+        rewards = term(view, grid.rows_of(codes.shape[1])).float().to(device)  # (B,) or (B, r * W)
         if rewards.dim() == 2:
             return rewards.mean(1)[:, None, None], rewards
         return rewards[:, None, None], F.pad(rewards[:, None], (codes.shape[1] - 1, 0))
