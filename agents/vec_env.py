@@ -112,7 +112,8 @@ class CodeVecEnv(VecEnv):
         """Draw the codes.
 
         Returns:
-            observations (E, T) int16, with classes (E, T + 1), rewards (E,) float32, dones (E,) bool, infos ({} if no episode ended).
+            observations (E, T) int16, with classes (E, T + 1), rewards (E,) float32, dones (E,) bool, infos ({} if no
+            episode ended).
 
         Raises:
             ValueError: not E integers in 0..K-1; nothing has changed then.

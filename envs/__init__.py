@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ral_gym.envs.resets import StartDistribution
     from ral_gym.envs.run_world import run_world
     from ral_gym.envs.toy import ToyEnv, ToyVectorEnv
+    from ral_gym.envs.toy_classes import ToyClassesEnv, ToyClassesVectorEnv
     from ral_gym.envs.vector import GenerationVectorEnv, RegisteredVectorEnv
     from ral_gym.envs.worlds import Masks, World, toy_world
 
@@ -31,6 +32,7 @@ _MODULES = {
     "resets": ("StartDistribution",),
     "run_world": ("run_world",),
     "toy": ("ToyEnv", "ToyVectorEnv"),
+    "toy_classes": ("ToyClassesEnv", "ToyClassesVectorEnv"),
     "vector": ("GenerationVectorEnv", "RegisteredVectorEnv"),
     "worlds": ("Masks", "World", "toy_world"),
 }
@@ -50,6 +52,8 @@ __all__ = [
     "OracleVectorEnv",
     "RegisteredVectorEnv",
     "StartDistribution",
+    "ToyClassesEnv",
+    "ToyClassesVectorEnv",
     "ToyEnv",
     "ToyVectorEnv",
     "World",

@@ -41,7 +41,8 @@ def checked_arrays(state: Mapping[str, Any], grid: CodeGrid, num_envs: int) -> d
         raise ValueError("an observation of the state has a code in the place of its label, or a label among its codes")
     left = codes == grid.not_drawn  # (E, T)
     position, stop = left.argmax(1), grid.n_codes - left[:, ::-1].argmax(1)
-    agree = (arrays["position"] == position) & (arrays["stop"] == stop) & (left <= grid.without_labels(arrays["to_draw"])).all(1)
+    to_draw = grid.without_labels(arrays["to_draw"])
+    agree = (arrays["position"] == position) & (arrays["stop"] == stop) & (left <= to_draw).all(1)
     ended = arrays["position"] >= arrays["stop"]  # or not reset yet: 0 and 0
     if not np.where(left.any(1) & (arrays["stop"] > 0), agree, ended).all():
         raise ValueError("the positions of the episodes are not those of the codes that are left to draw")

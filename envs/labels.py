@@ -50,7 +50,7 @@ class LabelDistribution:
             ValueError: there are no classes, or no such class.
         """
         if not self.classes:
-            raise ValueError(f"option label={label!r}, but the images of this environment have no classes: leave it out")
+            raise ValueError(f"option label={label!r}, but images have no classes in this environment: leave it out")
         known = f"0..{self.classes - 1}"
         if isinstance(label, str):
             if label in self.names:

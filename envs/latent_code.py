@@ -40,6 +40,10 @@ class LatentCodeEnv(RegisteredEnv):
     ``Box(0, K + 1, (T,), int16)``, T = H * W: the codes in raster order. K means "not drawn yet" (the next position is
     the first K), K + 1 "will not be drawn in this episode": without it a short episode would not be Markov.
 
+    If the run's prior was trained with N classes, the episode's class is part of the state:
+    ``Box(0, K + 1 + N, (T + 1,), int16)``, whose last entry is the label K + 2 + class, from the first step on.
+    ``env.unwrapped.world.class_names`` are the classes' names.
+
     ## Rewards
 
     0 until the last code. Then the mean of the normalised score map (`reward="single"`, Eq. 6), or the sum of
@@ -64,7 +68,10 @@ class LatentCodeEnv(RegisteredEnv):
     * `stop_rows`: the episode stops after this row, a multiple of (code rows / score-map rows).
     * `image_index`: which real image the given rows come from; alone, it means `mode="continue"`.
     * `codes`: the given codes themselves: a grid (H, W), some rows of it, or a prefix (n,); the codes before the first
-      K or K + 1 are given.
+      K or K + 1 are given. With classes also a whole observation (T + 1,), with its label.
+    * `label`: with classes, the class of the image, a number from 0 or a name. An image to continue is then drawn among
+      those of the class, unless `image_index` or `codes` is given. Without the option the label is that of the
+      continued image, else drawn: see `label_draw`.
 
     ## Episode End
 
@@ -72,9 +79,9 @@ class LatentCodeEnv(RegisteredEnv):
 
     ## Information
 
-    Empty until the last step. Then `codes` (T,) int16 (the last observation), and unless `reward="none"` also
-    `score_map` (h, w) float32, 0 below the last drawn row, and `step_rewards` (T,) float32, 0 at codes that the episode
-    did not draw itself; its sum is the reward.
+    Empty until the last step; with classes a reset gives `label`, an int from 0, and so does the last step. At the last
+    step also `codes` (the last observation), and unless `reward="none"` `score_map` (h, w) float32, 0 below the last
+    drawn row, and `step_rewards` (T,) float32, 0 at codes that the episode did not draw itself; its sum is the reward.
 
     ## Arguments
 
@@ -83,6 +90,8 @@ class LatentCodeEnv(RegisteredEnv):
     * `reset_mode`: `full`, `continue`, `scratch` or `mixed`.
     * `render_mode`: `rgb_array` (the decoded image so far, undrawn cells grey) or `ansi`.
     * `device`: `cpu`, `cuda` or `cuda:N`: where images are decoded and scored.
+    * `label_draw`: with classes, how the class of an episode is drawn: `uniform`, or `data`, as often as among the real
+      images.
     * `forbidden_codes`: codes that ``env.unwrapped.action_masks()`` excludes.
     * `top_k`: the masks allow only the k codes that the run's prior finds likeliest after the codes so far. Masks are
       meant for `MaskablePPO`; `step` accepts every code.

@@ -54,7 +54,7 @@ def oracle_world(
         grid=grid,
         decode=partial(decode_codes, vqvae),
         scorer=None if reward == "none" else partial(score_oracle, oracle, reward=kind),
-        real_codes=load_real_codes(asset_path("oracle/codes.safetensors"), grid),
+        real_codes=load_real_codes(asset_path("oracle/codes.safetensors"), grid)[0],
         row_multiple=1,
         device=where,
         oracle=oracle if reward == "step" else None,

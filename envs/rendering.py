@@ -61,8 +61,7 @@ def render_text(grid: CodeGrid, codes: np.ndarray, class_names: Sequence[str] = 
         for level, (_, width) in zip(grid.split(row), grid.shapes, strict=True):
             cells = [marks.get(code, str(code)).rjust(digits) for code in level.tolist()]
             tables.append("".join(" ".join(cells[i : i + width]) + "\n" for i in range(0, len(cells), width)))
-        if grid.classes:
-            label = int(row[-1]) - grid.first_label
-            tables.append(f"class: {class_names[label] if class_names else label}\n")
-        texts.append("\n".join(tables))
+        label = int(row[-1]) - grid.first_label
+        ending = f"class: {class_names[label] if class_names else label}\n" if grid.classes else ""
+        texts.append("\n".join(tables) + ending)
     return texts

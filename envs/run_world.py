@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import nn
 
 from ral_gym.config import Config
 from ral_gym.envs.worlds import CRITIC_REWARDS, Scorer, World, check_reward, make_masks, term_scorer
+from ral_gym.errors import RunError
 from ral_gym.grid import CodeGrid
 from ral_gym.priors.base import Prior, load_prior
 from ral_gym.priors.two_level import load_levels
@@ -20,7 +22,7 @@ from ral_gym.registry import load_plugins
 from ral_gym.rewards.making import build_critic, critic_class, load_critic, row_multiple
 from ral_gym.rewards.scorer import CriticScorer
 from ral_gym.runs.run import read_config
-from ral_gym.runs.storage import load_module
+from ral_gym.runs.storage import load_metadata, load_module
 from ral_gym.stages.device import resolve_device
 from ral_gym.tokenizers.base import Tokenizer, load_tokenizer
 from ral_gym.tokenizers.code_set import CodeSet, decode_codes
@@ -35,6 +37,8 @@ def run_world(
     plugins: Sequence[str] = (),
 ) -> World:
     """The world of a run folder: its tokenizer, its training images' codes and its critic, frozen.
+
+    It has classes if the run's prior has: then the codes' labels are at the end of the real codes.
 
     Args:
         run: path of the folder, with stages 1 and 2 done (and stage 3, if its critic is the reward).
@@ -57,8 +61,8 @@ def run_world(
     folder = Path(run)
     config = read_config(folder)
     vqvae: Tokenizer = _load(folder / "vqvae.safetensors", load_tokenizer, device)
-    grid = vqvae.grid
-    codes = load_real_codes(folder / "codes.safetensors", grid)
+    grid = replace(vqvae.grid, classes=prior_classes(folder))
+    codes, class_names = load_real_codes(folder / "codes.safetensors", grid)
     make_prior = partial(run_prior, folder, config.vqvae.levels, device)
     scorer: Scorer | None = None
     if reward in CRITIC_REWARDS:
@@ -77,7 +81,20 @@ def run_world(
         device=where,
         masks=make_masks(grid.codebook_size, forbidden_codes, top_k, prior),
         recipe=(run_world, (run, reward, device, tuple(forbidden_codes), top_k, tuple(plugins))),
+        class_names=class_names,
     )
+
+
+def prior_classes(folder: Path) -> int:
+    """How many classes the maximum-likelihood prior of a run has; 0: it has none, or there is no prior yet.
+
+    Raises:
+        RunError: its file is damaged.
+    """
+    path = folder / "prior.safetensors"
+    config = load_metadata(path).get("config") if path.exists() else None
+    classes = config.get("classes", 0) if isinstance(config, dict) else 0
+    return classes if isinstance(classes, int) else 0
 
 
 def _row_multiple(config: Config, vqvae: Tokenizer, make_prior: Callable[[], Prior]) -> int:
@@ -123,19 +140,24 @@ def _load_network(path: Path, what: tuple[type[nn.Module], str]) -> nn.Module:
     return load_module(path, cls, device)
 
 
-def load_real_codes(path: Path, grid: CodeGrid) -> np.ndarray:
-    """The codes (N, T) int16 of the real images in a code file, once per process.
+def load_real_codes(path: Path, grid: CodeGrid) -> tuple[np.ndarray, tuple[str, ...]]:
+    """The real images' sequences (N, `length`) int16 for a grid, and the names of its classes; once per process.
 
     Raises:
-        RunError: see `CodeSet.load`.
+        RunError: see `CodeSet.load`; or the grid has classes, and the file has labels of others or none.
     """
     return _load(path, _load_codes, grid)
 
 
-def _load_codes(path: Path, grid: CodeGrid) -> np.ndarray:
-    """The codes of the training images as they are, without augmented passes: (N, T) int16."""
+def _load_codes(path: Path, grid: CodeGrid) -> tuple[np.ndarray, tuple[str, ...]]:
+    """The training images as they are, without augmented passes."""
     codes = CodeSet.load(path, grid)
-    return codes.train[: codes.clean]
+    if grid.classes and len(codes.classes) != grid.classes:
+        raise RunError(
+            f"{path} has labels of {len(codes.classes) or 'no'} classes, but the prior beside it draws images of "
+            f"{grid.classes}; remove the file to encode again"
+        )
+    return codes.sequences("clean", grid), codes.classes if grid.classes else ()
 
 
 def _load_critic(path: Path, what: tuple[Tokenizer, Path, int, str]) -> Any:

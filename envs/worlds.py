@@ -105,7 +105,7 @@ class World:
         real, length = self.real_codes, self.grid.length
         if self.grid.classes and real is not None and real.shape[1:] != (length,):
             raise ValueError(
-                f"real_codes have shape {real.shape}: with {self.grid.classes} classes a row is a sequence of {length}, "
+                f"real_codes have shape {real.shape}: with {self.grid.classes} classes a row has {length} entries, "
                 f"{self.grid.n_codes} codes and their label (CodeGrid.with_labels)"
             )
 

@@ -20,6 +20,7 @@ if not (_root / "ral_gym" / "envs").exists() and (_root / "envs" / "core.py").ex
 # has a reward threshold; it holds for `reward="single"`.
 for _name, _module, _class, _reward_threshold in [
     ("ral_gym/Toy-v0", "ral_gym.envs.toy", "Toy", 0.9),
+    ("ral_gym/ToyClasses-v0", "ral_gym.envs.toy_classes", "ToyClasses", 0.9),
     ("ral_gym/Faces-v0", "ral_gym.envs.faces", "Faces", None),
     ("ral_gym/Oracle-v0", "ral_gym.envs.oracle", "Oracle", None),
     ("ral_gym/LatentCode-v0", "ral_gym.envs.latent_code", "LatentCode", None),

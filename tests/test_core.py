@@ -10,9 +10,11 @@ import torch
 from gymnasium.error import ResetNeeded
 from torch import Tensor
 
-from ral_gym.envs.core import Finished, GenerationCore
+from ral_gym.envs.core import GenerationCore
+from ral_gym.envs.finished import Finished
 from ral_gym.envs.resets import RESET_MODES
 from ral_gym.envs.run_world import run_world
+from ral_gym.envs.toy_classes import toy_classes_world
 from ral_gym.envs.worlds import World, toy_images, toy_world
 from ral_gym.grid import CodeGrid
 from ral_gym.runs.storage import pack_state, unpack_state
@@ -27,9 +29,10 @@ def coarse_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_run(tmp_path_factory.mktemp("runs") / "coarse", critic_layers=4)
 
 
-@pytest.fixture(params=["toy", "run"])
+@pytest.fixture(params=["toy", "classes", "run"])
 def world(request: pytest.FixtureRequest, coarse_run: Path) -> World:
-    return toy_world("intermediate") if request.param == "toy" else run_world(str(coarse_run), "intermediate")
+    toys = {"toy": toy_world, "classes": toy_classes_world}
+    return toys[request.param]("intermediate") if request.param in toys else run_world(str(coarse_run), "intermediate")
 
 
 def seeded(world: World, **arguments: Any) -> GenerationCore:
@@ -87,7 +90,7 @@ def test_only_drawn_codes_are_rewarded(world: World, mode: str) -> None:
     before = core.observations()
     finished = core.draw_round(random_codes(core))
     drawn = before == core.grid.not_drawn
-    assert ((finished.step_rewards != 0) <= drawn).all()
+    assert ((finished.step_rewards != 0) <= drawn[:, :T]).all()
     assert (finished.codes[~drawn] == before[~drawn]).all()
     np.testing.assert_allclose(finished.rewards, finished.step_rewards.sum(1), rtol=1e-6)
     assert finished.score_map is not None
@@ -137,7 +140,7 @@ def rounds(core: GenerationCore, n: int) -> np.ndarray:
     lengths = []
     for _ in range(n):
         lengths.append(core.stop - core.position)
-        core.draw_round(np.zeros((E, T), int))
+        core.draw_round(np.zeros(core.codes.shape, int))
         core.reset(np.arange(E))
     return np.array(lengths)
 

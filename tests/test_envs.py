@@ -120,6 +120,12 @@ def test_another_seed_draws_other_starts(spec: EnvSpec) -> None:
     assert len({env.reset(seed=seed)[0].tobytes() for seed in range(20)}) > 5
 
 
+def labels(env: gym.Env, observation: np.ndarray) -> dict[str, Any]:
+    """The label in an info, as the observation shows it; empty without classes."""
+    grid = env.unwrapped.world.grid  # type: ignore[attr-defined]
+    return {"label": int(observation[-1]) - grid.first_label} if grid.classes else {}
+
+
 def test_a_step_returns_what_the_page_says(spec: EnvSpec) -> None:
     env = gym.make(spec)
     at_once = env.unwrapped.world.oracle is not None  # every code is paid when it is drawn
@@ -129,20 +135,21 @@ def test_a_step_returns_what_the_page_says(spec: EnvSpec) -> None:
         infos.append(rest[-1])
         assert observation in env.observation_space
         if len(rest) == 1:
-            assert rest[0] == {}
+            assert rest[0] == labels(env, observation)
             continue
         reward, terminated, truncated, info = rest
         assert type(reward) is float and type(terminated) is bool and truncated is False
         assert terminated or (info == {} and (reward == 0.0 or at_once))
         paid += reward
         if terminated:
-            assert set(info) == {"codes", "score_map", "step_rewards"}
+            assert set(info) == {"codes", "score_map", "step_rewards", *labels(env, observation)}
+            assert info.items() >= labels(env, observation).items()
             assert (info["codes"] == observation).all() and info["codes"].dtype == np.int16
             assert info["score_map"].ndim == 2 and info["score_map"].dtype == np.float32
-            assert info["step_rewards"].shape == observation.shape
+            assert info["step_rewards"].shape == (env.unwrapped.world.grid.n_codes,)
             assert paid == pytest.approx(float(info["step_rewards"].sum()), abs=1e-4)
             paid = 0.0
-    arrays = [*observations, *(value for info in infos for value in info.values())]
+    arrays = [*observations, *(value for info in infos for value in info.values() if isinstance(value, np.ndarray))]
     assert not any(np.shares_memory(a, b) for i, a in enumerate(arrays) for b in arrays[:i])
 
 

@@ -34,10 +34,11 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_run(tmp_path_factory.mktemp("runs") / "tiny", critic_layers=4)
 
 
-@pytest.fixture(params=["toy", "run"])
+@pytest.fixture(params=["toy", "classes", "run"])
 def made(request: pytest.FixtureRequest, tiny_run: Path) -> tuple[str, dict[str, Any]]:
     """An id and the arguments it needs."""
-    return (TOY, {}) if request.param == "toy" else ("ral_gym/LatentCode-v0", {"run": str(tiny_run)})
+    toys = {"toy": TOY, "classes": "ral_gym/ToyClasses-v0"}
+    return (toys[request.param], {}) if request.param in toys else ("ral_gym/LatentCode-v0", {"run": str(tiny_run)})
 
 
 def native(id: str = TOY, num_envs: int = E, **kwargs: Any) -> GenerationVectorEnv:
@@ -94,6 +95,7 @@ def test_the_sb3_adapter_steps_as_single_environments(
     assert adapter.observation_space == dummy.observation_space and adapter.action_space == dummy.action_space
     assert_same(adapter.reset(), dummy.reset())
     for actions in random_actions():
+        assert adapter.reset_infos == dummy.reset_infos
         observations, rewards, dones, infos = adapter.step(actions)
         expected = dummy.step(actions)
         assert_same((observations, rewards, dones), expected[:3])

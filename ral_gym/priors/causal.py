@@ -169,8 +169,8 @@ class CausalTransformer(nn.Module):
 
     @property
     def grid(self) -> CodeGrid:
-        """The shape of the codes."""
-        return CodeGrid(self.height, self.width, self.codebook_size)
+        """The shape of the codes, and how many classes there are."""
+        return CodeGrid(self.height, self.width, self.codebook_size, classes=self.classes)
 
     @property
     def largest_label(self) -> int:

@@ -13,11 +13,13 @@ The interface of a critic (everything but `forward` is optional):
 
 `pixels`: images (B, C, h, S) in [-1, 1]; `codes`: (B, codes_of(r)) int64, nothing is decoded for it; `features`:
 (B, F) float32 of the tokenizer's encoder or of the extractor that `ral.reward_features` names. Images of fewer rows are
-shorter.
+shorter. A `forward` or `loss` with an argument `labels` gets the images' classes (B,) int64 by that name; without
+classes None. A batch for `loss` has real and fake images of the same classes in the same order.
 """
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -84,9 +86,9 @@ class CriticScorer:
         """Codes of r rows (B, codes_of(r)) -> images (B, C, h, S) in [-1, 1], on the device."""
         return self.vqvae.decode(codes.to(self.device).long())
 
-    def view(self, codes: Tensor) -> View:
-        """A view of images, from their codes of r rows (B, codes_of(r))."""
-        return View(codes, self.decode, batch_size=self.batch_size)
+    def view(self, codes: Tensor, labels: Tensor | None = None) -> View:
+        """A view of images, from their codes of r rows (B, codes_of(r)) and their classes (B,), if any."""
+        return View(codes, self.decode, labels, batch_size=self.batch_size)
 
     def seen(self, view: View) -> Tensor:
         """What the critic sees of images, on the device."""
@@ -100,13 +102,16 @@ class CriticScorer:
     @torch.no_grad()
     def scores(self, view: View) -> Tensor:
         """Raw scores of a view's images: (B, h, w), (B, codes_of(r)) or (B,), as the critic gives them."""
-        return self.scores_of(self.seen(view))
+        return self.scores_of(self.seen(view), view.labels)
 
     @torch.no_grad()
-    def scores_of(self, seen: Tensor) -> Tensor:
-        """Raw scores of what the critic sees (B, ...)."""
+    def scores_of(self, seen: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Raw scores of what the critic sees (B, ...), of images of these classes (B,), if any."""
         self.critic.eval()
-        return torch.cat([self.critic(batch) for batch in seen.split(self.batch_size)])
+        if labels is None or not takes_labels(self.critic):
+            return torch.cat([self.critic(batch) for batch in seen.split(self.batch_size)])
+        parts = zip(seen.split(self.batch_size), labels.to(seen.device).split(self.batch_size), strict=True)
+        return torch.cat([self.critic(batch, labels=classes) for batch, classes in parts])
 
     def check_rows(self, codes: Tensor, rows: int) -> None:
         """Refuse a critic that cannot see short images, before an episode is drawn.
@@ -173,14 +178,19 @@ class CriticScorer:
             )
         return scores
 
-    def score(self, codes: Tensor) -> Tensor:
-        """Raw scores of codes of r rows (B, codes_of(r)), as the critic gives them."""
-        return self.scores(self.view(codes))
+    def score(self, codes: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Raw scores of codes of r rows (B, codes_of(r)) and their classes (B,), as the critic gives them."""
+        return self.scores(self.view(codes, labels))
 
-    def __call__(self, codes: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, codes: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Codes of r rows (B, codes_of(r)) int64 -> normalised score map (B, h, w), step rewards of that shape."""
-        scores, rows = self.normalizer(self.score(codes)), self.grid.rows_of(codes.shape[1])
+        scores, rows = self.normalizer(self.score(codes, labels)), self.grid.rows_of(codes.shape[1])
         return self.score_map(scores, rows), self.rewards(scores, rows)
+
+
+def takes_labels(critic: nn.Module) -> bool:
+    """Whether a critic's `forward` has an argument `labels`."""
+    return "labels" in inspect.signature(critic.forward).parameters
 
 
 def _as_map(scores: Tensor) -> Tensor:
