@@ -89,7 +89,7 @@ def test_a_bad_command_is_an_exit_code(argv, capsys) -> None:
 
 def test_an_unknown_command_is_named_with_what_was_meant(capsys) -> None:
     for more in ([], ["--help"], ["runs/x"]):
-        assert "command 'xyzzy' is unknown: choose one of train, sample" in refused(capsys, "xyzzy", *more)
+        assert "command 'xyzzy' is unknown: choose one of train, import, sample" in refused(capsys, "xyzzy", *more)
     with pytest.raises(SystemExit):
         main(["--help"])
     assert "{" + ",".join(COMMANDS) + "}" in capsys.readouterr().out.replace("\n", "").replace(" ", "")

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Union, cast
 
 import tyro
 
+from ral_gym.commands.import_arguments import ImportArguments
 from ral_gym.config import SECTIONS, Config, RALConfig
 from ral_gym.errors import ConfigError
 from ral_gym.presets import PRESETS, get_preset
@@ -186,6 +187,7 @@ class CacheArguments:
 
 Arguments = (
     TrainArguments
+    | ImportArguments
     | SampleArguments
     | CompleteArguments
     | EvaluateArguments
@@ -209,6 +211,7 @@ def parse(argv: Sequence[str]) -> Arguments:
     train: Any = tyro.conf.subcommand("train", default=TrainArguments(base), description=_training_help())
     commands: Any = Union[  # noqa: UP007 (made at run time)
         Annotated[TrainArguments, train],
+        Annotated[ImportArguments, tyro.conf.subcommand("import")],
         Annotated[SampleArguments, tyro.conf.subcommand("sample")],
         Annotated[CompleteArguments, tyro.conf.subcommand("complete")],
         Annotated[EvaluateArguments, tyro.conf.subcommand("evaluate")],
@@ -230,7 +233,7 @@ def parse(argv: Sequence[str]) -> Arguments:
     return _complete(arguments, base) if isinstance(arguments, TrainArguments) else arguments
 
 
-COMMANDS = ("train", "sample", "complete", "evaluate", "verify", "report", "presets", "cache")
+COMMANDS = ("train", "import", "sample", "complete", "evaluate", "verify", "report", "presets", "cache")
 
 
 def _check_command(argv: Sequence[str]) -> None:

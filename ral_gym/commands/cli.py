@@ -23,6 +23,7 @@ from ral_gym.commands.arguments import (
     parse_train,
 )
 from ral_gym.commands.ending import run_command
+from ral_gym.commands.import_arguments import ImportArguments
 from ral_gym.commands.train import evaluate_run, train
 
 __all__ = ["main", "train_main"]
@@ -34,6 +35,10 @@ def _dispatch(argv: Sequence[str], console: Console) -> None:
     match arguments:
         case TrainArguments():
             train(arguments, console)
+        case ImportArguments():
+            from ral_gym.commands.importing import import_released
+
+            import_released(arguments, console)
         case EvaluateArguments():
             evaluate_run(arguments, console)
         case SampleArguments():

@@ -78,8 +78,13 @@ def load_json(path: Path) -> Any:
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
     """Write tensors and JSON-able metadata atomically as one safetensors file."""
     ready = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
-    data = safetensors.torch.save(ready, metadata={_KEY: json.dumps(metadata)})
+    data = safetensors.torch.save(ready, metadata=metadata_header(metadata))
     _write_bytes(path, data)
+
+
+def metadata_header(metadata: dict[str, Any]) -> dict[str, str]:
+    """JSON-able metadata in the form that `load_tensors` reads."""
+    return {_KEY: json.dumps(metadata)}
 
 
 def _write_bytes(path: Path, data: bytes) -> None:

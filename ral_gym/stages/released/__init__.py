@@ -1,0 +1,1 @@
+"""Released checkpoints of other projects: reading without running what is in them, and importing as runs."""
