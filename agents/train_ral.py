@@ -28,6 +28,9 @@ from ral_gym.priors.base import Prior, config_of, load_prior, save_prior
 from ral_gym.priors.sampler import make_sampler
 from ral_gym.registry import load_plugins
 from ral_gym.rewards.making import build_critic, save_critic
+from ral_gym.rewards.options import reward_options
+from ral_gym.rewards.provenance import check_reward_files, keep_reward_files
+from ral_gym.rewards.reference import load_reference
 from ral_gym.runs.run import Run, random_state, read_config, seed_everything, set_random_state
 from ral_gym.stages.device import resolve_device
 from ral_gym.stages.levels import load_generator, load_vqvae
@@ -115,6 +118,8 @@ def make_reward(
         critic=critic,
         extractor=extractor,
         evaluation_extractor=run.config.evaluation.extractor,
+        statistics=None if config.reward_reference is None else load_reference(config.reward_reference),
+        options=reward_options(run.config),
         ema=config.reward_ema,
         seed=run.config.seed * 1000 + 8,
     )
@@ -200,6 +205,7 @@ def train_ral(
     if live.exists() and averaged.exists() and (run.has("critic.safetensors") or not run.config.ral.uses_critic):
         done, average = (load_prior(file, device, config_of(prior)) for file in (live, averaged))
         return done, average
+    keep_reward_files(run)
     stage = make_stage(run, vqvae, prior, codes, device, progress)
     _resume(run, stage)
     # The callback stops after the run's number of updates; rounds of partial generation differ in length.
@@ -231,6 +237,7 @@ def load_run(path: Path | str, device: str = "auto", restore_random: bool = True
     run, where = Run(path, read_config(path)), resolve_device(device)
     if not run.has(f"checkpoints/{STAGE}.safetensors"):
         raise RunError(f"{run.path} has no checkpoint of stage 3 (checkpoints/{STAGE}.safetensors): train it first")
+    check_reward_files(run)
     vqvae, prior = load_vqvae(run, where), load_generator(run, "prior", where)
     codes = CodeSet.load(run.file("codes.safetensors"), vqvae.grid)
     before = random_state()

@@ -267,6 +267,8 @@ REWARDS = Registry(
         "loo_fd_first_order": "ral_gym.rewards.distribution:FirstOrderFrechet",
         "loo_fd_diagonal": "ral_gym.rewards.distribution:DiagonalFrechet",
         "kid": "ral_gym.rewards.distribution:KernelReward",
+        "clip": "ral_gym.rewards.text:ClipReward",
+        "hps": "ral_gym.rewards.text:HPSReward",
     },
 )
 SOURCES = Registry(

@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import inspect
 import math
+import string
 from collections.abc import Collection, Sequence
 from typing import Annotated, Any
 
@@ -110,6 +111,29 @@ def check_reward_weights(weights: Any) -> None:
             raise ConfigError(
                 f"ral.reward_weights: {term} has weight {weight!r}: give a number above 0, or leave it out"
             )
+
+
+def check_prompt(prompt: str, class_names: Sequence[str] | None = None) -> None:
+    """Refuse a template that is no text with at most the field {name}.
+
+    Args:
+        prompt: `ral.prompt`.
+        class_names: of the run's images; None: not known yet.
+
+    Raises:
+        ConfigError: an empty prompt, another field, a format, a stray brace; or {name} where no class has a name.
+    """
+    try:
+        fields = list(string.Formatter().parse(prompt))
+    except ValueError:
+        fields = [("", "", "", "")]
+    named = [field for field in fields if field[1] is not None]
+    if not prompt.strip() or not prompt.isprintable() or any(field[1:] != ("name", "", None) for field in named):
+        raise ConfigError(f"ral.prompt is {prompt[:60]!r}: give a text, with {{name}} where the name of the class goes")
+    if class_names is not None and named and not class_names:
+        raise ConfigError(
+            f"ral.prompt is {prompt[:60]!r}, but the images have no labels to name: give a prompt without {{name}}"
+        )
 
 
 def check_parts(weights: dict[str, float], critic: str) -> None:

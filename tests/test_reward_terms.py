@@ -92,9 +92,12 @@ def test_what_is_no_pair_is_a_usage_error(given: list[str], capsys: pytest.Captu
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
-        ({}, r"ral.reward_weights is \{\}: give one or more of critic, loo_fd, .*, kid, each with its weight"),
+        ({}, r"ral.reward_weights is \{\}: give one or more of critic, loo_fd, .*, hps, each with its weight"),
         (["kid"], r"ral.reward_weights is a list: give names and values"),
-        ({"a/b": 1.0}, "names 'a/b': choose among critic, loo_fd, loo_fd_first_order, loo_fd_diagonal, kid, or your"),
+        (
+            {"a/b": 1.0},
+            "names 'a/b': choose among critic, loo_fd, loo_fd_first_order, loo_fd_diagonal, kid, clip, hps, or your",
+        ),
         ({"kid": 0.0}, "kid has weight 0.0: give a number above 0"),
         ({"kid": -1.0}, "kid has weight -1.0: give a number above 0"),
         ({"kid": float("nan")}, "kid has weight nan: give a number above 0"),
@@ -110,7 +113,7 @@ def test_other_weights_are_refused(weights: Any, message: str) -> None:
 def test_an_unknown_term_is_refused_before_anything_is_trained() -> None:
     with_weights({"fid": 1.0}).check()  # a run made with someone's own reward can be read without it
     with pytest.raises(
-        ConfigError, match=r"reward 'fid' is unknown.*: choose one of critic, loo_fd, .*, kid, or bring"
+        ConfigError, match=r"reward 'fid' is unknown.*: choose one of critic, loo_fd, .*, hps, or bring"
     ):
         check_parts({"fid": 1.0}, "patch")
     with pytest.raises(ConfigError, match="reward 'fid' is unknown"):

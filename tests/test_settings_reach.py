@@ -50,6 +50,11 @@ ELSEWHERE = {
     "critic.kind": "",
     "critic.options": "",
     "evaluation.metrics": "test_own_metrics",
+    "ral.clip_path": "test_clip_training",
+    "ral.hps_path": "",
+    "ral.prompt": "",
+    "ral.reward_options": "",
+    "ral.reward_reference": "test_reward_reference",
     "data.cache_dir": "a folder of the test's own; asserted below",
 }
 """Fields that are not among the odd ones, and where they are tested."""

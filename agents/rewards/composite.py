@@ -30,6 +30,7 @@ from ral_gym.envs.worlds import World
 from ral_gym.errors import ConfigError, DivergedError
 from ral_gym.metrics import Extractor
 from ral_gym.registry import REWARDS
+from ral_gym.rewards.moments import Moments
 from ral_gym.rewards.scorer import require_encoder_features
 from ral_gym.rewards.terms import RewardTerm
 from ral_gym.rewards.view import FinishedImages, View
@@ -61,6 +62,9 @@ class CompositeReward(RolloutReward):
         extractor: for terms that see features; None: the run's encoder, averaged over space. It should differ from the
             evaluation's, or the policy optimises the evaluation metric directly.
         evaluation_extractor: name of the evaluation's extractor, to warn if they are the same.
+        statistics: of real images' features, to which the Frechet terms compare; None: the environment's real images.
+            They describe whole images, so all episodes must end with one.
+        options: more arguments that classes of rewards may name, such as `clip_path`.
         ema: b of the Frechet terms' moments, see `FrechetReward`: an average over about 1 / (1 - b) rollouts. A larger
             b means less noise, but the average lags behind a moving policy, which then overshoots.
         components: see `FrechetReward`.
@@ -84,6 +88,8 @@ class CompositeReward(RolloutReward):
         functions: Mapping[str, Callable[..., Any]] | None = None,
         extractor: Extractor | None = None,
         evaluation_extractor: str = "lite0",
+        statistics: Moments | None = None,
+        options: Mapping[str, Any] | None = None,
         ema: float = 0.5,
         components: int | None = None,
         n_reference: int = 2000,
@@ -99,9 +105,10 @@ class CompositeReward(RolloutReward):
         self.extractor, self.evaluation_extractor = extractor, evaluation_extractor
         self.ema, self.components, self.n_reference, self.seed = ema, components, n_reference, seed
         self._warned = False
-        options = {"ema": ema, "components": components}
+        self.statistics = statistics
+        self.options = {**(options or {}), "ema": ema, "components": components}
         self.terms = [
-            RewardTerm(name, functions[name] if name in functions else REWARDS.get(name), options=options)
+            RewardTerm(name, functions[name] if name in functions else REWARDS.get(name), options=self.options)
             for name in self.weights
             if name != "critic"
         ]
@@ -111,15 +118,23 @@ class CompositeReward(RolloutReward):
         super()._init_callback()
         if self.critic is not None:
             self.critic.init_callback(self.model)
+        self.options |= {"class_names": getattr(self.world, "class_names", ()), "device": self.world.device}
         for term in self.terms:
-            if term.needs_reference and self.world.real_codes is None:
+            if self.statistics is not None and term.takes_moments:
+                term.reference = self._moments
+            elif term.needs_reference and self.world.real_codes is None:
+                also = ", or give statistics of real images (ral.reward_reference)" if term.takes_moments else ""
                 raise ConfigError(
                     f"{term.name} compares with real images, but the environment has no real codes: use a run's "
-                    "environment"
+                    f"environment{also}"
                 )
-            term.reference = self._reference
+            else:
+                term.reference = self._reference
         if seeing := [term for term in self.terms if term.sees == "features"]:
             self._find_features(seeing)
+        for term in self.terms:
+            if term.is_network:  # one for all heights: what it lacks is said now, not after the first rollout
+                term.function(self.world.grid.height)
 
     def _find_features(self, terms: list[RewardTerm]) -> None:
         """Find the extractor, and warn if it is the evaluation's."""
@@ -133,6 +148,8 @@ class CompositeReward(RolloutReward):
             self.extractor = require_encoder_features(vqvae)
         for term in terms:
             term.extractor = self.extractor
+        if self.statistics is not None:
+            self.statistics.check(self.extractor)
         if self.extractor.name == self.evaluation_extractor and not self._warned:
             self._warned = True
             logger.warning(
@@ -201,6 +218,20 @@ class CompositeReward(RolloutReward):
             codes = torch.from_numpy(world.real_codes[rows].astype(np.int64))
             self._references[height] = View(world.grid.crop(codes, height), self._decode, batch_size=256)
         return self._references[height]
+
+    def _moments(self, height: int) -> Moments:
+        """The real images' statistics.
+
+        Raises:
+            ConfigError: for images that stopped early, since the statistics are of whole ones.
+        """
+        if height != self.world.grid.height:
+            raise ConfigError(
+                f"the statistics of real images (ral.reward_reference) are of whole images, but an episode stopped "
+                f"after {height} of {self.world.grid.height} rows: use the reset mode full or continue"
+            )
+        assert self.statistics is not None
+        return self.statistics
 
     def _normalise(self, name: str, rewards: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """Normalised rewards (n,)."""

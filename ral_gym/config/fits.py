@@ -19,6 +19,7 @@ def check_fits(config: Any) -> None:
     _check_sides(config)
     _check_small_images(config)
     _check_attention(config)
+    _check_rewards(config)
 
 
 def _check_sides(config: Any) -> None:
@@ -71,3 +72,17 @@ def _check_attention(config: Any) -> None:
                 f"{name}.attention_heads is {prior.attention_heads}: it must divide {name}.hidden_units, "
                 f"{prior.hidden_units}; change one of them"
             )
+
+
+def _check_rewards(config: Any) -> None:
+    """Refuse rewards without the files that they need, and statistics of whole images where episodes stop early."""
+    ral = config.ral
+    for reward, names in (("clip", ("clip_path",)), ("hps", ("clip_path", "hps_path"))):
+        for name in names:
+            if reward in ral.reward_weights and getattr(ral, name) is None:
+                raise ConfigError(f"the reward {reward} needs ral.{name}: give --ral.{name.replace('_', '-')}")
+    if ral.reward_reference is not None and ral.reset_mode in ("scratch", "mixed"):
+        raise ConfigError(
+            f"ral.reward_reference has statistics of whole images, but ral.reset_mode is {ral.reset_mode}, which stops "
+            "some early: give ral.reset_mode full or continue"
+        )

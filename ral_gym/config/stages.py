@@ -22,7 +22,10 @@ from ral_gym.config.fits import check_fits
 from ral_gym.config.ranges import check_ranges, check_sizes
 from ral_gym.errors import ConfigError
 from ral_gym.schema import check_types, config_from
-from ral_gym.settings import CRITIC_ALONE, Options, RewardWeights, check_reward_weights
+from ral_gym.settings import CRITIC_ALONE, Options, RewardWeights, check_prompt, check_reward_weights
+
+REWARD_FILES = ("clip_path", "hps_path", "reward_reference")
+"""Settings of `ral` that are paths of files whose content decides the rewards (`ral_gym.rewards.provenance`)."""
 
 
 @dataclass(frozen=True)
@@ -201,14 +204,25 @@ class RALConfig:
     reward_normalization: Literal["max_abs", "standard", "none"] = "max_abs"
     """Normalise scores by max |score| over real and fake images (Section 4.4), as (score - mean real) / std, or not."""
     reward_weights: RewardWeights = field(default_factory=CRITIC_ALONE.copy)
-    """Reward terms and their weights: critic, loo_fd, loo_fd_first_order, loo_fd_diagonal, kid, a registered name, or
-    your own `module:function`. Without the term critic none is trained. Unless the only term is a critic of weight 1,
-    every term is normalised over the batch before it is weighted."""
+    """Reward terms and their weights: critic, loo_fd, loo_fd_first_order, loo_fd_diagonal, kid, clip, hps, a registered
+    name, or your own `module:function`. Without the term critic none is trained. Unless the only term is a critic of
+    weight 1, every term is normalised over the batch before it is weighted."""
     reward_features: Literal["encoder", "pyramid"] = "encoder"
     """Features for terms and critics that see features: of the tokenizer's encoder, or magnitudes of a Laplacian
     pyramid; the results table uses evaluation.extractor."""
     reward_ema: float = 0.5
     """Decay of the Frechet terms' moving averages over rollouts; 0: each rollout by itself."""
+    reward_reference: str | None = None
+    """Mean and covariance of real images' features (stats.npz, `ral_gym.rewards.reference`), to which the Frechet terms
+    compare; None: the run's own images."""
+    reward_options: Options = field(default_factory=dict)
+    """Arguments that your own rewards' constructors name: `--ral.reward-options NAME VALUE ..`."""
+    clip_path: str | None = None
+    """Folder of a CLIP model (config.json, model.safetensors, vocab.json, merges.txt), for the rewards clip and hps."""
+    hps_path: str | None = None
+    """HPS_v2.1_compressed.pt, for the reward hps."""
+    prompt: str = "a photo of a {name}"
+    """The text of an image for the rewards clip and hps; {name} is the name of its class."""
     reset_mode: Literal["full", "continue", "scratch", "mixed"] = "mixed"
     """Partial generation (Section 4.3): full grids, continue real rows, stop early, or a random mix of both."""
     n_envs: int = 16
@@ -325,6 +339,7 @@ class Config:
         check_ranges(self)
         check_sizes(self)
         check_reward_weights(self.ral.reward_weights)
+        check_prompt(self.ral.prompt)
         for name in SECTIONS:
             check_section(name, getattr(self.ral, name))
         check_fits(self)

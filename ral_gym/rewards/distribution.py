@@ -35,14 +35,13 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ral_gym.errors import ConfigError, DivergedError
+from ral_gym.errors import ConfigError
+from ral_gym.rewards.moments import MINIMUM_BATCH, Moments, checked_features
 from ral_gym.rewards.rank_one import root_trace, root_trace_change, spectral
 from ral_gym.runs.checked_state import integer_of, tensor_like
 
 Form = Literal["exact", "first_order", "diagonal"]
 FORMS = ("exact", "first_order", "diagonal")
-MINIMUM_BATCH = 3
-"""The smallest batch for which leave-one-out rewards exist."""
 KERNEL_CHUNK = 4096
 
 
@@ -99,7 +98,7 @@ class FrechetReward:
     (Baran et al.: |m_r - m|^2 + |s_r - s|^2 with standard deviations s).
 
     Args:
-        reference: features (M, F) of real images, M >= 3.
+        reference: features (M, F) of real images, M >= 3, or their moments.
         form: `exact`, `first_order` or `diagonal`.
         ema: b, 0 <= b < 1. The first batches weigh more, so that the weights always sum to 1 (Adam's bias correction).
         components: use only this many directions, those of largest variance in the reference: cheaper, and better
@@ -108,38 +107,42 @@ class FrechetReward:
             the first batch.
 
     Raises:
-        ConfigError: unknown `form`, `ema` or `components` out of range, features of another shape.
+        ConfigError: unknown `form`, `ema` or `components` out of range, features of another shape, or variances where
+            covariances are needed.
         DivergedError: a feature is NaN or infinite.
     """
 
     sees = "features"
+    takes_moments = True
+    """The reference may be moments."""
     minimum_batch = MINIMUM_BATCH
     distance = float("nan")
 
     def __init__(
         self,
-        reference: Tensor,
+        reference: Tensor | Moments,
         form: Form = "exact",
         ema: float = 0.0,
         components: int | None = None,
         start: Tensor | None = None,
     ) -> None:
-        reference = checked_features(reference)  # (M, F)
+        given = reference if isinstance(reference, Moments) else checked_features(reference)  # (M, F)
+        width = len(given.mean) if isinstance(given, Moments) else given.shape[1]
         if form not in FORMS:
             raise ConfigError(f"form {form!r} is unknown: choose one of {', '.join(FORMS)}")
         if not 0 <= ema < 1:
             raise ConfigError(f"ema={ema} is out of range: choose 0 (this batch only) or more, below 1")
-        if components is not None and not 1 <= components <= reference.shape[1]:
-            raise ConfigError(f"components={components} of {reference.shape[1]} features: choose 1..that, or None")
+        if components is not None and not 1 <= components <= width:
+            raise ConfigError(f"components={components} of {width} features: choose 1..that, or None")
         self.form, self.ema = form, ema
-        self.centre = reference.mean(0)  # (F,)
-        centred = reference - self.centre
+        diagonal = form == "diagonal" and components is None
+        self.centre, covariance = _moments_of(given, diagonal)  # (F,), and (F,) or (F, F)
         # FD does not change when both sets are turned: in the reference's own axes A is diagonal.
-        if form == "diagonal" and components is None:
+        if diagonal:
             self.axes = None
-            self.root = centred.square().mean(0).sqrt()  # (D,)
+            self.root = covariance.clamp_min(0).sqrt()  # (D,)
         else:
-            spectrum, axes = torch.linalg.eigh(centred.T @ centred / len(centred))
+            spectrum, axes = torch.linalg.eigh(covariance)
             # Contiguous, as a restored one is: products of other memory layouts round differently.
             self.axes = axes[:, -(components or len(spectrum)) :].contiguous()  # (F, D)
             self.root = spectrum[-self.axes.shape[1] :].clamp_min(0).sqrt()  # (D,) the diagonal of A
@@ -256,21 +259,21 @@ class FrechetReward:
 class ExactFrechet(FrechetReward):
     """The term `loo_fd`; arguments as `FrechetReward`."""
 
-    def __init__(self, reference: Tensor, ema: float = 0.0, components: int | None = None) -> None:
+    def __init__(self, reference: Tensor | Moments, ema: float = 0.0, components: int | None = None) -> None:
         super().__init__(reference, "exact", ema, components)
 
 
 class FirstOrderFrechet(FrechetReward):
     """The term `loo_fd_first_order`; arguments as `FrechetReward`."""
 
-    def __init__(self, reference: Tensor, ema: float = 0.0, components: int | None = None) -> None:
+    def __init__(self, reference: Tensor | Moments, ema: float = 0.0, components: int | None = None) -> None:
         super().__init__(reference, "first_order", ema, components)
 
 
 class DiagonalFrechet(FrechetReward):
     """The term `loo_fd_diagonal`; arguments as `FrechetReward`."""
 
-    def __init__(self, reference: Tensor, ema: float = 0.0, components: int | None = None) -> None:
+    def __init__(self, reference: Tensor | Moments, ema: float = 0.0, components: int | None = None) -> None:
         super().__init__(reference, "diagonal", ema, components)
 
 
@@ -341,17 +344,16 @@ DISTRIBUTION_TERMS: dict[str, type[FrechetReward] | type[KernelReward]] = {
 """The names under which `ral_gym.registry.REWARDS` has them."""
 
 
-def checked_features(features: Tensor, width: int | None = None) -> Tensor:
-    """Features as float64; raises if no reward can be computed from them.
-
-    Raises:
-        ConfigError: not (N, F) with N >= 3, or F is not `width`.
-        DivergedError: one is NaN or infinite.
-    """
-    if features.dim() != 2 or len(features) < MINIMUM_BATCH or width not in (None, features.shape[1]):
-        raise ConfigError(
-            f"features of shape {tuple(features.shape)}: give (N, {width or 'F'}) with N >= {MINIMUM_BATCH} images"
-        )
-    if not features.isfinite().all():
-        raise DivergedError("a feature is NaN or infinite: the extractor's weights, or the images, are damaged")
-    return features.detach().double()
+def _moments_of(reference: Tensor | Moments, diagonal: bool) -> tuple[Tensor, Tensor]:
+    """Mean (F,) and covariance (F, F), or its diagonal (F,), of features (M, F) or of a reference's moments."""
+    if isinstance(reference, Moments):
+        mean, covariance = reference.mean, reference.covariance
+        if covariance.dim() == 1 and not diagonal:
+            raise ConfigError(
+                "ral.reward_reference has variances only: the reward loo_fd_diagonal uses these, others need the "
+                "covariance (F, F)"
+            )
+        return mean, covariance.diagonal() if diagonal and covariance.dim() == 2 else covariance
+    mean = reference.mean(0)
+    centred = reference - mean
+    return mean, centred.square().mean(0) if diagonal else centred.T @ centred / len(centred)

@@ -28,6 +28,7 @@ from ral_gym.config import Config, CriticConfig
 from ral_gym.errors import ConfigError, RunError
 from ral_gym.presets import PRESETS
 from ral_gym.registry import CRITICS, PRIORS, REWARDS
+from ral_gym.rewards.options import check_terms
 from ral_gym.rewards.score_map import ScoreNormalizer
 from ral_gym.rewards.scorer import CriticScorer, require_encoder_features
 from ral_gym.rewards.terms import RewardTerm
@@ -127,6 +128,7 @@ def check_rewards(config: Config) -> None:
             constructor does not take.
     """
     terms = [RewardTerm(name, REWARDS.get(name)) for name in config.ral.reward_weights if name != "critic"]
+    check_terms(config, terms)
     seen = {term.sees for term in terms}
     if config.ral.uses_critic:
         _check_critic(config)

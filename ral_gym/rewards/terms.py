@@ -14,12 +14,18 @@ It always sees all finished images of one height at once, so it may compare them
 rollout is a class, instantiated once per image height; its constructor gets those of these arguments that it names:
 
     reference: what it sees (pixels, codes or features) of real images of that height;
-    ema, components: the run's settings of distribution rewards.
+    ema, components: the run's settings of distribution rewards;
+    class_names, device: the names of the images' classes, empty without labels, and where networks should be;
+    clip_path, hps_path, prompt: those settings of `ral`;
+    any name that `ral.reward_options` gives.
 
 Optional attributes of its objects: `minimum_batch`, batches of fewer images get no reward; `distance`, logged as
 `reward/NAME_distance`; `state_dict` and `load_state_dict`, which checkpoints keep: tensors, arrays, numbers, text, and
 lists and dicts of these; `reset`, called before the first rollout unless a checkpoint is restored. A network
 (`nn.Module`) is instantiated once for all heights, and checkpoints do not keep its weights.
+
+Optional attributes of a class: a static method `check`, called before anything is trained with those of the settings
+that it names, and `network_name`, which network it is, for a warning where the same one judges.
 """
 
 from __future__ import annotations
@@ -39,6 +45,7 @@ from ral_gym.runs.storage import pack_state
 
 if TYPE_CHECKING:
     from ral_gym.metrics import Extractor
+    from ral_gym.rewards.moments import Moments
 
 Part = TypeVar("Part")
 
@@ -69,7 +76,7 @@ class RewardTerm:
         name: what messages, curves and checkpoints call it.
         part: a function of what it sees, a class of such functions, or an object that is one.
         extractor: for a reward that sees features.
-        reference: rows -> real images of that many rows; None: there are none.
+        reference: rows -> real images of that many rows, or their moments; None: there are none.
         options: other arguments that a class may name.
 
     Raises:
@@ -82,7 +89,7 @@ class RewardTerm:
         part: Any,
         *,
         extractor: Extractor | None = None,
-        reference: Callable[[int], View] | None = None,
+        reference: Callable[[int], View | Moments] | None = None,
         options: dict[str, Any] | None = None,
     ) -> None:
         if not callable(part):
@@ -91,6 +98,16 @@ class RewardTerm:
         self.extractor, self.reference, self.options = extractor, reference, options or {}
         self._made: dict[int, Any] = {}
         self._restored: dict[int, Any] = {}
+
+    @property
+    def is_network(self) -> bool:
+        """Whether it is one network for images of all heights."""
+        return isinstance(self.part, nn.Module) or _is_network(self.part)
+
+    @property
+    def takes_moments(self) -> bool:
+        """Whether its reference may be `Moments`."""
+        return bool(getattr(self.part, "takes_moments", False))
 
     @property
     def needs_reference(self) -> bool:
@@ -120,7 +137,7 @@ class RewardTerm:
 
     def function(self, rows: int) -> Any:
         """The reward function for images of `rows` rows, made at its first use."""
-        key = 0 if isinstance(self.part, nn.Module) or _is_network(self.part) else rows
+        key = 0 if self.is_network else rows
         if key not in self._made:
             made = self._make(rows)
             if _remembers(made):
@@ -140,7 +157,8 @@ class RewardTerm:
         given = {name: value for name, value in self.options.items() if name in taken}
         if "reference" in taken:
             assert self.reference is not None
-            given["reference"] = self._seen(self.reference(rows))
+            real = self.reference(rows)
+            given["reference"] = self._seen(real) if isinstance(real, View) else real
         lacking = [name for name, p in taken.items() if name not in given and _is_required(p)]
         if lacking:
             offered = ", ".join(["reference", *self.options])

@@ -38,7 +38,7 @@ import numpy as np
 import torch
 
 from ral_gym.config import Config
-from ral_gym.config.stages import limits_training_only
+from ral_gym.config.stages import REWARD_FILES, limits_training_only
 from ral_gym.errors import ConfigError, RunError, printable
 from ral_gym.runs.foreign import is_number
 from ral_gym.runs.lock import LOCK, locked
@@ -257,15 +257,18 @@ def _what(config: Any) -> Any:
     """A configuration without the preset's name and the settings that do not change the result."""
     if not isinstance(config, dict):
         return config
-    data = config.get("data")
-    kept = {name: value for name, value in data.items() if name not in RESOURCES} if isinstance(data, dict) else data
-    return {name: value for name, value in config.items() if name != "preset"} | {"data": kept}
+    left = {}
+    for section, names in (("data", RESOURCES), ("ral", REWARD_FILES)):  # of these files rewards.json has the digests
+        values = config.get(section)
+        left[section] = {n: v for n, v in values.items() if n not in names} if isinstance(values, dict) else values
+    return {name: value for name, value in config.items() if name != "preset"} | left
 
 
 def _filled(config: Any) -> Any:
     """A configuration with defaults for settings that older versions did not write; anything else unchanged."""
     try:
-        return json.loads(Config.from_dict(config).to_json())
+        given = {"preset": "", **config} if isinstance(config, dict) else config  # a checkpoint does not name it
+        return json.loads(Config.from_dict(given).to_json())
     except ConfigError:
         return config
 
