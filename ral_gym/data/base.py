@@ -28,6 +28,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 from PIL import Image
 
+from ral_gym.config.stages import NO_IMAGES
 from ral_gym.data.files import Reader
 from ral_gym.data.listing import Files, ImageFile
 from ral_gym.data.opening import LIMITS, Limits, check_regular
@@ -185,6 +186,8 @@ def open_source(source: str, progress: bool = False, limits: Limits = LIMITS) ->
         DataError: the source is unknown, missing, empty or unusable.
     """
     name, argument = split_source(source)
+    if source == NO_IMAGES:
+        raise DataError("data.source is none: this run has no images; import the checkpoint again with --data")
     part = SOURCES.get(name)
     given = {"progress": progress, "limits": limits}
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import filecmp
 import json
 import shutil
 from pathlib import Path
@@ -53,6 +54,7 @@ def fork_run(source: Run, path: Path | str, config: Config, *, codes: CodeSet | 
 
 def _files(source: Run, prior: bool, own_codes: bool) -> list[str]:
     """The files to copy."""
+    own_codes = own_codes and source.config.data.has_images
     files = [name for name in STAGE_1 if own_codes or name != "codes.safetensors"]
     if prior:
         suffixes = SUFFIXES[: source.config.vqvae.levels]
@@ -75,7 +77,7 @@ def _copy(source: Run, run: Run, name: str) -> None:
     """Copy a file unless it is there; it must then be the same."""
     if not run.has(name):
         write_atomic(run.file(name), lambda temporary: shutil.copyfile(source.file(name), temporary))
-    elif run.file(name).read_bytes() != source.file(name).read_bytes():
+    elif not filecmp.cmp(run.file(name), source.file(name), shallow=False):
         raise RunError(
             f"{run.path} was started from a {name} that differs from the one in {source.path}: remove the folder, or "
             "choose another"
