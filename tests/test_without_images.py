@@ -18,6 +18,9 @@ from ral_gym.agents.train_ral import load_run
 from ral_gym.commands.cli import main
 from ral_gym.envs.run_world import run_world
 from ral_gym.errors import RunError
+from ral_gym.metrics import PyramidFeatures, extract
+from ral_gym.rewards.moments import Moments
+from ral_gym.rewards.reference import save_reference
 from ral_gym.runs.run import Run, read_config
 from ral_gym.stages.fork import fork_run
 from ral_gym.stages.levels import load_generator
@@ -70,6 +73,16 @@ def test_stage_3_tunes_an_imported_prior(project: str, imported: Path, rewarded:
     stage = load_run(run.path, "cpu", plugins=["bright_parts:bright"])
     assert stage.run_callback.updates == 2
     assert main(argv) == 0, "a finished stage is not repeated"
+
+
+def test_a_frechet_reward_compares_to_statistics(imported: Path, tmp_path: Path) -> None:
+    images = torch.randint(0, 256, (300, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    pyramid = PyramidFeatures()
+    save_reference(tmp_path / "stats.npz", Moments.of(extract(pyramid, images), pyramid))
+    given = ["--ral.reward-weights", "loo_fd", "1", "--ral.reward-features", "pyramid"]
+    given += ["--ral.reward-reference", str(tmp_path / "stats.npz")]
+    assert main(start_from(imported / "unconditional", "frechet", "--stages", "ral", *given)) == 0
+    assert Run(imported / "frechet", read_config(imported / "frechet")).has("policy.safetensors")
 
 
 def test_the_world_has_classes_and_names_and_no_real_codes(imported: Path) -> None:

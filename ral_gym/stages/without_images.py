@@ -45,6 +45,10 @@ def check_without_images(config: Config, stages: Collection[str]) -> None:
         )
     for name in ral.reward_weights:
         term = RewardTerm(name, REWARDS.get(name))
-        given = getattr(ral, "reward_reference", None) is not None and getattr(term, "takes_moments", False)
-        if term.needs_reference and not given:
+        if term.takes_moments and ral.reward_reference is None:
+            raise ConfigError(
+                f"the reward {name} compares with real images, but {none}: give their statistics "
+                f"(--ral.reward-reference), {REMEDY}"
+            )
+        if term.needs_reference and not term.takes_moments:
             raise ConfigError(f"the reward {name} compares with real images, but {none}: leave it out, {REMEDY}")
