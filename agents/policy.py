@@ -3,7 +3,7 @@
 In a rollout the policy sees ordinary observations, one step at a time, and the sampling cache makes a step cost one
 position. In an update it sees `Episodes`, and one teacher-forced pass gives all log-probabilities. Dropout is off in
 both: with it on, the probability ratio of an unchanged policy would not be 1. On CUDA the same holds for TF32, which
-cuDNN's convolutions use by default: set ``torch.backends.cudnn.allow_tf32 = False``, as `train_ral` does.
+cuDNN's convolutions use by default: set ``torch.backends.cudnn.allow_tf32 = False``, as `resolve_device` does.
 """
 
 from __future__ import annotations

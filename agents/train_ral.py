@@ -154,8 +154,6 @@ def make_stage(
 ) -> Stage:
     """Environment, algorithm, rewards and callbacks of a run, before their first step; `codes` None: no images."""
     config = run.config.ral
-    if device.type == "cuda":  # the sampler's products have 32 bits: with TF32 in the pass the ratio would not be 1
-        torch.backends.cudnn.allow_tf32 = False
     seed_everything(run.config.seed * 1000 + 4)
     env = make_sb3_env(
         "ral_gym/LatentCode-v0",

@@ -1,8 +1,11 @@
-"""On a GPU as on the CPU: the same properties on both devices, so that a machine without one still runs every test.
+"""On a GPU as on the CPU: the same properties on every device.
 
-Float32 is meant here: cuDNN would round the inputs of a full pass's convolutions to TF32, the sampler's products not.
+A machine without a GPU runs every test on the CPU, and on a pretended CUDA device (`tests/pretend_device.py`), which
+refuses what a real one would and counts what the host waits for. Float32 is meant here: cuDNN would round the inputs of
+a full pass's convolutions to TF32, the sampler's products not.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +28,28 @@ from ral_gym.agents import (
     policy_for,
 )
 from ral_gym.agents.algorithm import trainable_algorithms
+from ral_gym.envs.run_world import _load_once
 from ral_gym.priors.pixelcnn import PixelCNN
 from ral_gym.priors.sampler import CachedSampler, sample_naive
+from tests.pretend_device import pretend_cuda
 from tests.tiny import make_tiny_run
 
 E, T, K = 6, 16, 16
 GPU = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-on_every_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
+on_every_device = pytest.mark.parametrize(
+    "device", ["cpu", "pretended", pytest.param("cuda", marks=GPU)], indirect=True
+)
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest, run: str) -> Iterator[str]:
+    """The device to name; `run` comes first, so that its files are made on the CPU."""
+    if request.param != "pretended":
+        yield request.param
+        return
+    with pretend_cuda():
+        yield "cuda"
+    _load_once.cache_clear()  # environments keep networks, which may not outlive the pretended device
 
 
 @pytest.fixture(autouse=True)

@@ -33,15 +33,18 @@ def stations(n_updates: int, parts: int) -> list[int]:
 
 def log_ratio(oracle: PixelCNN, buffer: EpisodeRolloutBuffer) -> np.ndarray:
     """Log-ratio log o - log pi of each drawn code in a rollout of whole images: (n, T)."""
+    device = next(oracle.parameters()).device
     with torch.no_grad():
-        codes = torch.from_numpy(buffer.codes.astype(np.int64))  # (n, T)
+        codes = torch.from_numpy(buffer.codes.astype(np.int64)).to(device)  # (n, T)
         log_probs = oracle(codes).log_softmax(-1).gather(2, codes[..., None]).squeeze(2)  # (n, T)
-    return log_probs.numpy() - buffer.log_probs.reshape(codes.shape)
+    return log_probs.cpu().numpy() - buffer.log_probs.reshape(codes.shape)
 
 
 def curve_point(prior: PixelCNN, oracle: PixelCNN, oracle_codes: Tensor, seed: int) -> dict[str, float]:
     """A point of the curve, from as many samples of the model as of the oracle (N, T); see `METRICS`."""
-    measured = oracle_metrics(prior, oracle, sample_codes(prior, len(oracle_codes), seed), oracle_codes)
+    device = next(oracle.parameters()).device
+    drawn = sample_codes(prior, len(oracle_codes), seed)
+    measured = oracle_metrics(prior, oracle, drawn, oracle_codes, device=device)
     return {name: measured[name].value for name in METRICS}
 
 
@@ -120,4 +123,5 @@ class OracleCurve(BaseCallback):
             network = build_prior(config_of(policy.prior))
         weights = average.weights.items()
         network.load_state_dict({name.removeprefix(start): w for name, w in weights if name.startswith(start)})
-        self.run.log(STAGE, updates, curve_point(network.eval(), self.oracle, self.oracle_codes, self.seed))
+        network.eval().to(next(self.oracle.parameters()).device)
+        self.run.log(STAGE, updates, curve_point(network, self.oracle, self.oracle_codes, self.seed))

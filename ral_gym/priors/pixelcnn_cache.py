@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from ral_gym.priors.attention import attend
 from ral_gym.priors.condition import upsample
+from ral_gym.priors.cuda_graphs import CudaGraphs
 from ral_gym.priors.layers import gate
 from ral_gym.priors.packed_weights import PackedWeights
 
@@ -38,7 +39,7 @@ class SamplingCache:
         batch: B.
 
     Attributes:
-        use_cuda_graphs: replay `step` and `next_row` as CUDA graphs, recorded at their first call.
+        use_cuda_graphs: on a CUDA device, replay `step` and `next_row` as CUDA graphs, recorded at their third call.
         features: (B, C), written by `step`.
         logits: (B, K), written by `step`.
     """
@@ -52,7 +53,7 @@ class SamplingCache:
         self.weights, self.batch, self.use_cuda_graphs = weights, batch, False
         self.width, self.reach, self.side = width, reach, prior.conv_filter_size
         self._nothing = prior.codebook_size
-        self._graphs: dict[tuple[str, int], torch.cuda.CUDAGraph] = {}
+        self._graphs = CudaGraphs(like.device)
 
         shape = (batch, prior.height + reach, padded)
         self._tokens = torch.full(shape, self._nothing, dtype=torch.int64, device=like.device)
@@ -78,6 +79,7 @@ class SamplingCache:
         self._slots = torch.arange(positions, device=like.device)
         self._at = torch.zeros(batch, dtype=torch.int64, device=like.device)  # positions, for rows at different ones
         self._rows = torch.arange(batch, device=like.device)
+        self._reaches = torch.arange(reach + 1, device=like.device)
         self._condition: Tensor | None = None
         if weights.conditioning is not None:
             height, columns = weights.conditioning.height, weights.conditioning.width
@@ -297,17 +299,18 @@ class SamplingCache:
 
     def step_at(self, grid_rows: np.ndarray, columns: np.ndarray) -> None:
         """Features and logits of the batch rows, each at a position of its own (B,)."""
-        first = np.arange(self.batch) * self._line.shape[2] + columns
-        windows = torch.as_tensor(first[:, None] + np.arange(self.reach + 1), device=self._tokens.device).flatten()
+        rows = np.arange(self.batch)
+        first, positions = rows * self._line.shape[2] + columns, grid_rows * self.width + columns
+        # One copy to the device for all indices.
+        indices = np.stack([first, rows * self.width + columns, positions])
+        first, at, now = torch.as_tensor(indices, device=self._tokens.device)
+        windows = (first[:, None] + self._reaches).flatten()  # (B (p + 1),)
         torch.index_select(self._line.flatten(1, 2), 1, windows, out=self._mixed_line.flatten(1, 2))
-        at = torch.as_tensor(np.arange(self.batch) * self.width + columns, device=self._tokens.device)
         torch.index_select(self._terms.flatten(1, 2), 1, at, out=self._mixed_terms)
-        positions = grid_rows * self.width + columns
-        self._at.copy_(torch.as_tensor(positions))
+        self._at.copy_(now)
         slots = len(self._slots) if self.use_cuda_graphs else int(positions.max()) + 1
         self._run(("step", -1), lambda: self._step(self._mixed_views, None, slots))
-        own = torch.as_tensor(first + self.reach, device=self._tokens.device)
-        self._line.flatten(1, 2).index_copy_(1, own, self._mixed_line[:, :, -1])
+        self._line.flatten(1, 2).index_copy_(1, first + self.reach, self._mixed_line[:, :, -1])
 
     def _step(self, views: list[tuple[Tensor, Tensor, Tensor, Tensor]], position: int | None, slots: int) -> None:
         """One code of all batch rows, at one position or (None) at `_at`, where `slots` are enough for all of them."""
@@ -353,10 +356,10 @@ class SamplingCache:
 
     def put_at(self, rows: np.ndarray, codes: Tensor, grid_rows: np.ndarray, columns: np.ndarray) -> None:
         """Enter the codes (n,) of some batch rows (n,), each at a position of its own."""
-        at, row, column = (torch.as_tensor(x, device=codes.device) for x in (rows, grid_rows, columns))
+        at, row, column = torch.as_tensor(np.stack([rows, grid_rows, columns]), device=codes.device)
         self._tokens[at, row + self.reach, column + self.reach] = codes
         first = at * self._line.shape[2] + column + self.reach + 1
-        right = first[:, None] + torch.arange(self.reach, device=codes.device)  # (n, p)
+        right = first[:, None] + self._reaches[:-1]  # (n, p)
         table = self.weights.horizontal_table
         self._line[0].flatten(0, 1).index_add_(0, right.flatten(), table[codes].flatten(0, 1))
         if self.weights.attention_of:
@@ -364,17 +367,11 @@ class SamplingCache:
             self._memory[:, at, :, slots] += self.weights.memory_table[:, codes].transpose(0, 1)  # (n, A, h, 2 d)
 
     def _run(self, key: tuple[str, int], work: Callable[[], None]) -> None:
-        """Do the work, or replay it as the CUDA graph recorded after its first, ordinary run."""
-        if not self.use_cuda_graphs:
-            work()
-        elif key in self._graphs:
-            self._graphs[key].replay()
+        """Do the work, or replay it as a CUDA graph."""
+        if self.use_cuda_graphs:
+            self._graphs.run(key, work)
         else:
             work()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                work()
-            self._graphs[key] = graph
 
 
 class PackedPixelCNN(PackedWeights):

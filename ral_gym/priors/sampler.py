@@ -27,6 +27,10 @@ from ral_gym.priors.full_pass import FullPass
 __all__ = ["CachedSampler", "Sampler", "draw", "make_sampler", "sample_naive"]
 
 
+CACHES_KEPT = 2
+"""On CUDA a sampler keeps the caches of its last batch sizes: their graphs take long to record."""
+
+
 def pack(prior: Any) -> Packed:
     """A prior's own packed weights; full passes for one that has none.
 
@@ -64,6 +68,7 @@ class CachedSampler:
         self.weights = pack(prior)
         self.use_cuda_graphs = self.weights.device.type == "cuda"
         self._cache: Cache | None = None
+        self._caches: dict[int, Cache] = {}  # of the last batch sizes
         self._position: np.ndarray | None = None  # (B,) while drawing code by code
         self._length = 0
         self._stepped = False  # the cache holds features and logits of the current positions
@@ -74,7 +79,7 @@ class CachedSampler:
         if like.dtype != self.weights.dtype or like.device != self.weights.device:
             self.weights = pack(self.prior)
             self.use_cuda_graphs = like.is_cuda
-            self._cache = None
+            self._cache, self._caches = None, {}
         else:
             self.weights.refresh()
         self._position = None
@@ -233,8 +238,13 @@ class CachedSampler:
 
     def _cache_for(self, batch: int) -> Cache:
         if self._cache is None or self._cache.batch != batch:
-            self._cache = self.weights.make_cache(batch)
-        self._cache.use_cuda_graphs = self.use_cuda_graphs
+            kept = self._caches.pop(batch, None)
+            while len(self._caches) >= CACHES_KEPT:
+                del self._caches[next(iter(self._caches))]
+            self._cache = self.weights.make_cache(batch) if kept is None else kept
+            if self.use_cuda_graphs:
+                self._caches[batch] = self._cache
+        self._cache.use_cuda_graphs = self.use_cuda_graphs and self.weights.device.type == "cuda"
         return self._cache
 
     def _begun(self) -> tuple[Cache, np.ndarray]:

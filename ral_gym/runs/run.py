@@ -62,22 +62,22 @@ WEIGHTS_IN_CHECKPOINTS = ("model", "policy", "average", "optimizer", "critic", "
 
 
 def random_state() -> dict[str, Any]:
-    """The state of every global source of randomness."""
+    """The state of every global source of randomness; of CUDA's generators that of the current device."""
     return {
         "python": random.getstate(),
         "numpy": np.random.get_state(legacy=False),
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_available() else [],
     }
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Restore the result of `random_state`; CUDA states only if the number of devices is the same."""
+    """Restore the result of `random_state`; a CUDA state only if there is a device now and there was one then."""
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
-    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if torch.cuda.is_available() and state["cuda"]:
+        torch.cuda.set_rng_state(state["cuda"][0])
 
 
 def seed_everything(seed: int) -> None:

@@ -227,7 +227,9 @@ def pack_state(state: Any) -> tuple[dict[str, Tensor], Any]:
 
     def pack(value: Any) -> Any:
         if isinstance(value, np.ndarray | Tensor):
-            tensors[str(len(tensors))] = torch.tensor(value) if isinstance(value, np.ndarray) else value.clone()
+            tensors[str(len(tensors))] = (
+                torch.tensor(value) if isinstance(value, np.ndarray) else value.detach().to("cpu", copy=True)
+            )
             return {"tensor": str(len(tensors) - 1), "numpy": isinstance(value, np.ndarray)}
         if isinstance(value, dict):
             return {"items": [[pack(key), pack(item)] for key, item in value.items()]}

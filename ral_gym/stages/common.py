@@ -44,7 +44,8 @@ def check_weights(module: nn.Module, stage: str, step: int, remedy: str) -> None
         DivergedError: a weight or a statistic is NaN or infinite; saved files are kept.
     """
     floats = [tensor for tensor in module.state_dict().values() if tensor.is_floating_point()]
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in floats):
+    # One answer for all of them: on a GPU each would be waited for.
+    if floats and not bool(torch.stack([torch.isfinite(tensor).all() for tensor in floats]).all()):
         raise DivergedError(
             f"stage {stage}: weights are NaN or infinite after step {step}; the last good checkpoint is kept; {remedy}"
         )
