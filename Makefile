@@ -19,7 +19,7 @@ PIP := $(PY) -m pip --quiet --quiet --no-input --disable-pip-version-check
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo results assets test test-commands test-processes test-browser test-parity test-slow test-cuda test-faults soak test-lowest check format bench clean distclean
+.PHONY: help venv demo results assets test test-commands test-processes test-browser test-parity test-slow test-cuda gpu-check test-faults soak test-lowest check format bench clean distclean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
@@ -54,7 +54,10 @@ test-slow: $(STAMP) ## The tests that train for minutes
 	$(PY) -P -m pytest -m "slow and not cuda and not faults" $(ARGS)
 
 test-cuda: $(STAMP) ## The tests that need a CUDA device
-	$(PY) -P -m pytest -m cuda $(ARGS)
+	RAL_GYM_TEST_CUDA=1 $(PY) -P -m pytest -m cuda $(ARGS)
+
+gpu-check: $(STAMP) ## On a CUDA device, 7 minutes at most: tests, drawing, training, memory; table in gpu_check/
+	$(PY) benchmarks/gpu_check.py $(ARGS)
 
 test-faults: $(STAMP) ## Kills, full disks, damaged files, a 3-minute soak (20 minutes at most)
 	OMP_NUM_THREADS=1 $(PY) -P -m pytest -m faults -n $(JOBS) --dist loadfile $(ARGS)
@@ -86,7 +89,7 @@ format: $(STAMP) ## Apply the formatter and the linter's safe fixes
 	$(PY) -m ruff format .
 
 bench: $(STAMP) ## Run every benchmark
-	@for script in benchmarks/*.py; do echo "== $$script"; $(PY) $$script $(ARGS) || exit 1; done
+	@for script in $(filter-out benchmarks/gpu_check.py,$(wildcard benchmarks/*.py)); do echo "== $$script"; $(PY) $$script $(ARGS) || exit 1; done
 
 clean: ## Remove caches and build products (keeps .venv and runs/)
 	rm -rf build dist *.egg-info .check .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -7,6 +7,10 @@ from pathlib import Path
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 
+# The tests are for a CPU, bit for bit; those that need a GPU are run by `make test-cuda`.
+if not os.environ.get("RAL_GYM_TEST_CUDA"):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 import hypothesis
 import numpy as np
 import pytest

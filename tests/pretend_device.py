@@ -215,6 +215,7 @@ class Python(TorchFunctionMode):
 
     def _move(self, name: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         other = tensors(args, kwargs)
+        copies = bool(kwargs.pop("copy", False))
         if name == "to":
             target, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
             target = target if not other else CUDA if on_device(other[0]) else CPU
@@ -226,8 +227,8 @@ class Python(TorchFunctionMode):
             return x.to(*args, **kwargs)
         if goes != there:
             self.device.cross(to_device=goes)
-        out = x if dtype is None else x.to(dtype, copy=bool(kwargs.get("copy")))
-        if goes != there or kwargs.get("memory_format") is not None or kwargs.get("copy"):
+        out = x if dtype is None else x.to(dtype)
+        if goes != there or kwargs.get("memory_format") is not None or copies:
             if out is x:
                 out = x.clone()
             mark(out, goes)

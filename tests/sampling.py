@@ -51,18 +51,18 @@ class Episodes:
         self.sampler = CachedSampler(prior)
         self.condition = condition
         self.sampler.begin(self.codes, position, condition)
-        self.position = torch.zeros(len(codes), dtype=torch.int64) + position
+        self.position = torch.zeros(len(codes), dtype=torch.int64, device=codes.device) + position
 
     def check(self) -> None:
         assert torch.equal(self.sampler.position, self.position)
         alive = self.position < self.codes.shape[1]
-        rows, at = torch.arange(len(self.codes))[alive], self.position[alive]
+        rows, at = torch.arange(len(self.codes), device=alive.device)[alive], self.position[alive]
         features = self.prior.features(self.codes, self.condition)
         torch.testing.assert_close(self.sampler.features()[alive], features[rows, at])
         torch.testing.assert_close(self.sampler.logits()[alive], self.prior.logits(features)[rows, at])
 
     def advance(self) -> None:
-        new = torch.randint(K, (len(self.codes),))
+        new = torch.randint(K, (len(self.codes),)).to(self.codes.device)
         self.sampler.advance(new)
         alive = self.position < self.codes.shape[1]
         self.codes[alive, self.position[alive]] = new[alive]

@@ -10,8 +10,8 @@ from torch import Tensor
 from ral_gym.errors import ConfigError
 from ral_gym.priors.attention import attention_blocks
 from ral_gym.priors.pixelcnn import PixelCNN
-from ral_gym.priors.pixelcnn_cache import SamplingCache
 from ral_gym.priors.sampler import CachedSampler
+from tests.pretend_device import pretend_cuda
 from tests.sampling import B, Episodes, H, K, T, W, assert_same_draws, small, some_codes, some_uniforms
 
 ATTENTION: dict[str, Any] = {"attention_layers": 2, "attention_heads": 3}
@@ -231,31 +231,23 @@ def test_rebuilt_rows_start_anew_and_leave_the_others_alone(prior: PixelCNN, cod
         episodes.advance()
 
 
-def test_recorded_steps_see_what_they_should(
-    prior: PixelCNN, codes: Tensor, uniforms: Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # What a CUDA graph would replay: the same operations on the same shapes at every position of a column.
-    recorded: dict[tuple[str, int], Any] = {}
-
-    def replay(cache: SamplingCache, key: tuple[str, int], work: Any) -> None:
-        if key[0] == "step":
-            work = recorded.setdefault(key, work)
-        work()
-
+def test_recorded_steps_see_what_they_should(prior: PixelCNN, codes: Tensor, uniforms: Tensor) -> None:
+    """Replayed graphs give the plain run's codes, whole and at mixed positions."""
     expected, expected_log_probs = CachedSampler(prior).sample(codes=codes, start=2, uniforms=uniforms)
-    monkeypatch.setattr(SamplingCache, "_run", replay)
-    sampler = CachedSampler(prior)
-    sampler.use_cuda_graphs = True
-    drawn, log_probs = sampler.sample(codes=codes, start=2, uniforms=uniforms)
-    assert torch.equal(drawn, expected) and len(recorded) == W
-    torch.testing.assert_close(log_probs, expected_log_probs)
-    with torch.no_grad():
-        episodes = Episodes(prior, codes, torch.tensor([0, 3, W, T, T - 2]))
-        episodes.sampler.use_cuda_graphs = True
-        recorded.clear()
-        episodes.sampler.begin(codes, episodes.position)
-        episodes.run()
-    assert ("step", -1) in recorded
+    with pretend_cuda() as device:
+        prior.to("cuda")
+        sampler, there = CachedSampler(prior), (codes.to("cuda"), uniforms.to("cuda"))
+        for _ in range(2):
+            drawn, log_probs = sampler.sample(codes=there[0], start=2, uniforms=there[1])
+            assert torch.equal(drawn.cpu(), expected)
+            torch.testing.assert_close(log_probs.cpu(), expected_log_probs)
+        assert device.counts["replays"] > device.counts["captures"] >= W
+        device.counts.clear()
+        with torch.no_grad():
+            position = torch.tensor([0, 3, W, T, T - 2])
+            episodes = Episodes(prior, there[0], position.to("cuda"))
+            episodes.run()
+        assert device.counts["replays"]
 
 
 def test_every_weight_is_packed(prior: PixelCNN, codes: Tensor, uniforms: Tensor) -> None:

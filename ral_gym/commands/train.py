@@ -227,19 +227,25 @@ class Pipeline:
 
     def train_vqvae(self) -> None:
         """Stage 1; without images the tokenizer is there already."""
+        from ral_gym.stages.device import fast_products
         from ral_gym.stages.train_vqvae import train_vqvae
 
         if not self.has_images:
             return
-        self.vqvae = train_vqvae(self.run, self.images, self.device, self.progress, self.compute)
+        images = self.images
+        with fast_products(self.device):
+            self.vqvae = train_vqvae(self.run, images, self.device, self.progress, self.compute)
 
     def train_prior(self) -> None:
         """Stage 2; without images the prior is there already."""
+        from ral_gym.stages.device import fast_products
         from ral_gym.stages.train_prior import train_prior
 
         if not self.has_images:
             return
-        train_prior(self.run, self.codes, self.grid, self.device, self.progress, self.compute)
+        codes = self.codes
+        with fast_products(self.device):
+            train_prior(self.run, codes, self.grid, self.device, self.progress, self.compute)
 
     def train_ral(self) -> None:
         """Stage 3 and, where there are images, its control."""
