@@ -35,7 +35,7 @@ def celeba128(check: Check, dtype: torch.dtype) -> TwoLevelPrior:
     """The paper's networks of Table 8: 16x16 codes above 32x32."""
     config, side = get_preset("celeba128"), 16
     if check.tiny:
-        small = {"hidden_units": 16, "residual_units": 16, "layers": 3, "output_stack_layers": 2}
+        small: Any = {"hidden_units": 16, "residual_units": 16, "layers": 3, "output_stack_layers": 2}
         top = replace(config.prior, **small, attention_layers=1)
         bottom = replace(config.bottom, **small, conditioning_stack_layers=2)
         config, side = replace(config, prior=top, bottom=bottom), 4

@@ -159,7 +159,7 @@ def _step(check: Check, name: str, network: Any, rows: int, bf16: bool) -> None:
     def step() -> None:
         with torch.autocast(check.device, torch.bfloat16, enabled=bf16):
             loss = maximum_likelihood_loss(network, codes, top)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         network.zero_grad()
 
     check.put(name, seconds=check.seconds(step), **check.peak())
