@@ -22,7 +22,7 @@ TRANSFORMERS = {"B": (12, 12, 768), "L": (24, 16, 1024)}
 def small_two_level(device: str) -> TwoLevelPrior:
     """Two small networks with attention and a condition, weights of all sizes."""
     torch.manual_seed(0)
-    sizes = {"hidden_units": 12, "residual_units": 8, "layers": 3, "conv_filter_size": 3, "output_stack_layers": 2}
+    sizes: Any = {"hidden_units": 12, "residual_units": 8, "layers": 3, "conv_filter_size": 3, "output_stack_layers": 2}
     top = PixelCNN(11, 4, 4, attention_layers=2, attention_heads=4, position_embedding=True, **sizes)
     bottom = PixelCNN(11, 8, 8, condition=(4, 4, 11), conditioning_stack_layers=2, **sizes)
     prior = TwoLevelPrior(top, bottom).eval()
