@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ral_gym.commands.cli import main
+from ral_gym.data.images import load_images
 from ral_gym.priors.sampler import CachedSampler
 from ral_gym.runs.run import Run, read_config
 from ral_gym.runs.storage import load_metadata
 from ral_gym.stages.levels import load_generator, load_vqvae
+from ral_gym.tokenizers.code_set import CodeSet, encode_images
 from tests.released_files import (
     MODEL_YAML,
     SIDE,
@@ -159,3 +164,61 @@ def test_shapes_and_classes_are_enough(tmp_path: Path) -> None:
     expected = gpt()
     expected.attention = "fused"
     assert_same_network(load_generator(run, "prior"), expected)
+
+
+# ----------------------------------------------------------------------------------------------------------- images
+
+
+def write_classes(folder: Path, classes: int) -> list[str]:
+    """Twelve pictures of each class in a folder of its own, and the arguments that name them."""
+    rng = np.random.default_rng(0)
+    for label in range(classes):
+        (folder / f"n{label:03}").mkdir(parents=True)
+        for number in range(12):
+            pixels = rng.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / f"n{label:03}" / f"{number}.png")
+    return ["--data", f"folder:{folder}"]
+
+
+def test_images_are_encoded_with_their_classes(tmp_path: Path) -> None:
+    (tmp_path / "names.json").write_text(json.dumps([f"class {n}" for n in range(N)]))
+    names = ["--class-names", str(tmp_path / "names.json")]
+    run = imported(llamagen_files(tmp_path), tmp_path, *write_classes(tmp_path / "data", N), *names)
+    codes = CodeSet.load(run.file("codes.safetensors"), load_vqvae(run).grid)
+    assert codes.classes == tuple(f"class {n}" for n in range(N)) and codes.labels is not None
+    assert len(codes.train) + len(codes.test) == 12 * N and set(codes.labels.train.tolist()) == set(range(N))
+    images = load_images(run.config.data, progress=False)
+    assert np.array_equal(codes.train, encode_images(load_vqvae(run), images.train, progress=False))
+    assert run.config.data.has_images and read_config(run.path) == run.config
+
+
+def test_images_of_other_classes_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    more = write_classes(tmp_path / "data", N - 1)
+    assert main([*llamagen_files(tmp_path), "--runs", str(tmp_path / "runs"), "--name", "mine", *more]) == 2
+    assert f"the images have {N - 1} classes, but the model draws images of {N}: give --data" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_unconditional_model_takes_images_without_their_classes(tmp_path: Path) -> None:
+    argv = taming_file(tmp_path / "last.ckpt", taming_state(gpt(classes=0)))
+    run = imported(argv, tmp_path, "--classes", "0", *write_classes(tmp_path / "data", 3))
+    assert CodeSet.load(run.file("codes.safetensors"), load_vqvae(run).grid).labels is None
+
+
+@pytest.mark.commands
+@pytest.mark.parametrize("project", ["unconditional"])
+def test_every_stage_goes_on_from_an_import_with_images(project: str, tmp_path: Path) -> None:
+    data = write_classes(tmp_path / "data", N)
+    if project == "llamagen":
+        argv = llamagen_files(tmp_path)
+    else:
+        argv = [*taming_file(tmp_path / "last.ckpt", taming_state(gpt(classes=0))), "--classes", "0"]
+    source = imported(argv, tmp_path, *data)
+    short = ["--ral.n-envs", "8", "--ral.n-updates", "2", "--critic.warmup-steps", "2", "--critic.n-critic", "1"]
+    short += ["--critic.hidden-units", "8", "--evaluation.n-samples", "24", "--evaluation.extractor", "encoder"]
+    argv = ["train", "--start-from", str(source.path), "--name", "next", "--runs", str(tmp_path / "runs"), "--quiet"]
+    assert main([*argv, *short, "--ral.reset-mode", "mixed", "--ral.mle-coef", "0.1"]) == 0
+    results = json.loads((tmp_path / "runs" / "next" / "results.json").read_text())
+    assert {"mle", "mle_continued", "ral", "reconstruction"} <= results["rows"].keys()
+    assert main(["report", str(tmp_path / "runs" / "next")]) == 0
+    assert main(["verify", str(tmp_path / "runs" / "next"), "--rows", "mle", "--quiet"]) == 0
