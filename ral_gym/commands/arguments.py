@@ -78,6 +78,14 @@ class SampleArguments:
     """Which generator. None: policy_ema, or prior if RAL has not been trained."""
     temperature: float = 1.0
     """Divides the logits; below 1 sharper and less diverse."""
+    guidance: float = 1.0
+    """Scale of classifier-free guidance, for a generator with classes; 1: none."""
+    guidance_cutoff: int | None = None
+    """Draw this many codes with guidance and the rest without; None: all with it."""
+    top_k: int = 0
+    """Draw among the k likeliest codes; 0: among all."""
+    top_p: float = 1.0
+    """Draw among the fewest likeliest codes whose probabilities reach this share; 1: among all."""
     seed: int = 0
     """Seed of the random numbers; with equal seeds, all generators draw from the same uniforms."""
     output: str | None = None
@@ -104,6 +112,14 @@ class CompleteArguments:
     """Number of completions by each generator."""
     temperature: float = 1.0
     """Divides the logits; below 1 sharper and less diverse."""
+    guidance: float = 1.0
+    """Scale of classifier-free guidance, for a generator with classes; 1: none."""
+    guidance_cutoff: int | None = None
+    """Draw this many codes with guidance and the rest without; None: all with it."""
+    top_k: int = 0
+    """Draw among the k likeliest codes; 0: among all."""
+    top_p: float = 1.0
+    """Draw among the fewest likeliest codes whose probabilities reach this share; 1: among all."""
     seed: int = 0
     """Seed of the first completion; the others use the following seeds."""
     output: str | None = None

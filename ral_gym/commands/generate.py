@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from ral_gym.commands.arguments import CompleteArguments, SampleArguments
 from ral_gym.errors import ConfigError, RunError, printable
 from ral_gym.grid import CodeGrid
 from ral_gym.pictures import save_grid
+from ral_gym.priors.guidance import Sampling
 from ral_gym.runs.run import Run, read_config
 from ral_gym.runs.storage import write_atomic
 from ral_gym.stages.completion import complete, read_image, save_completion
@@ -53,7 +55,7 @@ def check_fits(run: Run, name: str, prior: Any, vqvae: Any) -> None:
     Raises:
         RunError: which file, and the two grids.
     """
-    if prior.grid != vqvae.grid:
+    if dataclasses.replace(prior.grid, classes=0) != vqvae.grid:
         raise RunError(
             f"{run.file(name + '.safetensors')} draws {prior.grid}, but vqvae.safetensors beside it decodes "
             f"{vqvae.grid}; one of them belongs to another run"
@@ -77,6 +79,7 @@ def sample(arguments: SampleArguments, console: Console) -> Path:
         raise ConfigError(
             f"{arguments.n} images at temperature {arguments.temperature}: give 1 or more, and a temperature above 0"
         )
+    sampling = sampling_of(arguments)
     device, run = resolve_device(arguments.device), open_run(arguments.run)
     trained = run.has("policy_ema.safetensors")
     name = arguments.generator or ("policy_ema" if trained else "prior")
@@ -84,9 +87,10 @@ def sample(arguments: SampleArguments, console: Console) -> Path:
     vqvae = load_vqvae(run, device)
     prior: Any = load_generator(run, name, device)
     check_fits(run, name, prior, vqvae)
-    codes = sample_codes(prior, arguments.n, arguments.seed, arguments.temperature)  # (n, T)
+    codes = sample_codes(prior, arguments.n, arguments.seed, arguments.temperature, sampling)  # (n, T)
     path = Path(arguments.output or run.file(f"samples/sample_{name}.png"))
-    caption = f"{GENERATORS[name]}; not selected; temperature {arguments.temperature:g}, seed {arguments.seed}"
+    how = _how(arguments.temperature, sampling)
+    caption = f"{GENERATORS[name]}; not selected; {how}, seed {arguments.seed}"
     columns = math.ceil(math.sqrt(arguments.n))
     title = f"{arguments.n} samples of {run.path.name}, {name}"
     save_grid(path, decode_codes(vqvae, codes), columns=columns, title=title, caption=caption)
@@ -107,6 +111,7 @@ def complete_image(arguments: CompleteArguments, console: Console) -> Path:
     """
     if not 0 < arguments.visible_rows < 1:
         raise ConfigError(f"--visible-rows is {arguments.visible_rows}: give a share above 0 and below 1, such as 0.5")
+    sampling = sampling_of(arguments)
     device, run = resolve_device(arguments.device), open_run(arguments.run)
     files = [file for name in COMPLETED_BY.values() for file in generator_files(run, name)]
     need(run, ["vqvae.safetensors", *files], "train all of its stages with ral-gym train")
@@ -118,17 +123,38 @@ def complete_image(arguments: CompleteArguments, console: Console) -> Path:
     for label, name in COMPLETED_BY.items():
         check_fits(run, name, generators[label], vqvae)
     completion = complete(
-        vqvae, generators, image, arguments.visible_rows, arguments.seeds, arguments.seed, arguments.temperature
+        vqvae,
+        generators,
+        image,
+        arguments.visible_rows,
+        arguments.seeds,
+        arguments.seed,
+        arguments.temperature,
+        sampling,
     )
     height = vqvae.grid.height
     share = f"{completion.rows} of {height} rows of codes are visible ({completion.rows / height:.0%})"
     path = Path(arguments.output or run.file(f"samples/complete_{Path(arguments.image).stem}.png"))
     last = arguments.seed + arguments.seeds - 1
-    caption = f"{share}; not selected; temperature {arguments.temperature:g}, seeds {arguments.seed} to {last}"
+    caption = f"{share}; not selected; {_how(arguments.temperature, sampling)}, seeds {arguments.seed} to {last}"
     title = f"{Path(arguments.image).name} completed by {run.path.name}: MLE and RAL"
     save_completion(path, completion, title=title, caption=caption)
     _say(console, share, f"  {path}")
     return path
+
+
+def sampling_of(arguments: SampleArguments | CompleteArguments) -> Sampling:
+    """Guidance, top-k and top-p of a command.
+
+    Raises:
+        ConfigError: one of them is out of range.
+    """
+    return Sampling(arguments.guidance, arguments.guidance_cutoff, arguments.top_k, arguments.top_p)
+
+
+def _how(temperature: float, sampling: Sampling) -> str:
+    more = sampling.describe()
+    return f"temperature {temperature:g}{', ' * bool(more)}{more}"
 
 
 def _save_codes(path: Path, codes: np.ndarray, grid: CodeGrid) -> None:

@@ -11,24 +11,52 @@ import torch
 from torch import Tensor
 
 from ral_gym.errors import ConfigError
-from ral_gym.priors.base import Prior, check_condition, given_codes, logits_of
+from ral_gym.priors.base import Prior, check_condition, given_codes
+from ral_gym.priors.guidance import PLAIN, Sampling, check_guidance, guided_logits
 
 
-def draw(logits: Tensor, uniforms: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+def likeliest(logits: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Logits (B, K) with minus infinity for codes that top-k, or then top-p, leaves out.
+
+    Args:
+        logits: (B, K).
+        top_k: keep the k likeliest codes, and codes as likely as the last of them; 0: all.
+        top_p: keep the fewest likeliest codes whose probabilities reach this share; 1: all.
+    """
+    if 0 < top_k < logits.shape[1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k, dim=1).values[:, -1:], -torch.inf)
+    if top_p < 1:
+        ordered, order = logits.sort(dim=1, descending=True, stable=True)
+        probs = ordered.softmax(1)
+        before = probs.cumsum(1) - probs  # (B, K), of the codes that are likelier
+        before[:, 0] = 0  # rounding must not drop the likeliest
+        logits = logits.masked_fill(
+            torch.zeros_like(before, dtype=torch.bool).scatter(1, order, before >= top_p), -torch.inf
+        )
+    return logits
+
+
+def draw(
+    logits: Tensor, uniforms: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """Draw one code per image by inverting the cumulative distribution, and never one of probability zero.
 
     Args:
         logits: (B, K).
         uniforms: (B,) in [0, 1].
         temperature: divides the logits.
+        top_k: see `likeliest`.
+        top_p: see `likeliest`.
 
     Returns:
-        codes (B,) int64 and their log-probabilities (B,) under softmax(logits / temperature).
+        codes (B,) int64 and their log-probabilities (B,) under the distribution that they are drawn from.
     """
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()
     if temperature != 1.0:
         logits = logits / temperature
+    if top_k or top_p < 1:
+        logits = likeliest(logits, top_k, top_p)
     probs = torch.softmax(logits, dim=1)  # (B, K)
     cumulative = probs.cumsum(dim=1)  # (B, K)
     # Rounding leaves the total near 1; the last code of positive probability is just below, whatever the uniform.
@@ -52,6 +80,7 @@ class Request:
         generator: torch.Generator | None,
         uniforms: Tensor | None,
         condition: Tensor | None,
+        sampling: Sampling = PLAIN,
     ):
         like = next(prior.parameters())
         full, width = prior.height * prior.width, prior.width
@@ -74,7 +103,7 @@ class Request:
         starts = host_positions(start, batch, length)
         self.batch_size = batch
         self.begin, self.stop = int(starts.min()), stop
-        self.temperature = temperature
+        self.temperature, self.sampling = temperature, sampling
         self.generator = generator
         self.condition = condition
         self.uniforms = uniforms
@@ -93,7 +122,7 @@ class Request:
             device = logits.device if self.generator is None else self.generator.device
             uniforms = torch.rand(self.batch_size, generator=self.generator, device=device, dtype=torch.float32)
             uniforms = uniforms.to(logits.device)
-        codes, log_probs = draw(logits, uniforms, self.temperature)
+        codes, log_probs = draw(logits, uniforms, self.temperature, self.sampling.top_k, self.sampling.top_p)
         if self.starts is not None:
             given = self.starts > position  # (B,)
             codes = torch.where(given, self.codes[:, position], codes)
@@ -142,13 +171,15 @@ def sample_naive(
     generator: torch.Generator | None = None,
     uniforms: Tensor | None = None,
     condition: Tensor | None = None,
+    sampling: Sampling = PLAIN,
 ) -> tuple[Tensor, Tensor]:
     """Draw like `CachedSampler.sample`, by a full pass per code: simple, slow, and what the cache is tested against."""
-    request = Request(prior, batch_size, codes, start, stop, temperature, generator, uniforms, condition)
+    check_guidance(prior, sampling.guidance)
+    request = Request(prior, batch_size, codes, start, stop, temperature, generator, uniforms, condition, sampling)
     training = prior.training
     prior.eval()
     for position in range(request.begin, request.stop):
-        logits = logits_of(prior, request.codes, request.condition)  # (B, T, K)
+        logits = guided_logits(prior, request.codes, request.condition, sampling)  # (B, T, K)
         request.codes[:, position] = request.draw(logits[:, position], position)
     prior.train(training)
     return request.result()

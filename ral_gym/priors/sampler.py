@@ -13,6 +13,7 @@ models have a sampler of their own in `ral_gym.priors.two_level`, made of two of
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,6 +24,7 @@ from ral_gym.errors import ConfigError
 from ral_gym.priors.base import Cache, Packed, Prior, given_codes
 from ral_gym.priors.drawing import Request, check_length, draw, host_positions, sample_naive
 from ral_gym.priors.full_pass import FullPass
+from ral_gym.priors.guidance import PLAIN, GuidedWeights, Sampling
 
 __all__ = ["CachedSampler", "Sampler", "draw", "make_sampler", "sample_naive"]
 
@@ -57,15 +59,16 @@ class CachedSampler:
 
     Args:
         prior: the network to draw from; the sampler keeps a reference to it.
+        sampling: guidance, which `logits` has too, and the codes that `sample` draws among.
 
     Attributes:
         weights: the prior's packed weights.
         use_cuda_graphs: replay the work of a grid row and of a code as CUDA graphs; set on CUDA, ignored elsewhere.
     """
 
-    def __init__(self, prior: Prior):
-        self.prior = prior
-        self.weights = pack(prior)
+    def __init__(self, prior: Prior, sampling: Sampling = PLAIN):
+        self.prior, self.sampling = prior, sampling
+        self.weights = self._pack()
         self.use_cuda_graphs = self.weights.device.type == "cuda"
         self._cache: Cache | None = None
         self._caches: dict[int, Cache] = {}  # of the last batch sizes
@@ -73,11 +76,15 @@ class CachedSampler:
         self._length = 0
         self._stepped = False  # the cache holds features and logits of the current positions
 
+    def _pack(self) -> Packed:
+        weights = pack(self.prior)
+        return GuidedWeights(self.prior, weights, self.sampling) if self.sampling.guided else weights
+
     def refresh(self) -> None:
         """Pack the prior's weights again, at the same addresses. What `begin` started becomes invalid: begin again."""
         like = next(self.prior.parameters())
         if like.dtype != self.weights.dtype or like.device != self.weights.device:
-            self.weights = pack(self.prior)
+            self.weights = self._pack()
             self.use_cuda_graphs = like.is_cuda
             self._cache, self._caches = None, {}
         else:
@@ -122,7 +129,9 @@ class CachedSampler:
         """
         start = start if prefix_rows is None else prefix_rows * self.prior.width
         stop = stop if stop_rows is None else stop_rows * self.prior.width
-        request = Request(self.prior, batch_size, codes, start, stop, temperature, generator, uniforms, condition)
+        request = Request(
+            self.prior, batch_size, codes, start, stop, temperature, generator, uniforms, condition, self.sampling
+        )
         cache = self._cache_for(request.batch_size)
         self._position = None
         if request.begin < request.stop:
@@ -311,7 +320,24 @@ class Sampler(Protocol):
         """(B,) int64, the next position of each batch row; T when it is finished."""
 
 
-def make_sampler(prior: Any) -> Sampler:
-    """The sampler of a prior: that of its method ``make_sampler()`` if it has one, else a `CachedSampler`."""
+def make_sampler(prior: Any, sampling: Sampling = PLAIN) -> Sampler:
+    """The sampler of a prior: that of its method ``make_sampler()`` if it has one, else a `CachedSampler`.
+
+    Args:
+        prior: the network.
+        sampling: guidance, top-k and top-p; a ``make_sampler`` of the prior's own is given it if not the default.
+
+    Raises:
+        ConfigError: guidance of a prior that cannot be guided, or a sampler that knows no such settings.
+    """
     own = getattr(prior, "make_sampler", None)
-    return CachedSampler(prior) if own is None else own()
+    if own is None:
+        return CachedSampler(prior, sampling)
+    if sampling == PLAIN:
+        return own()
+    if not inspect.signature(own).parameters:
+        raise ConfigError(
+            f"{type(prior).__name__}.make_sampler() takes no settings, so it cannot draw with {sampling.describe()}: "
+            "leave that out, or give the method an argument (ral_gym.priors.guidance.Sampling)"
+        )
+    return own(sampling)

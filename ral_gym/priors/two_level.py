@@ -21,6 +21,7 @@ from ral_gym.errors import ConfigError
 from ral_gym.grid import CodeGrid
 from ral_gym.priors.base import Prior, build_prior, config_of, load_prior
 from ral_gym.priors.drawing import host_positions
+from ral_gym.priors.guidance import PLAIN, Sampling
 from ral_gym.priors.sampler import CachedSampler
 
 
@@ -116,9 +117,9 @@ class TwoLevelPrior(nn.Module):
         """Sequences (B, T') hold nothing but the codes of both levels: returns them and None."""
         return sequence, None
 
-    def make_sampler(self) -> TwoLevelSampler:
+    def make_sampler(self, sampling: Sampling = PLAIN) -> TwoLevelSampler:
         """The sampler of both levels; it uses one cache per level."""
-        return TwoLevelSampler(self)
+        return TwoLevelSampler(self, sampling)
 
     def _gradients(self, level: str) -> torch.set_grad_enabled:
         return torch.set_grad_enabled(torch.is_grad_enabled() and level != self.frozen)
@@ -192,9 +193,9 @@ class TwoLevelSampler:
         prior: the networks to draw from; the sampler keeps a reference to them.
     """
 
-    def __init__(self, prior: TwoLevelPrior):
+    def __init__(self, prior: TwoLevelPrior, sampling: Sampling = PLAIN):
         self.prior = prior
-        self.top, self.bottom = CachedSampler(prior.top), CachedSampler(prior.bottom)
+        self.top, self.bottom = CachedSampler(prior.top, sampling), CachedSampler(prior.bottom, sampling)
         self._position: np.ndarray | None = None  # (B,) in the sequences given, their length when finished
         self._codes = torch.empty(0)  # (B, T')
         self._next = np.empty(0)  # (B, T' + 1), the first position from each one on that is to be drawn

@@ -23,6 +23,7 @@ from ral_gym.data.opening import open_image, read_file
 from ral_gym.errors import ConfigError, DataError
 from ral_gym.pictures import _array, _Panel, _scale, _tile, _write_panels
 from ral_gym.priors.base import Prior
+from ral_gym.priors.guidance import PLAIN, Sampling
 from ral_gym.priors.sampler import make_sampler
 from ral_gym.tokenizers.base import Tokenizer, device_of
 from ral_gym.tokenizers.code_set import decode_codes
@@ -107,7 +108,14 @@ def seeded_uniforms(seed: int, n: int, length: int) -> Tensor:
     return torch.stack(rows)
 
 
-def continue_codes(prior: Prior, given: Tensor, uniforms: Tensor, temperature: float = 1.0) -> Tensor:
+def continue_codes(
+    prior: Prior,
+    given: Tensor,
+    uniforms: Tensor,
+    temperature: float = 1.0,
+    sampling: Sampling = PLAIN,
+    labels: Tensor | None = None,
+) -> Tensor:
     """Draw the rows that are missing, with the prior's cached sampler.
 
     Args:
@@ -115,6 +123,8 @@ def continue_codes(prior: Prior, given: Tensor, uniforms: Tensor, temperature: f
         given: (n, codes_of(r)) int64, the sequences of each image's first r (top) rows, 1 <= r < H.
         uniforms: (n, T) in [0, 1), one for each code.
         temperature: divides the logits.
+        sampling: guidance, top-k and top-p.
+        labels: (n,) int64, the images' classes, for a generator that has some; None: balanced.
 
     Returns:
         (n, T) int64, including the given codes.
@@ -122,10 +132,13 @@ def continue_codes(prior: Prior, given: Tensor, uniforms: Tensor, temperature: f
     grid, device = prior.grid, next(prior.parameters()).device
     rows = grid.rows_of(given.shape[1])
     codes = torch.full((len(given), grid.n_codes), grid.not_drawn, device=device)  # (n, T)
-    kept = torch.from_numpy(~grid.mask(rows, grid.height)).to(device)  # (T,)
+    kept = torch.from_numpy(~grid.mask(rows, grid.height)[: grid.n_codes]).to(device)  # (T,)
     codes[:, kept] = given.to(device)
-    uniforms = uniforms.to(device)
-    return make_sampler(prior).sample(codes=codes, prefix_rows=rows, temperature=temperature, uniforms=uniforms)[0]
+    if grid.classes:
+        labels = torch.arange(len(codes)) % grid.classes if labels is None else labels
+        codes = grid.with_labels(codes, labels.to(device))  # (n, T + 1)
+    sampler, uniforms = make_sampler(prior, sampling), uniforms.to(device)
+    return sampler.sample(codes=codes, prefix_rows=rows, temperature=temperature, uniforms=uniforms)[0]
 
 
 @torch.no_grad()
@@ -137,6 +150,7 @@ def complete(
     n: int,
     seed: int = 0,
     temperature: float = 1.0,
+    sampling: Sampling = PLAIN,
 ) -> Completion:
     """Complete an image with every generator, n times each; equal seeds draw from the same uniforms.
 
@@ -148,6 +162,7 @@ def complete(
         n: completions per generator.
         seed: seed of the first completion; the others use seed + 1, seed + 2, ...
         temperature: divides the logits.
+        sampling: guidance, top-k and top-p.
 
     Raises:
         ConfigError: the share is not between 0 and 1, n is below 1, or the temperature is not above 0.
@@ -166,7 +181,7 @@ def complete(
     given = torch.cat(levels, 1).expand(n, -1)  # (n, codes_of(r))
     uniforms = seeded_uniforms(seed, n, vqvae.grid.n_codes)
     completed = {
-        name: decode_codes(vqvae, continue_codes(prior, given, uniforms, temperature))
+        name: decode_codes(vqvae, continue_codes(prior, given, uniforms, temperature, sampling))
         for name, prior in generators.items()
     }
     visible = image.clone()

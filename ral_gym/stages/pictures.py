@@ -12,6 +12,7 @@ from ral_gym.data.subsets import subset
 from ral_gym.metrics import nearest
 from ral_gym.pictures import save_comparison, save_curves, save_frontier, save_neighbours
 from ral_gym.priors.base import Prior
+from ral_gym.priors.guidance import PLAIN, Sampling
 from ral_gym.priors.sampler import make_sampler
 from ral_gym.runs.run import Run
 from ral_gym.tokenizers.base import Tokenizer
@@ -25,15 +26,63 @@ COMPARED = ("mle", "mle_continued", "ral")
 NLLS = ("nll_train", "nll_test", "nll_test_ema", "nll_new_people")
 
 
-def sample_codes(prior: Prior, n: int, seed: int, temperature: float = 1.0) -> Tensor:
-    """Draw n code grids (n, T) int64 on the CPU; the same seed draws from the same uniforms for every generator."""
+def balanced_labels(n: int, classes: int) -> Tensor:
+    """Labels (n,) int64 of n images, every class as often as the others: 0, 1, .., N - 1, 0, 1, .."""
+    return torch.arange(n) % classes
+
+
+def sequences_to_draw(prior: Prior, n: int, labels: Tensor | None = None) -> Tensor | None:
+    """What a sampler needs to draw n whole images: sequences (n, T + 1) without codes; None without classes.
+
+    Args:
+        prior: the generator.
+        n: number of images.
+        labels: (n,) int64 classes; None: balanced.
+
+    Raises:
+        ConfigError: labels of a generator without classes, or out of range.
+    """
+    grid = prior.grid
+    if labels is None and not grid.classes:
+        return None
+    labels = balanced_labels(n, grid.classes) if labels is None else labels
+    sequences = grid.with_labels(torch.full((n, grid.n_codes), grid.not_drawn), labels)
+    return sequences.to(next(prior.parameters()).device)
+
+
+def sample_codes(
+    prior: Prior,
+    n: int,
+    seed: int,
+    temperature: float = 1.0,
+    sampling: Sampling = PLAIN,
+    labels: Tensor | None = None,
+) -> Tensor:
+    """Draw n code grids (n, T) int64 on the CPU; the same seed draws from the same uniforms for every generator.
+
+    Args:
+        prior: the generator.
+        n: number of images.
+        seed: of the uniforms.
+        temperature: divides the logits.
+        sampling: guidance, top-k and top-p.
+        labels: (n,) int64 classes; None: balanced if the generator has classes.
+
+    Raises:
+        ConfigError: guidance of a generator that cannot be guided, or labels that it does not have.
+    """
     generator = torch.Generator().manual_seed(seed)
-    sampler = make_sampler(prior)
-    batches = [
-        sampler.sample(min(SAMPLE_BATCH, n - i), temperature=temperature, generator=generator)[0].cpu()
-        for i in range(0, n, SAMPLE_BATCH)
-    ]
-    return torch.cat(batches)
+    sampler = make_sampler(prior, sampling)
+    sequences = sequences_to_draw(prior, n, labels)
+
+    def batch(first: int) -> Tensor:
+        size = min(SAMPLE_BATCH, n - first)
+        if sequences is None:
+            return sampler.sample(size, temperature=temperature, generator=generator)[0]
+        given = sequences[first : first + size]
+        return sampler.sample(codes=given, temperature=temperature, generator=generator)[0]
+
+    return torch.cat([batch(first).cpu() for first in range(0, n, SAMPLE_BATCH)])
 
 
 def draw_pictures(
