@@ -222,3 +222,24 @@ def test_every_stage_goes_on_from_an_import_with_images(project: str, tmp_path: 
     assert {"mle", "mle_continued", "ral", "reconstruction"} <= results["rows"].keys()
     assert main(["report", str(tmp_path / "runs" / "next")]) == 0
     assert main(["verify", str(tmp_path / "runs" / "next"), "--rows", "mle", "--quiet"]) == 0
+
+
+@pytest.mark.parametrize("project", ["llamagen", "taming"])
+def test_sample_draws_the_classes_in_turn(project: str, tmp_path: Path) -> None:
+    """As greedy as a temperature near 0: what full passes of the file's own network find likeliest."""
+    if project == "llamagen":
+        argv, expected = llamagen_files(tmp_path), transformer()
+    else:
+        argv = [*taming_file(tmp_path / "last.ckpt", taming_state()), "--classes", str(N), "--heads", "2"]
+        expected = gpt()  # type: ignore[assignment]
+    run = imported(argv, tmp_path)
+    file = tmp_path / "codes.npz"
+    assert main(["sample", str(run.path), "--n", str(N + 2), "--temperature", "1e-6", "--codes", str(file)]) == 0
+    codes = torch.full((N + 2, 16), K)
+    for position in range(16):
+        labels = torch.arange(N + 2) % N
+        logits = expected(torch.cat([codes, K + 2 + labels[:, None]], 1))[:, position]
+        codes[:, position] = logits.argmax(1)
+    assert np.array_equal(np.load(file)["codes"], codes.numpy())
+    assert len({tuple(row) for row in codes.tolist()}) == N
+    assert run.file("samples/sample_prior.png").is_file()
