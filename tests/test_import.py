@@ -243,3 +243,13 @@ def test_sample_draws_the_classes_in_turn(project: str, tmp_path: Path) -> None:
     assert np.array_equal(np.load(file)["codes"], codes.numpy())
     assert len({tuple(row) for row in codes.tolist()}) == N
     assert run.file("samples/sample_prior.png").is_file()
+
+
+def test_only_a_model_with_a_row_for_no_class_is_guided(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = imported(llamagen_files(tmp_path), tmp_path)
+    assert main(["sample", str(run.path), "--n", "2", "--guidance", "2"]) == 0
+    argv = taming_file(tmp_path / "last.ckpt", taming_state())
+    assert main([*argv, "--classes", str(N), "--runs", str(tmp_path / "runs"), "--name", "taming"]) == 0
+    capsys.readouterr()
+    assert main(["sample", str(tmp_path / "runs" / "taming"), "--n", "2", "--guidance", "2"]) == 2
+    assert 'needs a prior that knows "no class", this GPT has' in capsys.readouterr().err
