@@ -49,11 +49,11 @@ def whole_episodes(env: VecEnv) -> dict[str, Any]:
     SB3's own defaults (gamma 0.99, gae_lambda 0.95, n_steps 2048 or 5) come from control tasks: here they would hide
     the reward from the early codes and cut images apart.
     """
-    levels = tuple(env.get_attr("levels", 0)[0])
+    levels = tuple(env.get_attr("levels", 0)[0])  # codes without a label
     return {
         "policy_kwargs": {"levels": levels},  # checked against the prior's; the policy sees only spaces
         "rollout_buffer_kwargs": {"levels": levels},  # two levels: each is discounted as an episode of its own
-        "n_steps": int(env.observation_space.shape[0]),  # type: ignore[index]  # one whole episode per rollout
+        "n_steps": sum(levels),  # one whole episode per rollout
         "gamma": 1.0,  # the first code sees the terminal reward as well as the last
         "rollout_buffer_class": EpisodeRolloutBuffer,  # one pass per image instead of one per code
     }
@@ -171,8 +171,8 @@ class Algorithm:
                 raise ConfigError(
                     f"ral.{name} is {getattr(config, name)}, but {config.algo} has no such argument: give {default}"
                 )
-        if self.section == "grpo":
-            _check_groups(config)
+        if self.section == "grpo" and config.reset_mode in ("continue", "mixed"):
+            _check_groups(config, "continue the same real one")
         self._check_options(config)
 
     def _check_options(self, config: RALConfig) -> None:
@@ -186,19 +186,18 @@ class Algorithm:
                 raise ConfigError(f"ral.options: {config.algo} takes no {name} here; choose among {', '.join(free)}")
 
 
-def _check_groups(config: RALConfig) -> None:
-    """Refuse environments that cannot be grouped by the real image that they continue.
+def _check_groups(config: RALConfig, alike: str) -> None:
+    """Refuse environments that cannot be grouped by what their images have in common.
 
     Raises:
         ConfigError: the group size and the number of environments.
     """
     size, n_envs = config.grpo.group_size, config.n_envs
-    if config.reset_mode not in ("continue", "mixed") or (n_envs > 1 and n_envs % (size or n_envs) == 0):
+    if n_envs > 1 and n_envs % (size or n_envs) == 0:
         return
-    what = f"ral.grpo.group_size is {size}" if size else "ral.grpo compares images that continue the same real one"
-    raise ConfigError(
-        f"{what}, but ral.n_envs is {n_envs}: give a multiple of the group size, 2 or more, or ral.reset_mode full"
-    )
+    what = f"ral.grpo.group_size is {size}" if size else f"ral.grpo compares images that {alike}"
+    instead = "" if config.reset_mode == "full" else ", or ral.reset_mode full"
+    raise ConfigError(f"{what}, but ral.n_envs is {n_envs}: give a multiple of the group size, 2 or more{instead}")
 
 
 def find_algorithm(name: str) -> Algorithm:
@@ -262,6 +261,8 @@ def check_stage(config: RALConfig, priors: Sequence[Any] = ()) -> None:
     algorithm.check(config)
     for prior in priors if issubclass(algorithm.cls, TRPO) else ():
         check_for_trpo(prior)
+    if algorithm.section == "grpo" and any(prior.grid.classes for prior in priors):
+        _check_groups(config, "share their label")
 
 
 def trainable_algorithms() -> list[str]:

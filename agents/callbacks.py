@@ -248,7 +248,7 @@ def restore_model(model: Any, state: dict[str, Any]) -> None:
     # None after a stop inside a round: the next `learn` resets the environments.
     last_obs, codes = state["last_obs"], env.core.codes
     if last_obs is not None:
-        last_obs = array_of(last_obs, "last_obs", codes.shape, codes.dtype, 0, env.core.grid.never_drawn)
+        last_obs = array_of(last_obs, "last_obs", codes.shape, codes.dtype, 0, env.core.grid.largest_entry)
         if (env.core.position >= env.core.stop).any():
             raise ValueError("episodes that have ended already")
     model._last_obs, model._last_episode_starts = last_obs, starts

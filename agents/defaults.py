@@ -45,7 +45,7 @@ def _scale(config: RALConfig) -> dict[str, Any]:
 
 def _minibatches(env: VecEnv) -> dict[str, Any]:
     """At least four minibatches, each the whole images of equally many environments."""
-    n_codes, n_envs = int(env.observation_space.shape[0]), env.num_envs  # type: ignore[index]
+    n_codes, n_envs = sum(env.get_attr("levels", 0)[0]), env.num_envs
     images = max(n for n in range(1, max(1, n_envs // 4) + 1) if n_envs % n == 0)
     if n_codes * images == 1:  # PPO's minibatches have two codes or more, also of a grid of one code
         images = next((n for n in range(2, n_envs + 1) if n_envs % n == 0), 2)
@@ -65,7 +65,8 @@ def _a2c(env: VecEnv) -> dict[str, Any]:
 
 def _value_based(env: VecEnv) -> dict[str, Any]:
     """DQN and QR-DQN: one network pass per transition, rewards of each step or terminal ones."""
-    n_codes, n_envs = int(env.observation_space.shape[0]), env.num_envs  # type: ignore[index]
+    n_codes, n_envs = sum(env.get_attr("levels", 0)[0]), env.num_envs
+    codebook_size = int(env.action_space.n)  # type: ignore[attr-defined]
     return {
         "gamma": 1.0,  # episodes are finite, and the reward comes at their end
         "buffer_size": 100_000,  # transitions of 4 T bytes; the default million takes 1 GB at T = 256
@@ -79,6 +80,7 @@ def _value_based(env: VecEnv) -> dict[str, Any]:
         "exploration_final_eps": 1 / (4 * n_codes),  # 0.05 would randomise T / 20 codes of every image
         "policy_kwargs": {
             "features_extractor_class": CodeFeatures,  # embeds codes; raw indices would be read as magnitudes
+            "features_extractor_kwargs": {"codebook_size": codebook_size},
             "net_arch": [128],
         },
     }

@@ -1,6 +1,7 @@
 """Storage of a rollout's transitions, and their division into whole episodes.
 
-Only each episode's first grid and its actions are stored; the grids in between follow from them.
+Only each episode's first grid and its actions are stored; the grids in between follow from them. L is the number of
+entries of an observation: T, or with classes T + 1, whose last entry is the label.
 """
 
 from __future__ import annotations
@@ -14,30 +15,30 @@ from gymnasium import spaces
 from stable_baselines3.common.buffers import BaseBuffer, RolloutBuffer
 from torch import Tensor
 
+from ral_gym.agents.spaces import SequenceShape, sequence_shape
 from ral_gym.errors import ConfigError
 from ral_gym.runs.checked_state import array_of
 
 
 def _rank(mask: np.ndarray) -> np.ndarray:
-    """How many codes an episode has drawn before each position: (n, T) bool -> (n, T) int."""
+    """How many codes an episode has drawn before each position: (n, L) bool -> (n, L) int."""
     return mask.cumsum(1) - mask
 
 
-def _episode_length(observation_space: spaces.Space, action_space: spaces.Space) -> int:
-    """T of ``Box(0, K + 1, (T,))`` and ``Discrete(K)``.
+def _checked_shape(observation_space: spaces.Space, action_space: spaces.Space) -> SequenceShape:
+    """See `sequence_shape`.
 
     Raises:
         ConfigError: spaces of another kind, such as those of a wrapper.
     """
-    if isinstance(action_space, spaces.Discrete) and isinstance(observation_space, spaces.Box):
-        low, high = observation_space.low, observation_space.high
-        if low.ndim == 1 and not low.any() and (high == action_space.n + 1).all():
-            return len(low)
-    raise ConfigError(
-        "EpisodeRolloutBuffer needs the codes as a ral_gym environment shows them, Box(0, K + 1, (T,)) and "
-        f"Discrete(K), not {observation_space} and {action_space}: remove wrappers that change observations, and "
-        "make VecNormalize with norm_obs=False"
-    )
+    found = sequence_shape(observation_space, action_space)
+    if found is None:
+        raise ConfigError(
+            "EpisodeRolloutBuffer needs the codes as a ral_gym environment shows them, Box(0, K + 1, (T,)) and "
+            f"Discrete(K), not {observation_space} and {action_space}: remove wrappers that change observations, and "
+            "make VecNormalize with norm_obs=False"
+        )
+    return found
 
 
 class EpisodeStorage(RolloutBuffer):
@@ -57,7 +58,8 @@ class EpisodeStorage(RolloutBuffer):
         levels: Sequence[int] | None = None,
         per_level_discount: bool = True,
     ) -> None:
-        n_codes = _episode_length(observation_space, action_space)
+        self._shape = _checked_shape(observation_space, action_space)
+        n_codes, length = self._shape.n_codes, self._shape.length
         if buffer_size < n_codes:
             raise ConfigError(
                 f"n_steps={buffer_size} cannot hold an episode of {n_codes} codes: choose n_steps >= {n_codes}"
@@ -69,11 +71,12 @@ class EpisodeStorage(RolloutBuffer):
                 "wrapper that changes observations, such as VecFrameStack"
             )
         self.n_codes, self.per_level_discount = n_codes, per_level_discount and len(levels) > 1
-        self._level = np.repeat(np.arange(len(levels)), levels)  # (T,)
-        self.not_drawn = int(action_space.n)  # type: ignore[attr-defined]
+        # The label, which is never drawn, counts as part of the last level.
+        self._level = np.repeat(np.arange(len(levels)), (*levels[:-1], levels[-1] + length - n_codes))  # (L,)
+        self.not_drawn = self._shape.codebook_size
         self._capacity = buffer_size + n_codes
         self._fill = np.zeros(n_envs, np.int64)
-        self._expected = np.full((n_envs, n_codes), -1, np.int16)  # what each row shows next if its episode continues
+        self._expected = np.full((n_envs, length), -1, np.int16)  # what each row shows next if its episode continues
         self._open = np.zeros(n_envs, bool)
         self._complete, self._after_stop = True, False  # whether the last rollout came to its end
         self._start_envs: list[np.ndarray] = []
@@ -135,7 +138,7 @@ class EpisodeStorage(RolloutBuffer):
             self._resynchronise(obs, starts, begins)
             self._begin(begins, obs[begins])
         codes = np.asarray(action).reshape(-1)
-        to_draw = self._expected == self.not_drawn  # (E, T)
+        to_draw = self._expected == self.not_drawn  # (E, L)
         self._expected[rows, to_draw.argmax(1)] = codes
         self._open = to_draw.sum(1) > 1
         at = (self._fill, rows)
@@ -180,11 +183,11 @@ class EpisodeStorage(RolloutBuffer):
         """One whole episode of every environment, all with the same start and stop: the same as stepping through it.
 
         Args:
-            obs: (E, T) the grids that the episodes begin with.
-            codes: (E, T) the finished grids.
+            obs: (E, L) the observations that the episodes begin with.
+            codes: (E, L) the finished ones.
             rewards: (E,) the terminal rewards, or (E, T) those of every position.
-            values: (E, T) value estimates at every position.
-            log_probs: (E, T) log-probabilities of the codes.
+            values: (E, L) value estimates at every position.
+            log_probs: (E, L) log-probabilities of the codes.
         """
         drawn = np.flatnonzero(obs[0] == self.not_drawn)  # (L,)
         self._fill[:] = 0  # no episode is unfinished
@@ -218,7 +221,7 @@ class EpisodeStorage(RolloutBuffer):
         """Environment, first slot, first grid and whether it has ended, for every episode, by environment and time."""
         if not self._start_envs:
             empty = np.zeros(0, np.int64)
-            return empty, empty, np.zeros((0, self.n_codes), np.int32), np.zeros(0, bool)
+            return empty, empty, np.zeros((0, self._shape.length), np.int32), np.zeros(0, bool)
         envs, slots = np.concatenate(self._start_envs), np.concatenate(self._start_slots)
         grids = np.concatenate(self._start_grids)
         order = np.lexsort((slots, envs))
@@ -237,13 +240,13 @@ class EpisodeStorage(RolloutBuffer):
         return envs[keep], slots[keep], grids[keep]
 
     def _finished(self) -> tuple[np.ndarray, ...]:
-        """``(envs, slots, mask, codes, start, stop)`` of the finished episodes; mask (n, T) marks what was drawn."""
+        """``(envs, slots, mask, codes, start, stop)`` of the finished episodes; mask (n, L) marks what was drawn."""
         if self._table is None:
             envs, slots, grids, ended = self._all_episodes()
             envs, slots, codes = envs[ended], slots[ended], grids[ended].copy()
             mask = codes == self.not_drawn
             start = mask.argmax(1)
-            stop = self.n_codes - mask[:, ::-1].argmax(1)
+            stop = mask.shape[1] - mask[:, ::-1].argmax(1)
             row, pos = np.nonzero(mask)
             codes[row, pos] = self._actions[slots[row] + _rank(mask)[row, pos], envs[row]]
             self._table = (envs, slots, mask, codes, start, stop)
@@ -262,7 +265,7 @@ class EpisodeStorage(RolloutBuffer):
     def _unfinished(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """``(envs, slots, mask, codes)`` of the unfinished episodes as far as they were drawn."""
         envs, slots, grids = self._open_episodes()
-        left = grids == self.not_drawn  # (n, T)
+        left = grids == self.not_drawn  # (n, L)
         mask = left & (_rank(left) < (self._fill[envs] - slots)[:, None])
         row, pos = np.nonzero(mask)
         codes = grids.copy()
@@ -283,10 +286,10 @@ class EpisodeStorage(RolloutBuffer):
             ValueError: another buffer's, or it does not fit together.
         """
         fill = array_of(state["fill"], "fill", (self.n_envs,), np.int64, 0, self._capacity)
-        longest, n, length = int(fill.max(initial=0)), len(state["envs"]), self.n_codes
+        longest, n, length = int(fill.max(initial=0)), len(state["envs"]), self._shape.length
         envs = array_of(state["envs"], "envs", (n,), np.int64, 0, self.n_envs - 1)
         slots = array_of(state["slots"], "slots", (n,), np.int64, 0, longest)
-        grids = array_of(state["grids"], "grids", (n, length), np.int32, 0, self.not_drawn + 1)
+        grids = array_of(state["grids"], "grids", (n, length), np.int32, 0, self._shape.largest_entry)
         drawn = fill[envs] - slots
         if len(set(envs.tolist())) < n or not ((drawn >= 0) & (drawn < (grids == self.not_drawn).sum(1))).all():
             raise ValueError("the episodes in the buffer do not fit together")

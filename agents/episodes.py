@@ -23,7 +23,8 @@ class Episodes:
     """Transitions that share code grids.
 
     Attributes:
-        codes: (B, T) int64 sequences as known at their episode's end, with the tokens K and K + 1.
+        codes: (B, L) int64 sequences as known at their episode's end, with the tokens K and K + 1; with classes their
+            last entry is the label, and L is T + 1, else T.
         row: (N,) int64, the grid that a transition belongs to.
         pos: (N,) int64, the position that the transition drew.
         length: number of codes of the largest image, given ones included.
@@ -74,7 +75,7 @@ class EpisodeRolloutBuffer(EpisodeStorage):
 
     Args:
         buffer_size: steps per environment and rollout (`n_steps`); must hold a whole episode, T.
-        observation_space: ``Box(0, K + 1, (T,), int16)``.
+        observation_space: ``Box(0, K + 1, (T,), int16)``, with N classes ``Box(0, K + 1 + N, (T + 1,), int16)``.
         action_space: ``Discrete(K)``.
         device: device of the samples.
         gae_lambda: lambda of generalised advantage estimation; 1: Monte Carlo returns minus values.
@@ -95,12 +96,12 @@ class EpisodeRolloutBuffer(EpisodeStorage):
 
     @property
     def mask(self) -> np.ndarray:
-        """(n, T) bool: the positions that the finished episodes drew."""
+        """(n, L) bool: the positions that the finished episodes drew, never the label; L as in `Episodes`."""
         return self._finished()[2]
 
     @property
     def codes(self) -> np.ndarray:
-        """(n, T) int32 grids of the finished episodes, K + 1 where an episode never drew."""
+        """(n, L) int32 sequences of the finished episodes, K + 1 where an episode never drew."""
         return self._finished()[3]
 
     @property
@@ -147,7 +148,7 @@ class EpisodeRolloutBuffer(EpisodeStorage):
         """Replace the rewards of the finished episodes; call `compute_returns_and_advantage` afterwards.
 
         Args:
-            rewards: (n, T) one per position; only drawn positions are used.
+            rewards: (n, L) one per position; only drawn positions are used.
         """
         self._shared = self._image_rewards(rewards)
         self._rewards[self._slots()] = rewards[self.mask]
@@ -171,7 +172,7 @@ class EpisodeRolloutBuffer(EpisodeStorage):
         if not len(mask):
             self._returns[self._slots()], self._advantages[self._slots()] = self.values, 0
             return
-        rewards, values = np.zeros(mask.shape, np.float32), np.zeros(mask.shape, np.float32)  # (n, T)
+        rewards, values = np.zeros(mask.shape, np.float32), np.zeros(mask.shape, np.float32)  # (n, L)
         rewards[mask], values[mask] = self.rewards, self.values
         shared = self._image_rewards(rewards) if self._shared is None else self._shared
         ends = self._level if self.per_level_discount else np.zeros_like(self._level)
@@ -191,7 +192,7 @@ class EpisodeRolloutBuffer(EpisodeStorage):
         return self._input(self.codes[rows], self.mask[rows])
 
     def _input(self, codes: np.ndarray, mask: np.ndarray) -> Episodes:
-        """The policy's input for the positions (n, T) of grids (n, T)."""
+        """The policy's input for the positions (n, L) of sequences (n, L)."""
         row, pos = np.nonzero(mask)
         length = int((codes <= self.not_drawn).sum(1).max(initial=0))
         return Episodes(self.to_torch(codes.astype(np.int64)), self.to_torch(row), self.to_torch(pos), length)

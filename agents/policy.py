@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ral_gym.agents.episodes import Episodes, episode_features, episode_logits
+from ral_gym.agents.spaces import sequence_shape
 from ral_gym.agents.step_cache import StepCache, first_not_drawn
 from ral_gym.errors import ConfigError
 from ral_gym.grid import CodeGrid
@@ -133,7 +134,8 @@ class PriorPolicy(ActorCriticPolicy):
     """A prior that acts: for `Reinforce`, and unmodified `PPO`, `A2C` and `TRPO` with `EpisodeRolloutBuffer`.
 
     Args:
-        observation_space: ``Box(0, K + 1, (T,), int16)``.
+        observation_space: ``Box(0, K + 1, (T,), int16)``; for a prior with N classes
+            ``Box(0, K + 1 + N, (T + 1,), int16)``.
         action_space: ``Discrete(K)``.
         lr_schedule: learning rate as a function of the remaining progress.
         prior: the network to start from: `PriorWeights`, any `ral_gym.priors.base.Prior` such as a `PixelCNN`, a run
@@ -199,7 +201,13 @@ class PriorPolicy(ActorCriticPolicy):
         size, shapes = grid.codebook_size, " + ".join(f"{rows}x{columns}" for rows, columns in grid.shapes)
         if not isinstance(action_space, spaces.Discrete) or int(action_space.n) != size:
             raise ConfigError(f"the prior draws {size} codes, but the environment's action space is {action_space}")
-        if observation_space.shape != (grid.n_codes,):
+        shape = sequence_shape(observation_space, action_space)
+        if shape is not None and shape.n_codes == grid.n_codes and shape.classes != grid.classes:
+            raise ConfigError(
+                f"the prior knows {grid.classes or 'no'} classes, but the environment has {shape.classes or 'none'}: "
+                f"give a prior that was made with classes={shape.classes}"
+            )
+        if observation_space.shape != (grid.length,):
             raise ConfigError(
                 f"the prior draws grids of {shapes} = {grid.n_codes} codes, but the "
                 f"environment's observations have shape {observation_space.shape}"
@@ -259,13 +267,13 @@ class PriorPolicy(ActorCriticPolicy):
     def _features(self, obs: Tensor | Episodes) -> tuple[Tensor, Tensor, Tensor]:
         """Features (N, C), position (N,) and stop (N,) of transitions, by one teacher-forced pass."""
         if not isinstance(obs, Episodes):
-            codes = obs.long()  # (B, T)
+            codes = obs.long()  # (B, L)
             row = torch.arange(len(codes), device=codes.device)
             obs = Episodes(codes, row, first_not_drawn(codes, self.prior.codebook_size), self.n_codes)
         return episode_features(self.prior, obs), obs.pos, self._stop(obs.codes)[obs.row]
 
     def _stop(self, codes: Tensor) -> Tensor:
-        """The final number of codes of the images, given ones included: codes (B, T) -> (B,)."""
+        """The final number of codes of the images, given ones included: observations (B, L) -> (B,)."""
         return (codes <= self.prior.codebook_size).sum(1)
 
     def _values(self, features: Tensor, position: Tensor, stop: Tensor) -> Tensor:
@@ -309,20 +317,20 @@ class PriorPolicy(ActorCriticPolicy):
         """All codes of lockstep episodes at once, as `forward` would draw them step by step from the same random state.
 
         Args:
-            obs: (E, T) observations that share start and stop.
+            obs: (E, L) observations that share start and stop, but may differ in their labels.
             with_values: also compute values (one pass more).
 
         Returns:
-            grids (E, T) int64 with the tokens K + 1 where nothing is drawn, values (E, T), log-probabilities (E, T);
-            both are 0 at given and never drawn positions.
+            sequences (E, L) int64 with the tokens K + 1 where nothing is drawn, values (E, L), log-probabilities
+            (E, L); both are 0 at given and never drawn positions, and at the label.
         """
         codes = obs.long()
         grid = self.prior.grid
         given = first_not_drawn(codes[:1], self.prior.codebook_size)
         length = int(self._stop(codes[:1]))
         rows = grid.rows_of(length)
-        image = torch.from_numpy(grid.mask(0, rows)).to(codes.device)  # (T,)
-        to_draw = codes == self.prior.codebook_size  # (E, T)
+        image = torch.from_numpy(grid.mask(0, rows)).to(codes.device)  # (L,)
+        to_draw = codes == self.prior.codebook_size  # (E, L)
         sampler = self.cache.sampler()
         if grid.levels == 1:  # episodes may begin inside a row
             drawn, drawn_log_probs = cast(CachedSampler, sampler).sample(codes=codes, start=int(given), stop=length)

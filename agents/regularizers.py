@@ -155,7 +155,7 @@ def _penalise(buffer: EpisodeRolloutBuffer, penalties: np.ndarray) -> None:
     """Subtract penalties (N,) from the reward of every transition."""
     if not len(buffer.mask):  # a rollout after a stop, in which no episode ended
         return
-    rewards = np.zeros(buffer.mask.shape, np.float32)  # (n, T)
+    rewards = np.zeros(buffer.mask.shape, np.float32)  # (n, L)
     rewards[buffer.mask] = -penalties
     buffer.add_rewards(rewards)
     buffer.compute_returns_and_advantage()
@@ -310,7 +310,7 @@ class MLEShare(BaseCallback):
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         rows = np.random.randint(len(self._codes), size=self.n_images or self.training_env.num_envs)
-        codes = torch.as_tensor(self._codes[rows].astype(np.int64), device=policy.device)  # (B, T)
+        codes = torch.as_tensor(self._codes[rows].astype(np.int64), device=policy.device)  # (B, L)
         loss = maximum_likelihood_loss(policy.prior, codes)
         self.optimizer.zero_grad()
         loss.backward()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -79,7 +79,7 @@ def make_critic(
     prior: Prior | None = None,
     extractor: Extractor | None = None,
 ) -> CoTrainedCritic:
-    """The run's critic, untrained.
+    """The run's critic, untrained; with classes if the `prior` has them.
 
     Raises:
         ConfigError: an unknown kind, or settings and options that it does not take.
@@ -87,18 +87,23 @@ def make_critic(
     config = run.config.critic
     make_prior = None if prior is None else lambda: prior
     preset = PRESETS[run.config.preset].critic if run.config.preset in PRESETS else CriticConfig()
-    critic = build_critic(config, vqvae, extractor=extractor, make_prior=make_prior, untouched=(preset,))
+    classes = 0 if prior is None else prior.grid.classes
+    grid = replace(vqvae.grid, classes=classes)
+    critic = build_critic(
+        config, vqvae, extractor=extractor, make_prior=make_prior, untouched=(preset,), classes=classes
+    )
     return CoTrainedCritic(
         vqvae,
         critic,
-        codes.train,
-        codes.test,
+        codes.sequences("train", grid),
+        codes.sequences("test", grid),
         config,
         reward=run.config.ral.reward,
         normalization=run.config.ral.reward_normalization,
         seed=run.config.seed * 1000 + 5,
         device=device,
         extractor=extractor,
+        classes=classes,
     )
 
 
@@ -152,8 +157,14 @@ class Stage:
 def make_stage(
     run: Run, vqvae: Tokenizer, prior: Prior, codes: CodeSet | None, device: torch.device, progress: bool = True
 ) -> Stage:
-    """Environment, algorithm, rewards and callbacks of a run, before their first step; `codes` None: no images."""
+    """Environment, algorithm, rewards and callbacks of a run, before their first step; `codes` None: no images.
+
+    Raises:
+        ConfigError: settings without effect, or that do not fit the prior.
+    """
     config = run.config.ral
+    if config.label_draw != "uniform" and not prior.grid.classes:
+        raise ConfigError(f"ral.label_draw is {config.label_draw}, but the prior has no classes: leave it out")
     seed_everything(run.config.seed * 1000 + 4)
     env = make_sb3_env(
         "ral_gym/LatentCode-v0",
@@ -163,6 +174,7 @@ def make_stage(
         reset_mode=config.reset_mode,
         seed=run.config.seed * 1000 + 4,
         device=str(device),
+        label_draw=config.label_draw,
     )
     extractor = reward_features(run, vqvae)
     critic = None
@@ -293,7 +305,11 @@ def _draw_samples(run: Run, model: OnPolicyAlgorithm, vqvae: Tokenizer, updates:
         return
     policy: PriorPolicy = model.policy  # type: ignore[assignment]
     generator = torch.Generator(device=policy.device).manual_seed(run.config.seed)
-    codes, _ = make_sampler(policy.prior).sample(32, generator=generator)
+    grid = policy.prior.grid
+    start = torch.full((32, grid.n_codes), grid.not_drawn, device=policy.device)
+    if grid.classes:  # the classes in turn
+        start = grid.with_labels(start, torch.arange(32, device=policy.device) % grid.classes)
+    codes, _ = make_sampler(policy.prior).sample(codes=start, generator=generator)
     images = decode_codes(vqvae, codes)
     path = run.file(f"samples/ral_{updates:05d}.png")
     save_grid(path, images, columns=8, title=f"RAL, live policy, after {updates} updates")

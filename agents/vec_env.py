@@ -9,12 +9,12 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec, load_env_creator
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, unwrap_vec_normalize
 from torch import Tensor
 
+from ral_gym.agents.spaces import sequence_shape
 from ral_gym.envs.core import GenerationCore
 from ral_gym.envs.finished import Finished
 from ral_gym.envs.generation import action_space, observation_space
@@ -259,26 +259,25 @@ def check_code_env(env: Any) -> None:
     """
     if not isinstance(env, VecEnv):
         raise ConfigError(f"{type(env).__name__} is not a Stable-Baselines3 VecEnv: use make_sb3_env")
-    space = env.observation_space
-    n_codes = space.shape[0] if isinstance(space, spaces.Box) and len(space.shape) == 1 else 0
-    if not env.has_attr("levels") or sum(env.get_attr("levels", 0)[0]) != n_codes:
+    shape = sequence_shape(env.observation_space, env.action_space)
+    if shape is None or not env.has_attr("levels") or sum(env.get_attr("levels", 0)[0]) != shape.n_codes:
         raise ConfigError(
-            f"observations {space} are not the codes of a ral_gym environment: make it by make_sb3_env, and remove "
-            "wrappers that change observations, such as VecFrameStack"
+            f"observations {env.observation_space} are not the codes of a ral_gym environment: make it by "
+            "make_sb3_env, and remove wrappers that change observations, such as VecFrameStack"
         )
     normalised = unwrap_vec_normalize(env)
     if normalised is not None and normalised.norm_obs:
         raise ConfigError("VecNormalize changes the codes: make it with norm_obs=False, or leave it out")
     limit = env.get_attr("_max_episode_steps", 0)[0] if env.has_attr("_max_episode_steps") else None
-    if limit is not None and limit < n_codes:
+    if limit is not None and limit < shape.n_codes:
         raise ConfigError(
-            f"a time limit of {limit} steps ends episodes of {n_codes} codes before there is an image: leave "
+            f"a time limit of {limit} steps ends episodes of {shape.n_codes} codes before there is an image: leave "
             "max_episode_steps and TimeLimit out"
         )
 
 
 def real_codes(env: VecEnv) -> np.ndarray | None:
-    """The codes of real images behind an environment, (N, T), or None."""
+    """The codes of real images behind an environment, (N, T), with classes (N, T + 1) with their labels; or None."""
     found = unwrap_code_env(env)
     return None if found is None else found.world.real_codes
 

@@ -20,7 +20,7 @@ DEMO_HAS_NO = {
     *ONE_LEVEL,
     *SCHEDULE,
     *("prior.attention_heads", "critic.gradient_penalty", "ral.reward_features", "ral.reward_ema"),
-    *("ral.grpo.group_size", "data.grey"),
+    *("ral.grpo.group_size", "ral.label_draw", "critic.class_conditional", "data.grey"),
 }
 
 
@@ -56,6 +56,8 @@ def test_every_field_of_the_odd_settings_has_an_effect() -> None:
         "critic.gradient_penalty",
         "prior.conditioning_stack_layers",
         "ral.normalize_advantage",
+        "ral.label_draw",
+        "critic.class_conditional",
         "data.grey",
     }
     assert {name for name, _ in without_effect(ODD)} == expected

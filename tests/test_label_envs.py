@@ -19,17 +19,13 @@ from stable_baselines3.common.env_checker import check_env as sb3_check_env
 from torch import Tensor
 
 from ral_gym.agents.vec_env import make_sb3_env
-from ral_gym.data.images import Labels
 from ral_gym.envs.core import GenerationCore
 from ral_gym.envs.run_world import run_world
 from ral_gym.envs.toy_classes import CLASS_NAMES, GRID, toy_classes_sequences, toy_classes_world
 from ral_gym.envs.worlds import World, toy_world
 from ral_gym.errors import RunError
-from ral_gym.grid import CodeGrid
-from ral_gym.priors.base import save_prior
 from ral_gym.priors.transformer import Transformer
-from ral_gym.tokenizers.code_set import CodeSet
-from tests.tiny import make_tiny_run
+from tests.class_runs import make_class_run
 
 ID = "ral_gym/ToyClasses-v0"
 E, K, T, FIRST = 6, 8, 16, 10
@@ -213,20 +209,6 @@ def test_stock_algorithms_run_on_the_observation(cls: Any) -> None:
 
 
 # The world of a run ------------------------------------------------------------------------------------------------
-
-
-def make_class_run(path: Path, *, classes: int = 3, labelled: bool = True) -> Path:
-    """The tiny run with a prior of so many classes, and labels of three classes if `labelled`."""
-    make_tiny_run(path)
-    grid = CodeGrid(4, 4, 16)
-    codes = CodeSet.load(path / "codes.safetensors", grid)
-    if labelled:
-        labels = Labels(np.arange(len(codes.train)) % 3, np.arange(len(codes.test)) % 3, ("cat", "dog", "owl"))
-        codes = replace(codes, labels=labels)
-    codes.save(path / "codes.safetensors")
-    torch.manual_seed(0)
-    save_prior(path / "prior.safetensors", Transformer(16, 4, 4, hidden_units=16, layers=1, classes=classes))
-    return path
 
 
 def test_the_world_of_a_run_has_the_classes_of_its_prior(tmp_path: Path) -> None:

@@ -55,6 +55,8 @@ ELSEWHERE = {
     "ral.prompt": "",
     "ral.reward_options": "",
     "ral.reward_reference": "test_reward_reference",
+    "critic.class_conditional": "images with classes: test_label_agents",
+    "ral.label_draw": "",
     "data.cache_dir": "a folder of the test's own; asserted below",
 }
 """Fields that are not among the odd ones, and where they are tested."""

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ral_gym.agents.episodes import EpisodeRolloutBuffer, episode_logits
 from ral_gym.agents.policy import PriorPolicy, PriorWeights
+from ral_gym.agents.spaces import sequence_shape
 from ral_gym.agents.vec_env import CodeVecEnv, check_code_env, real_codes
 from ral_gym.errors import ConfigError
 from ral_gym.priors.base import Prior, maximum_likelihood_loss
@@ -150,7 +151,8 @@ class EpisodeAlgorithm(OnPolicyAlgorithm):
     def _setup_model(self) -> None:
         if self.env is not None:
             check_code_env(self.env)
-        self.n_steps = self.n_steps or int(self.observation_space.shape[0])  # type: ignore[index]
+        shape = sequence_shape(self.observation_space, self.action_space)
+        self.n_steps = self.n_steps or (0 if shape is None else shape.n_codes)
         super()._setup_model()
         self._real_codes: np.ndarray | None = None
         if self.mle_coef and self.env is not None:
@@ -176,7 +178,7 @@ class EpisodeAlgorithm(OnPolicyAlgorithm):
             ConfigError: observations without anything to draw, such as those of a wrapper that delays them.
         """
         assert self._last_obs is not None, "No previous observation was provided"
-        to_draw = self._last_obs == rollout_buffer.not_drawn  # (E, T)
+        to_draw = self._last_obs == rollout_buffer.not_drawn  # (E, L)
         left = to_draw.sum(1)
         if not left.all():
             raise ConfigError(
@@ -223,7 +225,7 @@ class EpisodeAlgorithm(OnPolicyAlgorithm):
         """The advantages of the buffer's N transitions, (N,) float32: the hook for an algorithm of your own.
 
         `rollout_buffer` holds the round: `returns`, `advantages` and `log_probs` (N,) of its transitions in this order,
-        and `codes` and `mask` (n, T), `start` and `stop` (n,) of its n episodes.
+        and `codes` and `mask` (n, L), `start` and `stop` (n,) of its n episodes; L is T, or T + 1 with a label.
 
         Raises:
             NotImplementedError: a subclass has not defined it.
@@ -360,7 +362,7 @@ class EpisodeAlgorithm(OnPolicyAlgorithm):
         """Gradient of the maximum-likelihood term, on a batch of real codes."""
         assert self._real_codes is not None
         rows = np.random.randint(len(self._real_codes), size=n_images)
-        codes = torch.as_tensor(self._real_codes[rows].astype(np.int64), device=self.device)  # (B, T)
+        codes = torch.as_tensor(self._real_codes[rows].astype(np.int64), device=self.device)  # (B, L)
         loss = maximum_likelihood_loss(self.policy.prior, codes)
         (self.mle_coef * loss).backward()
         return loss.item()

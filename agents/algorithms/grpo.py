@@ -36,8 +36,8 @@ from ral_gym.errors import ConfigError
 
 
 def start_groups(buffer: EpisodeRolloutBuffer) -> np.ndarray:
-    """Labels (n,) of the finished episodes: equal if start, stop and all given codes are equal."""
-    given = np.where(buffer.mask, -1, buffer.codes)  # (n, T)
+    """Numbers (n,) of the finished episodes' groups: equal if start, stop and all given entries are equal."""
+    given = np.where(buffer.mask, -1, buffer.codes)  # (n, L)
     return np.unique(given, axis=0, return_inverse=True)[1].reshape(-1)
 
 
@@ -82,8 +82,9 @@ class GRPO(EpisodeAlgorithm):
         learning_rate: as in `EpisodeAlgorithm`.
         n_steps: as in `EpisodeAlgorithm`.
         group_size: environments per group, which continue the same real image from the same row; a divisor of their
-            number. From an empty grid all episodes have the same start, so the group is the batch. If rows of a group
-            were reset with different options, rows of the whole batch with equal starts are compared.
+            number. From an empty grid all episodes have the same start, so the group is the batch; with classes the
+            rows of a group share a label. If rows of a group were reset with different options, rows of the whole batch
+            with equal starts are compared.
         scale_advantage: `batch`: divide by the standard deviation over the batch; `none`: do not.
         n_epochs: optimizer steps per round.
         ratio: `sequence` or `token`, see `clipped_surrogate`.
@@ -146,10 +147,11 @@ class GRPO(EpisodeAlgorithm):
         found = unwrap_code_env(env)
         if found is None or not found.core.starts_differ:
             return None
+        alike = "continue the same image" if found.core.distribution.mode in ("continue", "mixed") else "start alike"
         if self.group_size < 2 or env.num_envs % self.group_size:
             raise ConfigError(
                 f"group_size={self.group_size} does not divide {env.num_envs} environments into groups of at least 2 "
-                "that continue the same image: choose a divisor"
+                f"that {alike}: choose a divisor"
             )
         if found.core.distribution.mode in ("continue", "mixed") and not found.core.lockstep:
             raise ConfigError("GRPO groups environments that start alike: make them with lockstep=True")

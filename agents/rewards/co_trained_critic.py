@@ -7,6 +7,7 @@ A critic that sees codes gets both as codes, and nothing is decoded.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,11 +17,12 @@ from torch import Tensor, nn
 from ral_gym.config import CriticConfig
 from ral_gym.data.subsets import subset
 from ral_gym.errors import ConfigError, DivergedError
+from ral_gym.grid import CodeGrid
 from ral_gym.metrics import auc
 from ral_gym.rewards.critic import critic_loss
 from ral_gym.rewards.score_map import Normalization, RewardKind, ScoreNormalizer
 from ral_gym.rewards.scorer import CriticScorer
-from ral_gym.rewards.view import FinishedImages, View
+from ral_gym.rewards.view import FinishedImages, View, takes_labels
 from ral_gym.runs.checked_state import integer_of, number_of
 from ral_gym.stages.common import restore_optimizer
 from ral_gym.tokenizers.base import Tokenizer
@@ -34,24 +36,58 @@ CACHE_IMAGES = 2048
 """Larger sets of real images are decoded batch by batch, since most images would be used at most once."""
 
 
+class _ByClass:
+    """Draws real images of given classes.
+
+    Args:
+        sequences: (N, T + 1) integer, with labels.
+        grid: their grid.
+    """
+
+    def __init__(self, sequences: Tensor, grid: CodeGrid) -> None:
+        labels = sequences[:, -1].long() - grid.first_label  # (N,)
+        self._rows = labels.argsort(stable=True)  # (N,) class by class
+        self._counts = labels.bincount(minlength=grid.classes)  # (classes,)
+        self._first = self._counts.cumsum(0) - self._counts  # (classes,)
+
+    def draw(self, labels: Tensor, generator: torch.Generator) -> Tensor:
+        """A random real image (B,) of each of the classes (B,).
+
+        Raises:
+            ConfigError: a class has none.
+        """
+        labels = labels.cpu()
+        counts = self._counts[labels]  # (B,)
+        if not counts.all():
+            raise ConfigError(
+                f"the critic compares drawn images of class {int(labels[counts == 0][0])} with real ones, but there is "
+                "none in the training images: choose --ral.label-draw data, or give images of every class"
+            )
+        share = torch.rand(len(labels), generator=generator, dtype=torch.float64)  # below 1
+        return self._rows[self._first[labels] + (share * counts).long()]
+
+
 class CoTrainedCritic:
     """Trains a critic against the policy's images and turns its scores into rewards.
 
     Args:
         vqvae: the frozen tokenizer.
         critic: the critic to train; `ral_gym.rewards.scorer` documents its interface.
-        real_codes: (N, T) integer codes of real images.
-        held_out_codes: (M, T) codes of real images that it never trains on. `config.held_out` of them, chosen once, are
-            scored at every update.
+        real_codes: (N, T) integer codes of real images; with classes sequences (N, T + 1) with their labels.
+        held_out_codes: (M, T) or (M, T + 1), real images that it never trains on. `config.held_out` of them, chosen
+            once, are scored at every update.
         config: its training settings.
         reward: `single` or `intermediate`.
         normalization: see `ScoreNormalizer`.
         seed: seeds its batches, and the choice of held-out images.
         device: device of the critic.
         extractor: for a critic that sees features; None: the tokenizer's encoder.
+        classes: how many classes the images have, 0: none. Then the critic is given labels if its `forward` or `loss`
+            takes them, and each real image of a training batch has the class of a fake one.
 
     Raises:
-        ConfigError: no held-out images, or a critic that sees features that are not available.
+        ConfigError: no held-out images, codes that are no such sequences, or a critic that sees features that are not
+            available.
     """
 
     def __init__(
@@ -67,14 +103,21 @@ class CoTrainedCritic:
         seed: int = 0,
         device: torch.device | str = "cpu",
         extractor: Extractor | None = None,
+        classes: int = 0,
     ) -> None:
         if not len(held_out_codes):
             raise ConfigError("the critic has no held-out images to be measured on: give a larger data set")
         self.device = torch.device(device)
-        self.vqvae = vqvae
+        self.vqvae, self.grid = vqvae, replace(vqvae.grid, classes=classes)
         self.scorer = CriticScorer(vqvae, critic.to(self.device), reward, batch_size=128, extractor=extractor)
         self.real_codes = torch.as_tensor(np.ascontiguousarray(real_codes))
         self.all_held_out_codes = torch.as_tensor(np.ascontiguousarray(held_out_codes))
+        if classes and self.real_codes.shape[1] != self.grid.length:
+            raise ConfigError(
+                f"the critic got rows of {self.real_codes.shape[1]} real codes: with {classes} classes give "
+                f"{self.grid.length}, the codes and their label (CodeSet.sequences)"
+            )
+        self._by_class = _ByClass(self.real_codes, self.grid) if classes else None
         self.config, self.reward, self.normalization = config, reward, normalization
         make_optimizer = getattr(self.critic, "make_optimizer", None) or self._adam
         self.optimizer: torch.optim.Optimizer = make_optimizer(config)
@@ -118,17 +161,17 @@ class CoTrainedCritic:
         return self.vqvae.decode(codes.to(self.device).long())
 
     def finished(self, codes: Tensor) -> FinishedImages:
-        """Finished grids (n, T) int64, K + 1 where nothing was drawn, as shared by all rewards."""
-        return FinishedImages(codes, self.vqvae.grid, self.decode)
+        """Finished grids (n, L) int64, K + 1 where nothing was drawn, as shared by all rewards."""
+        return FinishedImages(codes, self.grid, self.decode)
 
     @torch.no_grad()
     def see(self, codes: Tensor) -> Tensor:
-        """The critic's input (B, ...), on its device, for codes of r rows (B, codes_of(r))."""
-        return self.scorer.seen(View(codes, self.decode, batch_size=256))
+        """The critic's input (B, ...), on its device, for codes of r rows (B, codes_of(r)); labels are left out."""
+        return self.scorer.seen(View(self.grid.without_labels(codes), self.decode, batch_size=256))
 
     def real(self, rows: Tensor, height: int) -> Tensor:
         """The critic's input for real images of `height` code rows; cached if there are few."""
-        codes, grid = self.real_codes, self.vqvae.grid
+        codes, grid = self.real_codes, self.grid
         bytes_needed = len(codes) * 4 * self.vqvae.channels * self.vqvae.image_size**2
         few = len(codes) <= CACHE_IMAGES and bytes_needed <= CACHE_BYTES // grid.height
         if self.scorer.sees == "codes" or not few:
@@ -140,13 +183,20 @@ class CoTrainedCritic:
     def train_step(self, fake_codes: Tensor) -> dict[str, float]:
         """One step of Eq. 5 on fakes of r rows (B, codes_of(r)) and as many real images of r rows.
 
+        With classes the fakes have labels at their ends, and the real images are drawn by them.
+
         Raises:
+            ConfigError: a fake has a class of which there is no real image.
             DivergedError: the loss became NaN or infinite; the weights are those before this step.
         """
-        rows = torch.randint(len(self.real_codes), (len(fake_codes),), generator=self.generator)
-        real = self.real(rows, self.vqvae.grid.rows_of(fake_codes.shape[1]))
+        labels = self.grid.labels_of(fake_codes)  # (B,)
+        if labels is None or self._by_class is None:
+            rows = torch.randint(len(self.real_codes), (len(fake_codes),), generator=self.generator)
+        else:
+            rows = self._by_class.draw(labels, self.generator)
+        real = self.real(rows, self.grid.rows_of(self.grid.without_labels(fake_codes).shape[1]))
         self.critic.train()
-        loss, metrics = self._loss(real, self.see(fake_codes))
+        loss, metrics = self._loss(real, self.see(fake_codes), labels)
         if not np.isfinite(metrics["loss"]):
             raise DivergedError(
                 f"stage ral: the critic's loss is {metrics['loss']} after {self.n_updates} critic steps; the last good "
@@ -158,14 +208,16 @@ class CoTrainedCritic:
         self.n_updates += 1
         return metrics
 
-    def _loss(self, real: Tensor, fake: Tensor) -> tuple[Tensor, dict[str, float]]:
+    def _loss(self, real: Tensor, fake: Tensor, labels: Tensor | None) -> tuple[Tensor, dict[str, float]]:
         """The critic's own loss if it has one, else that of the settings; the metrics include `loss`."""
         own = getattr(self.critic, "loss", None)
+        given = {"labels": labels.to(self.device)} if labels is not None and takes_labels(own or self.critic) else {}
         if own is not None:
-            found = own(real, fake, self.generator)
+            found = own(real, fake, self.generator, **given)
             loss, metrics = found if isinstance(found, tuple) else (found, {})
             return loss, {name: float(value) for name, value in metrics.items()} | {"loss": float(loss.detach())}
-        return critic_loss(self.critic, real, fake, self.config.gradient_penalty, self.generator, self.config.loss)
+        settings = self.config
+        return critic_loss(self.critic, real, fake, settings.gradient_penalty, self.generator, settings.loss, **given)
 
     def train(self, pool: FinishedImages, n_steps: int) -> dict[str, float]:
         """Several steps on a pool of fakes; the mean metrics: `loss`, `gap`, `gradient_penalty`, or the loss's own."""
@@ -184,7 +236,8 @@ class CoTrainedCritic:
         """The chosen held-out images of `height` rows; if they fit in memory, cached with their features."""
         if height in self._held_out:
             return self._held_out[height]
-        view, grid = View(self.vqvae.grid.crop(self.held_out_codes, height), self.decode), self.vqvae.grid
+        grid, codes = self.grid, self.grid.crop(self.held_out_codes, height).long()
+        view = View(grid.without_labels(codes), self.decode, grid.labels_of(codes))
         rows = sum(self._held_out) + height
         if len(view) * 5 * self.vqvae.channels * self.vqvae.image_size**2 * rows / grid.height <= CACHE_BYTES:
             self._held_out[height] = view  # floats and, for features, bytes
@@ -198,7 +251,7 @@ class CoTrainedCritic:
             pool: n grids.
 
         Returns:
-            (n, T) float32, 0 where nothing was drawn; metrics `heldout_gap` (mean real - mean fake score),
+            (n, L) float32, 0 where nothing was drawn; metrics `heldout_gap` (mean real - mean fake score),
             `heldout_auc` (chance that a real image scores above a fake one) and `score_mean`.
 
         Raises:
@@ -215,7 +268,7 @@ class CoTrainedCritic:
             torch.cat([scores.flatten() for scores in reals.values()]),
             torch.cat([scores.flatten() for scores in fakes.values()]),
         )
-        rewards = torch.zeros(pool.codes.shape)  # (n, T)
+        rewards = torch.zeros(pool.codes.shape)  # (n, L)
         gap = area = mean = 0.0
         for height in pool.heights:
             rows = pool.rows(height)  # (m,)

@@ -160,9 +160,9 @@ class CompositeReward(RolloutReward):
 
     def write(self, buffer: EpisodeRolloutBuffer, codes: Tensor) -> np.ndarray:
         """Normalise, weight, sum and write every term's rewards; returns (n,) the sums."""
-        images, mask = self._finished(codes), buffer.mask  # n images, (n, T)
+        images, mask = self._finished(codes), buffer.mask  # n images, (n, L)
         rows = images.image_rows.numpy()
-        whole, per_code = np.zeros(len(mask)), np.zeros(mask.shape)  # (n,), (n, T)
+        whole, per_code = np.zeros(len(mask)), np.zeros(mask.shape)  # (n,), (n, L)
         for name, earned in self._earned(images, mask):
             totals = earned if earned.ndim == 1 else earned.sum(1)  # (n,)
             self._record(name, totals)
@@ -181,7 +181,7 @@ class CompositeReward(RolloutReward):
         return totals
 
     def _finished(self, codes: Tensor) -> FinishedImages:
-        """The rollout's images, from codes (n, T), shared by all terms."""
+        """The rollout's images, from codes (n, L), shared by all terms."""
         if self.critic is not None:
             return self.critic.critic.finished(codes)
         return FinishedImages(codes, self.world.grid, self._decode, batch_size=256)
@@ -191,7 +191,7 @@ class CompositeReward(RolloutReward):
         return self.world.decode(codes.to(self.world.device))
 
     def _earned(self, images: FinishedImages, mask: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-        """Every term's name and rewards: of images (n,), or of the drawn codes (n, T)."""
+        """Every term's name and rewards: of images (n,), or of the drawn codes (n, L)."""
         if self.critic is not None:
             rewards = self.critic.earn(images, mask).astype(np.float64)
             yield "critic", rewards if self.critic.critic.scorer.dense else rewards.sum(1)
@@ -215,8 +215,10 @@ class CompositeReward(RolloutReward):
             assert world.real_codes is not None
             rng = np.random.default_rng(self.seed)
             rows = rng.permutation(len(world.real_codes))[: self.n_reference]
-            codes = torch.from_numpy(world.real_codes[rows].astype(np.int64))
-            self._references[height] = View(world.grid.crop(codes, height), self._decode, batch_size=256)
+            grid = world.grid
+            codes = grid.crop(torch.from_numpy(world.real_codes[rows].astype(np.int64)), height)
+            images = grid.without_labels(codes)
+            self._references[height] = View(images, self._decode, grid.labels_of(codes), batch_size=256)
         return self._references[height]
 
     def _moments(self, height: int) -> Moments:
@@ -262,11 +264,11 @@ class CompositeReward(RolloutReward):
 
 
 def _joined(parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]], mask: np.ndarray) -> np.ndarray:
-    """Join rewards by height into those of all images (n,), or of all drawn codes (n, T) if one of them is per code.
+    """Join rewards by height into those of all images (n,), or of all drawn codes (n, L) if one of them is per code.
 
     Args:
         parts: indices of the images (m,), positions of their codes (T',), and their rewards, (m,) or (m, T').
-        mask: (n, T) bool, the codes that were drawn.
+        mask: (n, L) bool, the codes that were drawn.
     """
     if all(rewards.ndim == 1 for _, _, rewards in parts):
         whole = np.zeros(len(mask))

@@ -18,6 +18,7 @@ from ral_gym.agents.episodes import EpisodeRolloutBuffer
 from ral_gym.agents.policy import PriorPolicy
 from ral_gym.agents.rewards.co_trained_critic import CoTrainedCritic
 from ral_gym.agents.rewards.rollout_reward import RolloutReward
+from ral_gym.errors import ConfigError
 from ral_gym.rewards.view import FinishedImages
 from ral_gym.runs.checked_state import array_of, integer_of
 
@@ -53,9 +54,16 @@ class CriticCallback(RolloutReward):
 
     def _init_callback(self) -> None:
         super()._init_callback()
+        if self.critic.grid.classes != self.world.grid.classes:
+            raise ConfigError(
+                f"the critic was made for {self.critic.grid.classes or 'no'} classes, but the environment has "
+                f"{self.world.grid.classes or 'none'}: give CoTrainedCritic classes={self.world.grid.classes}"
+            )
         distribution = self.code_env.core.distribution
         if distribution.mode in ("scratch", "mixed"):
-            self.critic.scorer.check_rows(self.critic.real_codes[:1], distribution.row_multiple)
+            grid, image = self.critic.grid, self.critic.real_codes[:1].long()
+            codes, labels = grid.without_labels(image), grid.labels_of(image)
+            self.critic.scorer.check_rows(codes, distribution.row_multiple, labels)
 
     def write(self, buffer: EpisodeRolloutBuffer, codes: Tensor) -> np.ndarray:
         """Train and score; returns (n,) the sums of the rewards that were written."""
@@ -69,10 +77,10 @@ class CriticCallback(RolloutReward):
 
         Args:
             images: the rollout's n finished images.
-            mask: (n, T) bool, the codes that were drawn.
+            mask: (n, L) bool, the codes that were drawn.
 
         Returns:
-            (n, T) float32 rewards, 0 where nothing was drawn.
+            (n, L) float32 rewards, 0 where nothing was drawn.
         """
         self._train_critic()
         rewards, metrics = self.critic.rewards(images)
@@ -98,12 +106,16 @@ class CriticCallback(RolloutReward):
         policy: PriorPolicy = self.model.policy  # type: ignore[assignment]
         grid = env.world.grid
         prefix, stop, self._pending = env.core.distribution.draw(self.rng, self._pending)
-        start = torch.from_numpy(np.where(grid.mask(0, stop), grid.not_drawn, grid.never_drawn))  # (T,)
-        codes = start.repeat(env.num_envs, 1)  # (E, T)
+        start = torch.from_numpy(np.where(grid.mask(0, stop), grid.not_drawn, grid.never_drawn))  # (L,)
+        codes = start.repeat(env.num_envs, 1)  # (E, L)
         if prefix:
-            given = torch.from_numpy(grid.mask(0, prefix))  # (T,)
+            given = torch.from_numpy(grid.mask(0, prefix))  # (L,)
+            given[grid.n_codes :] = True  # the label
             images = self.rng.integers(len(self.critic.real_codes), size=env.num_envs)
             codes[:, given] = self.critic.real_codes[images][:, given].long()
+        elif grid.classes:
+            labels = env.core.labels.draw_many(self.rng, env.num_envs)
+            codes[:, -1] = grid.first_label + torch.from_numpy(labels)
         drawn, _, _ = policy.draw_round(codes.to(policy.device), with_values=False)
         return FinishedImages(drawn.cpu(), grid)
 
@@ -135,10 +147,10 @@ class CriticCallback(RolloutReward):
         """From a checkpoint."""
         self.critic.load_state_dict(state["critic"])
         self.rng.bit_generator.state = state["rng"]
-        grid = self.critic.vqvae.grid
+        grid = self.critic.grid
         self._pending, self._warned = integer_of(state["pending"], "pending", high=grid.height), bool(state["warned"])
         pool = state["pool"]
         if pool is not None:
-            codes = array_of(pool, "pool", (None, grid.n_codes), np.int64, 0, grid.never_drawn)
+            codes = array_of(pool, "pool", (None, grid.length), np.int64, 0, grid.largest_entry)
             pool = FinishedImages(torch.from_numpy(codes), grid)
         self._pool = pool

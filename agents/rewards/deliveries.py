@@ -21,9 +21,8 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
 
 from ral_gym.agents.rewards.co_trained_critic import CoTrainedCritic
 from ral_gym.agents.rewards.critic_callback import WARM_UP_POOL_STEPS
-from ral_gym.agents.vec_env import CodeVecEnv, unwrap_code_env
+from ral_gym.agents.vec_env import unwrap_code_env
 from ral_gym.errors import ConfigError
-from ral_gym.grid import CodeGrid
 from ral_gym.rewards.view import FinishedImages
 
 
@@ -64,22 +63,27 @@ class CriticFeed:
         self.metrics: dict[str, float] = {}
         self._codes: list[torch.Tensor] = []
         if train and critic.n_updates == 0:
-            self._warm_up(found)
+            self._warm_up()
 
-    def _warm_up(self, env: CodeVecEnv) -> None:
-        grid, steps = env.world.grid, self.critic.config.warmup_steps
-        pool = self._random_pool(grid)
+    def _warm_up(self) -> None:
+        steps = self.critic.config.warmup_steps
+        pool = self._random_pool()
         for done in range(0, steps, WARM_UP_POOL_STEPS):
-            pool = self._random_pool(grid)
+            pool = self._random_pool()
             self.metrics = self.critic.train(pool, min(WARM_UP_POOL_STEPS, steps - done))
         self.metrics |= self.critic.rewards(pool)[1]
 
-    def _random_pool(self, grid: CodeGrid) -> FinishedImages:
-        shape = (self.episodes_per_update, grid.n_codes)
-        return self.critic.finished(torch.randint(grid.codebook_size, shape, generator=self.critic.generator))
+    def _random_pool(self) -> FinishedImages:
+        """Random codes, with classes given the labels of random real images."""
+        grid, generator, n = self.critic.grid, self.critic.generator, self.episodes_per_update
+        codes = torch.randint(grid.codebook_size, (n, grid.n_codes), generator=generator)
+        if grid.classes:
+            rows = torch.randint(len(self.critic.real_codes), (n,), generator=generator)
+            codes = torch.cat([codes, self.critic.real_codes[rows, -1:].long()], 1)
+        return self.critic.finished(codes)
 
     def score(self, codes: np.ndarray) -> np.ndarray:
-        """Rewards (n,) float32 of finished grids (n, T), K + 1 where nothing was drawn."""
+        """Rewards (n,) float32 of last observations (n, L), K + 1 where nothing was drawn."""
         grids = torch.from_numpy(codes.astype(np.int64))
         rewards = self.critic.image_rewards(self.critic.finished(grids))
         if not self.train:

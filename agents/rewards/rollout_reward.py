@@ -84,7 +84,8 @@ class RolloutReward(BaseCallback):
 
         Args:
             buffer: the rollout's.
-            codes: (n, T) int64, its finished grids, K + 1 where nothing was drawn.
+            codes: (n, L) int64, its finished grids, K + 1 where nothing was drawn; with classes the last entry is the
+                label, and L is T + 1, else T.
 
         Returns:
             (n,) each episode's total reward.

@@ -45,7 +45,8 @@ class GRPOConfig(EntropyConfig):
     """GRPO (ral_gym.agents.GRPO)."""
 
     group_size: int | None = None
-    """Images per group; a group starts from the same real rows. None: the largest divisor of n_envs up to 8."""
+    """Images per group; a group starts from the same real rows, and with classes shares its label. None: the largest
+    divisor of n_envs up to 8."""
     ratio: Literal["sequence", "token"] = "sequence"
     """Importance ratio: of whole images (GSPO-token), or of each code."""
     clip_range: float = 0.2

@@ -22,6 +22,15 @@ FEATURE_TERMS = ("loo_fd", "loo_fd_first_order", "loo_fd_diagonal", "kid")
 """Built-in rewards that see features."""
 
 
+UNLABELLED = ("faces", "celeba", "lsun")
+"""Built-in sources that give no classes."""
+
+
+def may_have_classes(config: Any) -> bool:
+    """Whether the images could have classes: what a source really gives is known when it is read."""
+    return config.data.source.partition(":")[0] not in UNLABELLED
+
+
 @dataclass(frozen=True)
 class Effect:
     """Settings that are read only if a condition holds.
@@ -99,8 +108,13 @@ EFFECTS = (
     ),
     Effect(
         "ral.grpo.group_size",
-        "ral.reset_mode continue or mixed: otherwise all images start alike and are one group",
-        lambda config: config.ral.reset_mode in ("continue", "mixed"),
+        "ral.reset_mode continue or mixed, or images with classes: otherwise all images start alike and are one group",
+        lambda config: config.ral.reset_mode in ("continue", "mixed") or may_have_classes(config),
+    ),
+    Effect(
+        "ral.label_draw critic.class_conditional",
+        "images with classes, which the source does not give",
+        lambda config: may_have_classes(config),
     ),
     Effect(
         "ral.normalize_advantage",

@@ -196,6 +196,9 @@ class CriticConfig:
     it scores next."""
     held_out: int = 256
     """Held-out images scored at every update (for AUC, gap and the scores' scale): a seeded random subset. 0: all."""
+    class_conditional: bool = True
+    """With classes: score an image given its class (the projection of Miyato and Koyama, 2018). False: whatever its
+    class. Real and fake images that it is trained on have the same classes in both cases."""
 
 
 @dataclass(frozen=True)
@@ -233,6 +236,9 @@ class RALConfig:
     """The text of an image for the rewards clip and hps; {name} is the name of its class."""
     reset_mode: Literal["full", "continue", "scratch", "mixed"] = "mixed"
     """Partial generation (Section 4.3): full grids, continue real rows, stop early, or a random mix of both."""
+    label_draw: Literal["uniform", "data"] = "uniform"
+    """With classes: the class of an image that continues no real one: every class equally often, or as often as in the
+    data."""
     n_envs: int = 16
     """Images drawn in parallel; the images per update."""
     n_updates: int = 1000

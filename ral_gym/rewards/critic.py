@@ -3,6 +3,9 @@
 Each strided layer halves the side, so n layers turn S x S pixels into a score map of side S / 2^n: 5 layers give the
 paper's 4 x 4 map of a 128 x 128 image. Fully convolutional: images of fewer rows (partial generation) give maps of
 fewer rows. There is no normalisation layer, since the gradient penalty is per image.
+
+With classes a patch's score is D(x, y) = head(f) + <E_y, f>, f its features and E_y a vector of class y: the projection
+of "cGANs with Projection Discriminator" (Miyato and Koyama, 2018), patch by patch. E is 0 at first.
 """
 
 from __future__ import annotations
@@ -26,12 +29,15 @@ class PatchCritic(nn.Module):
         channels: 1 or 3.
         hidden_units: channels after the first layer, doubled by each further one up to eight times.
         layers: strided convolutions.
+        classes: N, labels that scores depend on; 0: none.
 
     Raises:
         ConfigError: the layers leave no score map.
     """
 
-    def __init__(self, image_size: int, channels: int, *, hidden_units: int = 64, layers: int = 4) -> None:
+    def __init__(
+        self, image_size: int, channels: int, *, hidden_units: int = 64, layers: int = 4, classes: int = 0
+    ) -> None:
         super().__init__()
         if layers < 1 or image_size % 2**layers:
             raise ConfigError(
@@ -53,10 +59,24 @@ class PatchCritic(nn.Module):
             width = out
         self.body = nn.Sequential(*body)
         self.head = nn.Conv2d(width, 1, 3, padding=1)
+        self.class_embedding: nn.Embedding | None = None
+        if classes:
+            self.config["classes"] = classes
+            self.class_embedding = nn.Embedding(classes, width)
+            nn.init.zeros_(self.class_embedding.weight)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Images (B, C, h, S) in [-1, 1] -> score map (B, h / 2^n, S / 2^n)."""
-        return self.head(self.body(images)).squeeze(1)
+    def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Images (B, C, h, S) in [-1, 1] -> score map (B, h / 2^n, S / 2^n).
+
+        Args:
+            images: as above.
+            labels: (B,) int64, the images' classes; None: scores without a class's share.
+        """
+        features = self.body(images)  # (B, C', h', w')
+        scores = self.head(features).squeeze(1)  # (B, h', w')
+        if labels is None or self.class_embedding is None:
+            return scores
+        return scores + torch.einsum("bc,bchw->bhw", self.class_embedding(labels), features)
 
     def row_multiple(self, code_rows: int) -> int:
         """Partial images must have a multiple of this many code rows, so that score-map rows are whole.
@@ -67,7 +87,13 @@ class PatchCritic(nn.Module):
         return max(1, code_rows // self.map_size)
 
 
-def gradient_penalty(critic: nn.Module, real: Tensor, fake: Tensor, generator: torch.Generator | None = None) -> Tensor:
+def gradient_penalty(
+    critic: nn.Module,
+    real: Tensor,
+    fake: Tensor,
+    generator: torch.Generator | None = None,
+    labels: Tensor | None = None,
+) -> Tensor:
     """Mean of ``(||grad D(x)||_2 - 1)^2`` at points x drawn uniformly between real and fake images (Eq. 5).
 
     The norm is over all pixels of one image; D(x) is the mean of the score map.
@@ -77,13 +103,19 @@ def gradient_penalty(critic: nn.Module, real: Tensor, fake: Tensor, generator: t
         real: (B, C, h, S), or (B, F).
         fake: of the same shape.
         generator: draws the mixing weights, one per image.
+        labels: (B,) classes of the real images and of the fake ones, for a critic that takes them.
     """
     weight = torch.rand(len(real), generator=generator).to(real.device)
     weight = weight.reshape(-1, *[1] * (real.dim() - 1))  # (B, 1, ..)
     mixed = (weight * real + (1 - weight) * fake).requires_grad_(True)
-    scores = critic(mixed).reshape(len(mixed), -1).mean(1)  # (B,)
+    scores = _scores(critic, mixed, labels).reshape(len(mixed), -1).mean(1)  # (B,)
     (gradient,) = torch.autograd.grad(scores.sum(), mixed, create_graph=True)
     return (gradient.flatten(1).norm(dim=1) - 1).square().mean()
+
+
+def _scores(critic: nn.Module, seen: Tensor, labels: Tensor | None) -> Tensor:
+    """The critic's scores of what it sees (B, ...), given their classes (B,) if there are any."""
+    return critic(seen) if labels is None else critic(seen, labels=labels)
 
 
 def critic_loss(
@@ -93,6 +125,7 @@ def critic_loss(
     penalty_weight: float,
     generator: torch.Generator | None = None,
     loss: CriticLoss = "wgan_gp",
+    labels: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
     """What the critic minimises.
 
@@ -107,16 +140,18 @@ def critic_loss(
         penalty_weight: lambda_gp; `wgan_gp` only.
         generator: draws the mixing weights of the penalty.
         loss: `wgan_gp` or `hinge`.
+        labels: (B,) classes of the real images and of the fake ones, for a critic that takes them.
 
     Returns:
         the loss (scalar) and the metrics for the log: `loss`, `gap` (mean real - mean fake score) and, for `wgan_gp`,
         `gradient_penalty`.
     """
-    real_map, fake_map = critic(torch.cat([real, fake])).chunk(2)  # (B, h', w'), (B, h', w')
+    both = None if labels is None else labels.repeat(2)  # (2 B,)
+    real_map, fake_map = _scores(critic, torch.cat([real, fake]), both).chunk(2)  # (B, h', w'), (B, h', w')
     gap = real_map.mean() - fake_map.mean()
     if loss == "hinge":
         total = F.relu(1 - real_map).mean() + F.relu(1 + fake_map).mean()
         return total, {"loss": total.item(), "gap": gap.item()}
-    penalty = gradient_penalty(critic, real, fake, generator)
+    penalty = gradient_penalty(critic, real, fake, generator, labels)
     total = -gap + penalty_weight * penalty
     return total, {"loss": total.item(), "gap": gap.item(), "gradient_penalty": penalty.item()}

@@ -6,6 +6,7 @@ names:
     image_size, channels: of the images, for a critic that sees pixels;
     codebook_size, height, width, levels: of the code grid, for one that sees codes;
     num_features: for one that sees features;
+    classes: how many classes the images have whose `labels` its `forward` gets; 0: none, or not wanted;
     prior: a copy of the run's maximum-likelihood prior, as initial weights;
     any setting of `critic` by its name, such as hidden_units;
     and all of `critic.options`.
@@ -50,14 +51,15 @@ TRAINING = (
     "n_critic",
     "fakes",
     "held_out",
+    "class_conditional",
 )
 """Settings that the training loop reads; a critic gets one only if its constructor names it."""
 LOSS = ("loss", "gradient_penalty")
 """Settings that the built-in losses read."""
 FACTS: dict[str, tuple[str, ...]] = {
-    "codes": ("codebook_size", "height", "width", "levels"),
-    "features": ("image_size", "channels", "num_features"),
-    "pixels": ("image_size", "channels"),
+    "codes": ("codebook_size", "height", "width", "levels", "classes"),
+    "features": ("image_size", "channels", "num_features", "classes"),
+    "pixels": ("image_size", "channels", "classes"),
 }
 """What a critic sees -> arguments that the run fills in."""
 MakePrior = Callable[[], Any]
@@ -70,6 +72,7 @@ def build_critic(
     extractor: Extractor | None = None,
     make_prior: MakePrior | None = None,
     untouched: Sequence[CriticConfig] = (),
+    classes: int = 0,
 ) -> nn.Module:
     """A new critic of the kind that the settings name.
 
@@ -79,6 +82,7 @@ def build_critic(
         extractor: for a critic that sees features; None: the tokenizer's encoder.
         make_prior: makes the prior that a critic may take its initial weights from.
         untouched: defaults and the preset's settings: a value that equals one of them was not changed by the user.
+        classes: how many classes the images have.
 
     Raises:
         ConfigError: an unknown kind, options or settings that it does not take, or what its constructor refuses.
@@ -87,6 +91,7 @@ def build_critic(
     what, facts, taken = f"critic {settings.kind!r}", _facts(cls, vqvae), constructor_parameters(cls)[0]
     if sees_of(cls, what) == "features":
         facts["num_features"] = int((extractor or require_encoder_features(vqvae)).num_features)
+    facts["classes"] = classes if settings.class_conditional else 0
     known = _own_arguments(cls, settings, facts, untouched)
     known |= {name: value for name, value in facts.items() if name in taken}
     _check_loss(settings, cls)

@@ -19,7 +19,6 @@ classes None. A batch for `loss` has real and fake images of the same classes in
 
 from __future__ import annotations
 
-import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,7 +28,7 @@ from torch.nn import functional as F
 from ral_gym.errors import ConfigError
 from ral_gym.grid import CodeGrid
 from ral_gym.rewards.score_map import RewardKind, ScoreNormalizer, step_rewards
-from ral_gym.rewards.view import Sees, View, sees_of
+from ral_gym.rewards.view import Sees, View, sees_of, takes_labels
 from ral_gym.tokenizers.base import Tokenizer, device_of, encoder_features
 
 if TYPE_CHECKING:  # the quantiser's library takes seconds to import
@@ -113,19 +112,20 @@ class CriticScorer:
         parts = zip(seen.split(self.batch_size), labels.to(seen.device).split(self.batch_size), strict=True)
         return torch.cat([self.critic(batch, labels=classes) for batch, classes in parts])
 
-    def check_rows(self, codes: Tensor, rows: int) -> None:
+    def check_rows(self, codes: Tensor, rows: int, labels: Tensor | None = None) -> None:
         """Refuse a critic that cannot see short images, before an episode is drawn.
 
         Args:
             codes: (1, T) integer, of any image.
             rows: fewest rows that an image may have.
+            labels: (1,) the image's class, if any.
 
         Raises:
             ConfigError: its `forward` fails on the first `rows` rows.
         """
         seen = self.seen(self.view(self.grid.crop(codes, rows)))
         try:
-            self.scores_of(seen)
+            self.scores_of(seen, labels)
         except RuntimeError as error:
             name, reason = type(self.critic).__name__, (str(error).strip() or "no reason given").splitlines()[0]
             raise ConfigError(
@@ -186,11 +186,6 @@ class CriticScorer:
         """Codes of r rows (B, codes_of(r)) int64 -> normalised score map (B, h, w), step rewards of that shape."""
         scores, rows = self.normalizer(self.score(codes, labels)), self.grid.rows_of(codes.shape[1])
         return self.score_map(scores, rows), self.rewards(scores, rows)
-
-
-def takes_labels(critic: nn.Module) -> bool:
-    """Whether a critic's `forward` has an argument `labels`."""
-    return "labels" in inspect.signature(critic.forward).parameters
 
 
 def _as_map(scores: Tensor) -> Tensor:

@@ -8,11 +8,12 @@ functions and the distribution terms; where all of them read codes, no image is 
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ral_gym.errors import ConfigError
 from ral_gym.grid import CodeGrid
@@ -40,6 +41,12 @@ def sees_of(part: Any, what: str) -> Sees:
     if sees not in SEES:
         raise ConfigError(f"{what} sees {sees!r}: choose one of {', '.join(SEES)}")
     return sees
+
+
+def takes_labels(function: Any) -> bool:
+    """Whether a function, or the `forward` of a network, has an argument `labels`."""
+    called = function.forward if isinstance(function, nn.Module) else function
+    return "labels" in inspect.signature(called).parameters
 
 
 class View:
@@ -97,15 +104,16 @@ class FinishedImages:
     """The finished code grids of a rollout.
 
     Attributes:
-        codes: (n, T) int64, K + 1 where nothing was drawn.
+        codes: (n, L) int64, K + 1 where nothing was drawn: codes, or with classes in the grid sequences with labels.
         grid: their shape.
         image_rows: (n,) int64, rows of each image.
+        labels: (n,) int64 classes, or None.
 
     Args:
         codes: as above.
         grid: as above.
         decode: codes -> images; None if only codes are seen.
-        labels: (n,) int64 classes, or None.
+        labels: as above, for a grid without classes.
         batch_size: images decoded at once.
     """
 
@@ -117,8 +125,9 @@ class FinishedImages:
         labels: Tensor | None = None,
         batch_size: int = 128,
     ) -> None:
-        self.codes, self.grid, self.labels, self.batch_size = codes, grid, labels, batch_size
-        self.image_rows = (codes != grid.never_drawn).sum(1) // grid.codes_of(1)
+        self.codes, self.grid, self.batch_size = codes, grid, batch_size
+        self.labels = grid.labels_of(codes) if grid.classes else labels
+        self.image_rows = (grid.without_labels(codes) != grid.never_drawn).sum(1) // grid.codes_of(1)
         self._decode = decode
         self._views: dict[int, View] = {}
 
@@ -145,11 +154,12 @@ class FinishedImages:
         if height not in self._views:
             rows = self.rows(height)
             labels = None if self.labels is None else self.labels[rows]
-            self._views[height] = View(self.grid.crop(self.codes[rows], height), self._decode, labels, self.batch_size)
+            codes = self.grid.without_labels(self.grid.crop(self.codes[rows], height))
+            self._views[height] = View(codes, self._decode, labels, self.batch_size)
         return self._views[height]
 
     def batch(self, size: int, generator: torch.Generator) -> Tensor:
-        """Random grids of one height, drawn by its share of the images: (size, codes_of(height)) int64."""
+        """Random images of one height, drawn by its share of them: (size, codes_of(height)) int64, and any labels."""
         pick = int(torch.randint(len(self.codes), (1,), generator=generator))
         height = int(self.image_rows[pick])
         same = self.rows(height)
