@@ -21,7 +21,7 @@ from ral_gym.agents.rewards.critic_callback import CriticCallback
 from ral_gym.agents.vec_env import CodeVecEnv, make_sb3_env
 from ral_gym.config import CriticConfig
 from ral_gym.errors import ConfigError, RunError
-from ral_gym.metrics import Extractor, PyramidFeatures
+from ral_gym.metrics import Extractor
 from ral_gym.pictures import save_grid
 from ral_gym.presets import PRESETS
 from ral_gym.priors.base import Prior, config_of, load_prior, save_prior
@@ -31,10 +31,11 @@ from ral_gym.rewards.making import build_critic, save_critic
 from ral_gym.rewards.options import reward_options
 from ral_gym.rewards.provenance import check_reward_files, keep_reward_files
 from ral_gym.rewards.reference import load_reference
+from ral_gym.rewards.scorer import find_features
 from ral_gym.runs.run import Run, random_state, read_config, seed_everything, set_random_state
 from ral_gym.stages.device import resolve_device
 from ral_gym.stages.levels import load_generator, load_vqvae
-from ral_gym.tokenizers.base import Tokenizer, encoder_features
+from ral_gym.tokenizers.base import Tokenizer, device_of
 from ral_gym.tokenizers.code_set import CodeSet, decode_codes
 
 SAMPLE_EVERY = 20
@@ -66,9 +67,7 @@ def make_agent(run: Run, env: CodeVecEnv, prior: Prior, device: torch.device) ->
 
 def reward_features(run: Run, vqvae: Tokenizer) -> Extractor | None:
     """The extractor `ral.reward_features` of critics and terms that see features; None if the tokenizer has none."""
-    if run.config.ral.reward_features == "pyramid":
-        return PyramidFeatures()
-    return encoder_features(vqvae)
+    return find_features(run.config.ral.reward_features, vqvae, device_of(vqvae))
 
 
 def make_critic(

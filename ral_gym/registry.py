@@ -31,7 +31,7 @@ _PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*
 _MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 _NAMING = (
     *("plugin", "preset", "data", "source", "kind", "options", "algo", "algos"),
-    *("reward-weights", "extractor", "metrics"),
+    *("reward-weights", "reward-features", "features", "extractor", "metrics"),
 )
 """The flags whose values are names of parts, without their section: ``--prior.kind`` is one, ``--runs`` is none."""
 _allowed: set[str] = set()

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import tyro
 
 from ral_gym.errors import ConfigError
-from ral_gym.registry import CRITICS, REWARDS
+from ral_gym.registry import CRITICS, EXTRACTORS, REWARDS
 
 CRITIC_ALONE = {"critic": 1.0}
 """The paper's reward."""
@@ -136,8 +136,8 @@ def check_prompt(prompt: str, class_names: Sequence[str] | None = None) -> None:
         )
 
 
-def check_parts(weights: dict[str, float], critic: str) -> None:
-    """Refuse names of rewards, and of the critic if there is one, that stage 3 would not find; nothing is imported.
+def check_parts(weights: dict[str, float], critic: str, features: str = "encoder") -> None:
+    """Refuse names of rewards, their features, and the critic, that stage 3 would not find; nothing is imported.
 
     `Config.check` does not do this, so that a run made with custom parts can be sampled from without them.
 
@@ -148,6 +148,7 @@ def check_parts(weights: dict[str, float], critic: str) -> None:
         REWARDS.check(term)
     if "critic" in weights:
         CRITICS.check(critic)
+    EXTRACTORS.check(features)
 
 
 def constructor_parameters(cls: type) -> tuple[frozenset[str], bool]:

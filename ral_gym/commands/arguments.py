@@ -145,6 +145,28 @@ class EvaluateArguments:
 
 
 @dataclass
+class ReferenceArguments:
+    """Write the statistics of real images' features, for --ral.reward-reference of a run with or without images."""
+
+    run: RunFolder
+    """The run folder, for instance runs/demo: its tokenizer, and how it crops and resizes."""
+    features: str = "encoder"
+    """The features, as --ral.reward-features."""
+    data: str | None = None
+    """A source of images as in `ral-gym train`. None: the run's training images after encoding and decoding."""
+    n: int | None = None
+    """Use only this many images, a seeded random subset. None: all."""
+    output: str | None = None
+    """File. None: RUN/reference_FEATURES.npz."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda` or `cuda:N`."""
+    quiet: bool = False
+    """No progress bars."""
+    plugins: Plugins = ()
+    """Your own parts: modules that register some, or `module:Class` names that the run's files may ask for."""
+
+
+@dataclass
 class PresetsArguments:
     """List the presets, or all settings of one."""
 
@@ -209,6 +231,7 @@ Arguments = (
     | EvaluateArguments
     | VerifyArguments
     | ReportArguments
+    | ReferenceArguments
     | PresetsArguments
     | CacheArguments
 )
@@ -233,6 +256,7 @@ def parse(argv: Sequence[str]) -> Arguments:
         Annotated[EvaluateArguments, tyro.conf.subcommand("evaluate")],
         Annotated[VerifyArguments, tyro.conf.subcommand("verify")],
         Annotated[ReportArguments, tyro.conf.subcommand("report")],
+        Annotated[ReferenceArguments, tyro.conf.subcommand("reference")],
         Annotated[PresetsArguments, tyro.conf.subcommand("presets")],
         Annotated[CacheArguments, tyro.conf.subcommand("cache")],
     ]
@@ -249,7 +273,7 @@ def parse(argv: Sequence[str]) -> Arguments:
     return _complete(arguments, base) if isinstance(arguments, TrainArguments) else arguments
 
 
-COMMANDS = ("train", "import", "sample", "complete", "evaluate", "verify", "report", "presets", "cache")
+COMMANDS = ("train", "import", "sample", "complete", "evaluate", "verify", "report", "reference", "presets", "cache")
 
 
 def _check_command(argv: Sequence[str]) -> None:
@@ -345,7 +369,7 @@ def _complete(arguments: TrainArguments, base: Config) -> TrainArguments:
     for name in config.evaluation.metrics:
         METRICS.check(name)
     if "ral" in arguments.stages:
-        check_parts(config.ral.reward_weights, config.critic.kind)
+        check_parts(config.ral.reward_weights, config.critic.kind, config.ral.reward_features)
     if not arguments.stages:
         raise ConfigError(f"--stages is empty: give one or more of {' '.join(STAGES)}")
     if arguments.gradient_accumulation < 1:

@@ -15,6 +15,7 @@ from ral_gym.commands.arguments import (
     CompleteArguments,
     EvaluateArguments,
     PresetsArguments,
+    ReferenceArguments,
     ReportArguments,
     SampleArguments,
     TrainArguments,
@@ -57,6 +58,10 @@ def _dispatch(argv: Sequence[str], console: Console) -> None:
             from ral_gym.commands.report import report_run
 
             report_run(arguments, console)
+        case ReferenceArguments():
+            from ral_gym.commands.reference import write_reference
+
+            write_reference(arguments, console)
         case PresetsArguments():
             from ral_gym.commands.overview import show_presets
 

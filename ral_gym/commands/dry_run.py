@@ -20,11 +20,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from ral_gym.config import Config, CriticConfig
 from ral_gym.data.images import channels_of
 from ral_gym.grid import CodeGrid
-from ral_gym.metrics import PyramidFeatures
 from ral_gym.priors.base import logits_of
 from ral_gym.priors.two_level import join_priors
-from ral_gym.rewards.making import build_critic
-from ral_gym.rewards.scorer import CriticScorer
+from ral_gym.rewards.making import build_critic, critic_class
+from ral_gym.rewards.scorer import CriticScorer, find_features
 from ral_gym.stages.levels import SECTIONS, prior_of
 from ral_gym.stages.processes import Compute
 from ral_gym.tokenizers.base import Tokenizer, tokenizer_of
@@ -202,7 +201,8 @@ def _prior_cost(
 def _ral_cost(config: Config, vqvae: Any, priors: list[nn.Module], grid: CodeGrid) -> StageCost:
     """Stage 3: whole images drawn, one pass of the policy gradient, the critic's steps if there is one."""
     ral, settings = config.ral, config.critic
-    features = PyramidFeatures() if ral.reward_features == "pyramid" else None
+    sees_features = getattr(critic_class(settings.kind), "sees", "pixels") == "features"
+    features = find_features(ral.reward_features, None) if sees_features else None
     networks: Any = priors
     with META:
         patch = CriticConfig(hidden_units=settings.hidden_units, layers=settings.layers)

@@ -28,6 +28,7 @@ def check_extras(config: Config, stages: Sequence[str]) -> None:
     if "evaluate" in stages:
         needed[f"the extractor {config.evaluation.extractor}"] = EXTRACTORS.get(config.evaluation.extractor)
     if "ral" in stages:
+        needed[f"the features {config.ral.reward_features}"] = EXTRACTORS.get(config.ral.reward_features)
         needed |= {f"the reward {term}": REWARDS.get(term) for term in config.ral.reward_weights}
     missing: dict[str, list[str]] = {}
     extras: dict[str, None] = {}

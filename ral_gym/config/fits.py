@@ -53,11 +53,16 @@ def _check_small_images(config: Any) -> None:
             f"ral.reset_mode is {config.ral.reset_mode}, but {config.data.image_size} pixels give one row of codes, "
             "which cannot be continued: give ral.reset_mode full, larger images or fewer vqvae.layers"
         )
-    if config.evaluation.extractor == "lite0" and config.data.image_size < LITE0_PIXELS:
-        raise ConfigError(
-            f"evaluation.extractor lite0 needs images of {LITE0_PIXELS} pixels or more, data.image_size is "
-            f"{config.data.image_size}: give larger images, or evaluation.extractor encoder"
-        )
+    small = config.data.image_size < LITE0_PIXELS
+    for name, value in (
+        ("evaluation.extractor", config.evaluation.extractor),
+        ("ral.reward_features", config.ral.reward_features),
+    ):
+        if value == "lite0" and small:
+            raise ConfigError(
+                f"{name} lite0 needs images of {LITE0_PIXELS} pixels or more, data.image_size is "
+                f"{config.data.image_size}: give larger images, or {name} encoder"
+            )
 
 
 def _check_attention(config: Any) -> None:

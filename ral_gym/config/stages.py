@@ -218,9 +218,9 @@ class RALConfig:
     """Reward terms and their weights: critic, loo_fd, loo_fd_first_order, loo_fd_diagonal, kid, clip, hps, a registered
     name, or your own `module:function`. Without the term critic none is trained. Unless the only term is a critic of
     weight 1, every term is normalised over the batch before it is weighted."""
-    reward_features: Literal["encoder", "pyramid"] = "encoder"
-    """Features for terms and critics that see features: of the tokenizer's encoder, or magnitudes of a Laplacian
-    pyramid; the results table uses evaluation.extractor."""
+    reward_features: str = "encoder"
+    """Features for terms and critics that see features: `encoder` (the tokenizer's), `pyramid` (magnitudes of a
+    Laplacian pyramid), or what evaluation.extractor may be, which should be another one."""
     reward_ema: float = 0.5
     """Decay of the Frechet terms' moving averages over rollouts; 0: each rollout by itself."""
     reward_reference: str | None = None

@@ -31,7 +31,7 @@ from ral_gym.presets import PRESETS
 from ral_gym.registry import CRITICS, PRIORS, REWARDS
 from ral_gym.rewards.options import check_terms
 from ral_gym.rewards.score_map import ScoreNormalizer
-from ral_gym.rewards.scorer import CriticScorer, require_encoder_features
+from ral_gym.rewards.scorer import CriticScorer, find_features, require_encoder_features
 from ral_gym.rewards.terms import RewardTerm
 from ral_gym.rewards.view import sees_of
 from ral_gym.runs.storage import load_metadata, load_module, save_module
@@ -251,11 +251,7 @@ def load_scorer(
 
 def _extractor(name: Any) -> Extractor | None:
     """The extractor of a saved critic's features; None: the tokenizer's encoder."""
-    if name != "pyramid":
-        return None
-    from ral_gym.metrics import PyramidFeatures
-
-    return PyramidFeatures()
+    return find_features(name, None) if isinstance(name, str) and name != "encoder" else None
 
 
 def row_multiple(critic: nn.Module | None, code_rows: int) -> int:

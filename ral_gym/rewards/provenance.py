@@ -22,7 +22,7 @@ FILE = "rewards.json"
 
 
 def file_digests(config: Config) -> dict[str, dict[str, Any]]:
-    """Setting -> name of a file -> its `bytes` and `sha256`, of all that `ral` names.
+    """Setting -> name of a file in the folder, or "the file" -> its `bytes` and `sha256`, of all that `ral` names.
 
     Raises:
         ConfigError: a file is missing or cannot be read.
@@ -32,12 +32,9 @@ def file_digests(config: Config) -> dict[str, dict[str, Any]]:
         value = getattr(config.ral, setting)
         if value is not None:
             path = Path(value)
-            files = [path / name for name in (*FOLDER, PREPROCESSING)] if path.is_dir() else [path]
-            found[setting] = {
-                file.name: _facts(f"ral.{setting}", file)
-                for file in files
-                if file.name != PREPROCESSING or file.exists()
-            }
+            folder = [name for name in (*FOLDER, PREPROCESSING) if name in FOLDER or (path / name).exists()]
+            files = {name: path / name for name in folder} if path.is_dir() else {"the file": path}
+            found[setting] = {name: _facts(f"ral.{setting}", file) for name, file in files.items()}
     return found
 
 
@@ -58,7 +55,7 @@ def check_reward_files(run: Run) -> None:
         if before != now:
             name = _first(before, now)
             raise RunError(
-                f"{run.path} was rewarded with another file as ral.{setting} ({name} differs from {FILE}): give "
+                f"{run.path} was rewarded with another file as ral.{setting} ({name} is not that of {FILE}): give "
                 "the one it began with, or choose another --name"
             )
 

@@ -1,10 +1,10 @@
 """Statistics of real images' features: what the Frechet rewards compare to where the images are not at hand.
 
-    from ral_gym.rewards.reference import save_reference, run_reference
-    save_reference("stats.npz", run_reference("runs/demo", "pyramid"))  # of the run's decoded real codes
-    save_reference("stats.npz", Moments.of(features, extractor))        # of any features (N, F)
+    ral-gym reference runs/demo --features pyramid --output stats.npz
+    ral-gym train .. --ral.reward-features pyramid --ral.reward-reference stats.npz
 
-and then ``ral-gym train .. --ral.reward-features pyramid --ral.reward-reference stats.npz``. A file is a NumPy archive:
+or, from images or features of your own, ``save_reference("stats.npz", reference_of(images, extractor))`` and
+``save_reference("stats.npz", Moments.of(features, extractor))``. A file is a NumPy archive:
 
     mu      (F,) float64, the mean;
     sigma   (F, F) float64, the covariance, divided by n - 1 as `numpy.cov` does; or (F,), its diagonal, which
@@ -20,18 +20,54 @@ from __future__ import annotations
 
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from ral_gym.errors import ConfigError, RunError
-from ral_gym.rewards.moments import MOST_FEATURES, Moments
+from ral_gym.errors import ConfigError, DivergedError, RunError
+from ral_gym.rewards.moments import MINIMUM_BATCH, MOST_FEATURES, Moments, weights_of
 from ral_gym.runs.foreign import check_regular
 from ral_gym.runs.storage import write_atomic
 
+if TYPE_CHECKING:
+    from ral_gym.metrics import Extractor
+    from ral_gym.metrics.features import Images
+
 _MOST_BYTES = 8 * MOST_FEATURES * (MOST_FEATURES + 1) + 2**20
 _LONGEST_NAME = 200
+
+
+@torch.no_grad()
+def reference_of(images: Images, extractor: Extractor) -> Moments:
+    """The moments of a set of images of any size, read once; memory is that of a batch and of the covariance.
+
+    Args:
+        images: uint8 (N, 1 or 3, S, S), or batches of it.
+        extractor: the features.
+
+    Raises:
+        ConfigError: fewer than 3 images, or more than `MOST_FEATURES` features.
+        DivergedError: a feature is NaN or infinite.
+    """
+    from ral_gym.metrics.features import image_batches
+
+    n, mean, scatter = 0, torch.zeros(()), torch.zeros(())
+    for batch in image_batches(images, 64):
+        features = extractor(batch.to(extractor.device)).cpu().double()  # (B, F)
+        if features.shape[1] > MOST_FEATURES:
+            raise ConfigError(f"{features.shape[1]} features: a reference has at most {MOST_FEATURES}")
+        if not features.isfinite().all():
+            raise DivergedError("a feature is NaN or infinite: the extractor's weights, or the images, are damaged")
+        own, total = features.mean(0), n + len(features)
+        centred, shift = features - own, own - mean  # (B, F), (F,)
+        # Chan et al. (1979): two parts' scatter matrices, and that of their means.
+        between = shift[:, None] * shift * (n * len(features) / total)
+        scatter, mean = scatter + centred.T @ centred + between, mean + shift * (len(features) / total)
+        n = total
+    if n < MINIMUM_BATCH:
+        raise ConfigError(f"a reference of {n} images: give {MINIMUM_BATCH} or more")
+    return Moments(mean, scatter / n, n, extractor.name, weights_of(extractor))
 
 
 def save_reference(path: Path | str, moments: Moments) -> None:

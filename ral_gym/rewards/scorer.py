@@ -216,3 +216,16 @@ def require_encoder_features(vqvae: Any) -> Extractor:
             f"{type(vqvae).__name__} has no encode_features to take features from: choose --ral.reward-features pyramid"
         )
     return found
+
+
+def find_features(name: str, vqvae: Any, device: torch.device | str = "cpu") -> Extractor | None:
+    """The extractor that `ral.reward_features` names; None: `encoder`, and the tokenizer has none or is not given.
+
+    Raises:
+        ConfigError: an unknown name, or what the extractor needs is not installed.
+    """
+    if name == "encoder":
+        return None if vqvae is None else encoder_features(vqvae)
+    from ral_gym.metrics import make_extractor
+
+    return make_extractor(name, device=device)
