@@ -8,8 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from ral_gym.commands.arguments import COMMANDS, STAGES, SampleArguments, TrainArguments, parse
+from ral_gym.commands.arguments import COMMANDS, STAGES, TrainArguments, parse
 from ral_gym.commands.cli import main
+from ral_gym.commands.draw_arguments import SampleArguments
 from ral_gym.commands.generate import open_run
 from ral_gym.commands.train import files_of, finished_files
 from ral_gym.config import SECTIONS, Config

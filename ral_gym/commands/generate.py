@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from ral_gym.commands.arguments import CompleteArguments, SampleArguments
+from ral_gym.commands.draw_arguments import CompleteArguments, SampleArguments
 from ral_gym.errors import ConfigError, RunError, printable
 from ral_gym.grid import CodeGrid
 from ral_gym.pictures import save_grid
