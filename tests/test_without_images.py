@@ -62,7 +62,7 @@ def start_from(source: Path, name: str, *more: str) -> list[str]:
     return ["train", "--start-from", str(source), "--runs", str(source.parent), "--name", name, *SHORT, *more]
 
 
-@pytest.mark.parametrize("project", ["unconditional"])
+@pytest.mark.parametrize("project", ["unconditional", "llamagen", "taming"])
 def test_stage_3_tunes_an_imported_prior(project: str, imported: Path, rewarded: list[str]) -> None:
     argv = start_from(imported / project, f"{project}-grpo", "--stages", "vqvae", "prior", "ral", *rewarded)
     assert main(argv) == 0
