@@ -11,12 +11,15 @@ from collections.abc import Generator
 from typing import Any
 
 import numpy as np
+import torch
 from stable_baselines3.common.type_aliases import RolloutBufferSamples
 from torch import Tensor
 
 from ral_gym.agents.advantages import episode_advantages
 from ral_gym.agents.episode_storage import EpisodeStorage
+from ral_gym.grid import CodeGrid
 from ral_gym.priors.base import Prior
+from ral_gym.priors.guidance import mix
 
 
 class Episodes:
@@ -41,10 +44,26 @@ class Episodes:
         """Some of the transitions of the same grids (TRPO's sub-sampling)."""
         return Episodes(self.codes, self.row[index], self.pos[index], self.length)
 
+    def without_class(self, grid: CodeGrid) -> Episodes:
+        """The same transitions of images that have no class."""
+        none = torch.full_like(self.codes[:, -1:], grid.no_class)
+        return Episodes(torch.cat([self.codes[:, :-1], none], 1), self.row, self.pos, self.length)
 
-def episode_logits(prior: Prior, episodes: Episodes) -> Tensor:
-    """Logits (N, K) of a network for every transition of episodes, by one teacher-forced pass."""
-    return prior.logits(episode_features(prior, episodes), episodes.pos)
+
+def episode_logits(prior: Prior, episodes: Episodes, guidance: float = 1.0, features: Tensor | None = None) -> Tensor:
+    """Logits (N, K) of a network for every transition of episodes, by one teacher-forced pass; guided ones by two.
+
+    Args:
+        prior: the network.
+        episodes: the transitions.
+        guidance: scale s; see `ral_gym.priors.guidance`.
+        features: (N, C) what `episode_features` has returned; None: it is called.
+    """
+    features = episode_features(prior, episodes) if features is None else features
+    logits = prior.logits(features, episodes.pos)
+    if guidance == 1:
+        return logits
+    return mix(logits, episode_logits(prior, episodes.without_class(prior.grid)), guidance)
 
 
 def episode_features(prior: Prior, episodes: Episodes) -> Tensor:

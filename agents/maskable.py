@@ -17,7 +17,7 @@ from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
 from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import Tensor
 
-from ral_gym.agents.episodes import EpisodeRolloutBuffer, Episodes, episode_logits, twice
+from ral_gym.agents.episodes import EpisodeRolloutBuffer, Episodes, twice
 from ral_gym.agents.policy import PriorPolicy
 from ral_gym.priors.sampler import draw
 from ral_gym.runs.checked_state import array_of
@@ -51,6 +51,8 @@ class MaskablePriorPolicy(PriorPolicy):
         actions = self._choose(distribution, deterministic)
         if self.use_cache and not torch.is_grad_enabled():
             self.cache.draw(actions)
+        if self.plain_log_probs:
+            distribution = self._masked(self.prior.logits(features, position), action_masks)
         return actions, self._values(features, position, stop), distribution.log_prob(actions)
 
     def _choose(self, distribution: MaskableCategoricalDistribution, deterministic: bool) -> Tensor:
@@ -63,8 +65,9 @@ class MaskablePriorPolicy(PriorPolicy):
         self, obs: Tensor | Episodes, actions: Tensor, action_masks: Masks = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Values (N, 1), log-probabilities (N,) and entropies (N,) among the legal codes."""
+        obs = self._episodes(obs)
         features, position, stop = self._features(obs)
-        distribution = self._masked(self.prior.logits(features, position), action_masks)
+        distribution = self._masked(self.episode_logits(obs, features), action_masks)
         values = self._values(features, position, stop)
         return values, distribution.log_prob(actions.long().flatten()), distribution.entropy()
 
@@ -73,7 +76,7 @@ class MaskablePriorPolicy(PriorPolicy):
     ) -> MaskableCategoricalDistribution:
         """The distribution over legal codes, of observations (B, T) or of episodes' transitions."""
         if isinstance(obs, Episodes):
-            return self._masked(episode_logits(self.prior, obs), action_masks)
+            return self._masked(self.episode_logits(obs), action_masks)
         return self._masked(self._look(obs, "predict")[1], action_masks)
 
     def predict(

@@ -21,82 +21,14 @@ from stable_baselines3.common.type_aliases import Schedule
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ral_gym.agents.episodes import Episodes, episode_features, episode_logits
+from ral_gym.agents.episodes import EpisodeRolloutBuffer, Episodes, episode_features, episode_logits
+from ral_gym.agents.prior_weights import PriorWeights, check_for_trpo
 from ral_gym.agents.spaces import sequence_shape
 from ral_gym.agents.step_cache import StepCache, first_not_drawn
 from ral_gym.errors import ConfigError
-from ral_gym.grid import CodeGrid
-from ral_gym.priors.base import Prior, build_prior, config_of, load_prior
-from ral_gym.priors.check import check_prior
+from ral_gym.priors.base import Prior
+from ral_gym.priors.guidance import Sampling, check_guidance
 from ral_gym.priors.sampler import CachedSampler, draw
-from ral_gym.priors.two_level import load_levels
-from ral_gym.runs.storage import weights_of
-
-
-class PriorWeights:
-    """A prior to start from, of one level or two, as a policy argument that is small when pickled.
-
-    Pickling keeps the constructor's arguments and drops the weights: a saved SB3 model carries the policy's own
-    weights, so loading it must not need the run folder it started from.
-
-    Args:
-        config: the network's `ral_gym.priors.base.config_of`, from which `build_prior` makes it.
-        weights: its weights; None: keep the initialisation.
-    """
-
-    def __init__(self, config: dict[str, Any], weights: dict[str, Tensor] | None = None) -> None:
-        self.config, self.weights = config, weights
-
-    @classmethod
-    def of(cls, prior: PriorWeights | Prior | Path | str) -> PriorWeights:
-        """From a network, a file such as ``runs/demo/prior.safetensors``, or a run folder.
-
-        Raises:
-            ConfigError: a network that breaks the `Prior` protocol, or a file that names code whose import was not
-                allowed.
-            RunError: the file is missing or damaged.
-        """
-        if isinstance(prior, PriorWeights):
-            return prior
-        if isinstance(prior, Path | str):
-            path = Path(prior)
-            if path.is_dir():
-                return cls.of(load_levels(path, "prior", 1 + (path / "prior_bottom.safetensors").exists()))
-            return cls.of(load_prior(path))
-        check_prior(prior)
-        return cls(config_of(prior), weights_of(prior))  # type: ignore[arg-type]
-
-    @property
-    def grid(self) -> CodeGrid:
-        """The codes that it draws."""
-        parts = (self.config, self.config.get("top", {}), self.config.get("bottom", {}))
-        own = any("kind" in part for part in parts)  # such a constructor may need real tensors
-        with torch.random.fork_rng(devices=[], enabled=own), torch.device("cpu" if own else "meta"):
-            return build_prior(self.config).grid
-
-    def build(self) -> Prior:
-        """The network."""
-        network = build_prior(self.config)
-        if self.weights is not None:
-            network.load_state_dict(self.weights)
-        return network
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"config": self.config, "weights": None}
-
-
-def check_for_trpo(prior: Prior) -> None:
-    """Refuse a prior that TRPO would train only in part: it skips all weights with "value" in their names.
-
-    Raises:
-        ConfigError: names such a weight.
-    """
-    skipped = [name for name, _ in prior.named_parameters() if "value" in name]
-    if skipped:
-        raise ConfigError(
-            f"TRPO takes weights with 'value' in their name for a value function's and would not train {skipped[0]} of "
-            f"{type(prior).__name__}: rename it (content, say), or choose another algorithm"
-        )
 
 
 class ValueHead(nn.Module):
@@ -145,12 +77,18 @@ class PriorPolicy(ActorCriticPolicy):
         value_units: width of the value head.
         detach_features: the value head reads detached features, so that its loss stays out of the pretrained trunk.
         use_cache: use the sampling cache in rollouts; False: a full pass per step, for tests.
+        guidance: scale s of classifier-free guidance in drawing; 1: none.
+        guidance_log_probs: `guided`: the policy is what is drawn from, p_c^s p_u^(1-s) normalised, and updates take
+            two passes with gradients through both. `plain`: updates use p_c alone, log-probabilities of the draw
+            included, so that the ratio starts at 1; biased, since the codes are not p_c's (Baran et al., 2026).
         use_sde: must be False; passed by SB3.
         optimizer_class: Adam by default.
         optimizer_kwargs: its arguments, such as ``{"betas": (0.5, 0.999)}``.
+        **drawing: must be empty: `temperature`, `top_k` and `top_p` are refused with the reason.
 
     Raises:
-        ConfigError: no prior, its K or T differs from the environment's, or an algorithm that trains other networks.
+        ConfigError: no prior, one that cannot be guided, its K or T differs from the environment's, or an algorithm
+            that trains other networks.
     """
 
     def __init__(
@@ -165,10 +103,15 @@ class PriorPolicy(ActorCriticPolicy):
         value_units: int = 64,
         detach_features: bool = True,
         use_cache: bool = True,
+        guidance: float = 1.0,
+        guidance_log_probs: Literal["guided", "plain"] = "guided",
         use_sde: bool = False,
         optimizer_class: type[torch.optim.Optimizer] = torch.optim.Adam,
         optimizer_kwargs: dict[str, Any] | None = None,
+        **drawing: Any,
     ) -> None:
+        if drawing:
+            _refuse(drawing)
         if prior is None:
             raise ConfigError(
                 f"{type(self).__name__} needs a network to start from: give policy_kwargs={{'prior': ...}}, a prior, "
@@ -178,6 +121,9 @@ class PriorPolicy(ActorCriticPolicy):
         self.levels, self.train_levels = None if levels is None else tuple(levels), train_levels
         self._value_units, self._detach_features = value_units, detach_features
         self.use_cache = use_cache
+        if guidance_log_probs not in ("guided", "plain"):
+            raise ConfigError(f"guidance_log_probs {guidance_log_probs!r} is unknown: choose guided or plain")
+        self.sampling, self.guidance_log_probs = Sampling(guidance=guidance), guidance_log_probs
         self._check_spaces(observation_space, action_space)
         super().__init__(
             observation_space,
@@ -230,7 +176,8 @@ class PriorPolicy(ActorCriticPolicy):
         self.n_codes = self.prior.grid.n_codes
         if self.train_levels != "both":
             self.prior.frozen = "bottom" if self.train_levels == "top" else "top"  # type: ignore[attr-defined]
-        self._caches = {"rollout": StepCache(self.prior), "predict": StepCache(self.prior)}
+        check_guidance(self.prior, self.sampling.guidance)
+        self._caches = {name: StepCache(self.prior, self.sampling) for name in ("rollout", "predict")}
         frozen = f"prior.{getattr(self.prior, 'frozen', None)}."
         trained = [weight for name, weight in self.named_parameters() if not name.startswith(frozen)]
         self.optimizer = self.optimizer_class(trained, lr=lr_schedule(1), **self.optimizer_kwargs)  # type: ignore[call-arg]
@@ -247,6 +194,8 @@ class PriorPolicy(ActorCriticPolicy):
             "value_units": self._value_units,
             "detach_features": self._detach_features,
             "use_cache": self.use_cache,
+            "guidance": self.sampling.guidance,
+            "guidance_log_probs": self.guidance_log_probs,
             "optimizer_class": self.optimizer_class,
             "optimizer_kwargs": self.optimizer_kwargs,
         }
@@ -264,12 +213,42 @@ class PriorPolicy(ActorCriticPolicy):
         """The sampling cache for rollouts."""
         return self._caches["rollout"]
 
+    @property
+    def plain_log_probs(self) -> bool:
+        """Whether log-probabilities are of another distribution than the one drawn from."""
+        return self.sampling.guided and self.guidance_log_probs == "plain"
+
+    def episode_logits(
+        self, episodes: Episodes, features: Tensor | None = None, network: Prior | None = None
+    ) -> Tensor:
+        """Logits (N, K) of transitions in an update, guided or plain as `guidance_log_probs` says.
+
+        Args:
+            episodes: the transitions.
+            features: (N, C) the prior's, if known.
+            network: another network, such as the frozen start, in the prior's place.
+        """
+        scale = 1.0 if self.plain_log_probs else self.sampling.guidance
+        return episode_logits(self.prior if network is None else network, episodes, scale, features)
+
+    def mean_entropy(self, buffer: EpisodeRolloutBuffer) -> float:
+        """Entropy per code of a round, in nats: mean -log pi, or exact where the draws are not the policy's."""
+        if not self.plain_log_probs or not len(buffer.codes):
+            return -float(buffer.log_probs.mean())
+        with torch.no_grad():
+            return self._distribution(self.episode_logits(buffer.episodes())).entropy().mean().item()
+
+    def _episodes(self, obs: Tensor | Episodes) -> Episodes:
+        """Ordinary observations (B, L) as the transitions that come next; others as they are."""
+        if isinstance(obs, Episodes):
+            return obs
+        codes = obs.long()  # (B, L)
+        row = torch.arange(len(codes), device=codes.device)
+        return Episodes(codes, row, first_not_drawn(codes, self.prior.codebook_size), self.n_codes)
+
     def _features(self, obs: Tensor | Episodes) -> tuple[Tensor, Tensor, Tensor]:
         """Features (N, C), position (N,) and stop (N,) of transitions, by one teacher-forced pass."""
-        if not isinstance(obs, Episodes):
-            codes = obs.long()  # (B, L)
-            row = torch.arange(len(codes), device=codes.device)
-            obs = Episodes(codes, row, first_not_drawn(codes, self.prior.codebook_size), self.n_codes)
+        obs = self._episodes(obs)
         return episode_features(self.prior, obs), obs.pos, self._stop(obs.codes)[obs.row]
 
     def _stop(self, codes: Tensor) -> Tensor:
@@ -287,8 +266,9 @@ class PriorPolicy(ActorCriticPolicy):
         """Features, logits, position and stop of ordinary observations, through a cache if it is enabled."""
         codes = obs.long()
         if not self.use_cache or torch.is_grad_enabled():
-            features, position, stop = self._features(codes)
-            return features, self.prior.logits(features, position), position, stop
+            episodes = self._episodes(codes)
+            features, position, stop = self._features(episodes)
+            return features, episode_logits(self.prior, episodes, self.sampling.guidance, features), position, stop
         features, logits = self._caches[cache].look(codes)
         return features, logits, first_not_drawn(codes, self.prior.codebook_size), self._stop(codes)
 
@@ -307,7 +287,9 @@ class PriorPolicy(ActorCriticPolicy):
         actions, log_prob = draw(logits, uniforms)
         if deterministic:
             actions = logits.argmax(1)
-            log_prob = logits.log_softmax(1).gather(1, actions[:, None]).squeeze(1)
+            log_prob = _log_prob(logits, actions)
+        if self.plain_log_probs:
+            log_prob = _log_prob(self.prior.logits(features, position), actions)
         if self.use_cache and not torch.is_grad_enabled():
             self.cache.draw(actions)
         return actions, self._values(features, position, stop), log_prob
@@ -343,16 +325,21 @@ class PriorPolicy(ActorCriticPolicy):
         grids, log_probs = codes.clone(), torch.zeros(codes.shape, dtype=torch.float32, device=codes.device)
         grids[:, image], log_probs[:, image] = drawn, drawn_log_probs.float()
         values = torch.zeros(codes.shape, dtype=torch.float32, device=codes.device)
-        if with_values:
-            row, position = to_draw.nonzero(as_tuple=True)
-            features, position, stops = self._features(Episodes(grids, row, position, length))
-            values[to_draw] = self._values(features, position, stops).flatten().float()
+        if with_values or self.plain_log_probs:
+            episodes = Episodes(grids, *to_draw.nonzero(as_tuple=True), length)
+            features, position, stops = self._features(episodes)
+            if with_values:
+                values[to_draw] = self._values(features, position, stops).flatten().float()
+            if self.plain_log_probs:
+                logits = self.episode_logits(episodes, features)
+                log_probs[to_draw] = _log_prob(logits, grids[to_draw]).float()
         return grids, values, log_probs
 
     def evaluate_actions(self, obs: Tensor | Episodes, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
         """Values (N, 1), log-probabilities (N,) and entropies (N,) of transitions; one pass for whole episodes."""
+        obs = self._episodes(obs)
         features, position, stop = self._features(obs)
-        distribution = self._distribution(self.prior.logits(features, position))
+        distribution = self._distribution(self.episode_logits(obs, features))
         values = self._values(features, position, stop)
         return values, distribution.log_prob(actions.long().flatten()), distribution.entropy()
 
@@ -369,10 +356,10 @@ class PriorPolicy(ActorCriticPolicy):
     def _twice_differentiable_logits(self, episodes: Episodes) -> Tensor:
         """Logits (N, K) for TRPO, which differentiates them twice: torch's fused attention can do it only once."""
         if not torch.is_grad_enabled():
-            return episode_logits(self.prior, episodes)
+            return self.episode_logits(episodes)
         check_for_trpo(self.prior)
         with sdpa_kernel(SDPBackend.MATH):
-            return episode_logits(self.prior, episodes)
+            return self.episode_logits(episodes)
 
     def predict_values(self, obs: Tensor | Episodes) -> Tensor:  # type: ignore[override]
         """Values (N, 1) of observations (B, T) or of episodes' transitions."""
@@ -392,6 +379,22 @@ class PriorPolicy(ActorCriticPolicy):
         if self.use_cache and not torch.is_grad_enabled():
             self._caches["predict"].draw(actions)
         return actions
+
+
+def _refuse(drawing: dict[str, Any]) -> None:
+    """Raise for arguments that do not exist, with the reason for those that samplers have."""
+    name = next(iter(drawing))
+    if name not in ("temperature", "top_k", "top_p", "cutoff"):
+        raise TypeError(f"PriorPolicy got an unexpected keyword argument {name!r}")
+    raise ConfigError(
+        f"{name}={drawing[name]} in rollouts: the codes would not be drawn from the policy whose log-probabilities are "
+        "trained; leave it out, and give it to a sampler or to ral-gym sample"
+    )
+
+
+def _log_prob(logits: Tensor, actions: Tensor) -> Tensor:
+    """Logits (N, K), codes (N,) -> log-probabilities (N,)."""
+    return logits.log_softmax(1).gather(1, actions[:, None]).squeeze(1)
 
 
 PixelCNNPolicy = PriorPolicy

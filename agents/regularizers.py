@@ -20,7 +20,7 @@ import torch
 from sb3_contrib import TRPO
 from stable_baselines3.common.callbacks import BaseCallback
 
-from ral_gym.agents.episodes import EpisodeRolloutBuffer, episode_logits
+from ral_gym.agents.episodes import EpisodeRolloutBuffer
 from ral_gym.agents.policy import PriorPolicy, PriorWeights
 from ral_gym.agents.vec_env import real_codes
 from ral_gym.errors import ConfigError
@@ -143,7 +143,8 @@ class PriorKLReward(BaseCallback):
         if not len(buffer.codes):  # a rollout after a stop, in which no episode ended
             return
         episodes = buffer.episodes()
-        log_probs = episode_logits(self.reference, episodes).log_softmax(1)  # (N, K)
+        policy: PriorPolicy = self.model.policy  # type: ignore[assignment]
+        log_probs = policy.episode_logits(episodes, network=self.reference).log_softmax(1)  # (N, K)
         actions = episodes.codes[episodes.row, episodes.pos]
         reference = log_probs.gather(1, actions[:, None]).squeeze(1).cpu().numpy()  # (N,)
         divergence = buffer.log_probs - reference
@@ -188,15 +189,17 @@ class EntropyReward(BaseCallback):
 
     def _on_rollout_end(self) -> None:
         buffer: EpisodeRolloutBuffer = self.model.rollout_buffer  # type: ignore[attr-defined]
-        self.logger.record("rollout/entropy", -float(buffer.log_probs.mean()))
+        policy: PriorPolicy = self.model.policy  # type: ignore[assignment]
+        self.logger.record("rollout/entropy", policy.mean_entropy(buffer))
         _penalise(buffer, self.coef * buffer.log_probs)
 
 
 class EntropyTarget(BaseCallback):
     """Adapts ``model.ent_coef`` by `AdaptiveEntropy` after every rollout.
 
-    The entropy is the mean of -log pi over the rollout's codes, an unbiased estimate at no cost. Logs `train/ent_coef`
-    and `rollout/entropy`.
+    The entropy is the mean of -log pi over the rollout's codes, an unbiased estimate at no cost; with guidance and
+    plain log-probabilities it is computed by a pass, since the codes are not drawn from the policy. Logs
+    `train/ent_coef` and `rollout/entropy`.
 
     Args:
         coef: see `AdaptiveEntropy`.
@@ -247,7 +250,8 @@ class EntropyTarget(BaseCallback):
 
     def _on_rollout_end(self) -> None:
         assert self.rule is not None
-        entropy = -float(self.model.rollout_buffer.log_probs.mean())  # type: ignore[attr-defined]
+        policy: PriorPolicy = self.model.policy  # type: ignore[assignment]
+        entropy = policy.mean_entropy(self.model.rollout_buffer)  # type: ignore[attr-defined]
         progress = 1 - self.model._current_progress_remaining if self.progress is None else self.progress()
         coef = self.rule(entropy, progress)
         self.model.ent_coef = coef  # type: ignore[attr-defined]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ral_gym.priors.base import Prior
+from ral_gym.priors.guidance import PLAIN, Sampling
 from ral_gym.priors.sampler import Sampler, make_sampler
 
 
@@ -29,10 +30,11 @@ class StepCache:
 
     Args:
         prior: the network.
+        sampling: guidance.
     """
 
-    def __init__(self, prior: Prior) -> None:
-        self.prior = prior
+    def __init__(self, prior: Prior, sampling: Sampling = PLAIN) -> None:
+        self.prior, self.sampling = prior, sampling
         self.hits = self.misses = 0
         self._sampler: Sampler | None = None
         self._version: tuple[int, torch.device] | None = None
@@ -48,7 +50,7 @@ class StepCache:
         """The sampler, with the prior's current weights packed; changed weights clear its cache."""
         version = (sum(p._version for p in self.prior.parameters()), next(self.prior.parameters()).device)
         if self._sampler is None or (self._version is not None and self._version[1] != version[1]):
-            self._sampler = make_sampler(self.prior)
+            self._sampler = make_sampler(self.prior, self.sampling)
         elif version != self._version or not self._fresh:
             self._sampler.refresh()
         else:

@@ -25,6 +25,7 @@ from ral_gym.metrics import Extractor
 from ral_gym.pictures import save_grid
 from ral_gym.presets import PRESETS
 from ral_gym.priors.base import Prior, config_of, load_prior, save_prior
+from ral_gym.priors.guidance import check_guidance
 from ral_gym.priors.sampler import make_sampler
 from ral_gym.registry import load_plugins
 from ral_gym.rewards.making import build_critic, save_critic
@@ -50,6 +51,7 @@ def make_agent(run: Run, env: CodeVecEnv, prior: Prior, device: torch.device) ->
     """
     config = run.config.ral
     check_stage(config, [prior])
+    check_guidance(prior, config.guidance)
     algorithm = find_algorithm(config.algo)
     arguments = algorithm.stage_keywords(env, config) | {
         "rollout_buffer_kwargs": {"levels": env.levels, "per_level_discount": config.per_level_discount},
@@ -57,6 +59,8 @@ def make_agent(run: Run, env: CodeVecEnv, prior: Prior, device: torch.device) ->
             "prior": PriorWeights.of(prior),
             "levels": env.levels,
             "train_levels": config.train_levels,
+            "guidance": config.guidance,
+            "guidance_log_probs": config.guidance_log_probs,
             "optimizer_kwargs": {"betas": (config.adam_beta1, config.adam_beta2)},
         },
         "seed": run.config.seed * 1000 + 4,

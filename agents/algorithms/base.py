@@ -20,7 +20,7 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedul
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
-from ral_gym.agents.episodes import EpisodeRolloutBuffer, episode_logits
+from ral_gym.agents.episodes import EpisodeRolloutBuffer
 from ral_gym.agents.policy import PriorPolicy, PriorWeights
 from ral_gym.agents.spaces import sequence_shape
 from ral_gym.agents.vec_env import CodeVecEnv, check_code_env, real_codes
@@ -329,7 +329,7 @@ class EpisodeAlgorithm(OnPolicyAlgorithm):
         """The share of some episodes in the loss, and in the logged means over all `total` transitions."""
         episodes = self.rollout_buffer.episodes(rows)
         features, position, stop = self.policy._features(episodes)
-        log_probs = self.policy.prior.logits(features, position).log_softmax(1)  # (N, K)
+        log_probs = self.policy.episode_logits(episodes, features).log_softmax(1)  # (N, K)
         actions = episodes.codes[episodes.row, episodes.pos]
         log_prob = log_probs.gather(1, actions[:, None]).squeeze(1)  # (N,)
         entropy = -(log_probs.exp() * log_probs).sum(1)  # (N,)
@@ -351,7 +351,7 @@ class EpisodeAlgorithm(OnPolicyAlgorithm):
             metrics["value_loss"] = value_loss.item()
         if self._reference is not None:
             with torch.no_grad():
-                reference = episode_logits(self._reference, episodes).log_softmax(1)
+                reference = self.policy.episode_logits(episodes, network=self._reference).log_softmax(1)
             divergence = self._prior_kl(log_probs, log_prob, reference, actions).sum() / total
             loss = loss + self.kl_coef * divergence
             metrics["kl_to_prior"] = divergence.item()

@@ -229,7 +229,7 @@ class GRPO(EpisodeAlgorithm):
         """An update from the finished episodes of the round: one optimizer step per epoch."""
         self._clip_range = self.clip_range(self._current_progress_remaining)  # type: ignore[operator]
         if self.entropy_rule is not None:
-            entropy = -float(self.rollout_buffer.log_probs.mean())
+            entropy = self.policy.mean_entropy(self.rollout_buffer)
             self.ent_coef = self.entropy_rule(entropy, 1 - self._current_progress_remaining)
             self.logger.record("train/ent_coef", self.ent_coef)
         super().train()

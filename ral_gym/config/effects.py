@@ -121,6 +121,7 @@ EFFECTS = (
         "no ral.grpo.scale_advantage, which GRPO has in its place",
         lambda config: config.ral.algo != "grpo" or config.ral.grpo.scale_advantage is None,
     ),
+    Effect("ral.guidance_log_probs", "ral.guidance other than 1", lambda config: config.ral.guidance != 1),
     Effect("data.grey", "images in colour, and faces are grey", lambda config: config.data.source != "faces"),
 )
 """Every conditional setting of the built-in parts; `part_arguments` judges what a part of one's own takes."""

@@ -29,6 +29,7 @@ _NAMES: dict[_Rule, str] = {
         vqvae.residual_blocks vqvae.beta vqvae.threshold_ema_dead_code prior.output_stack_layers
         prior.attention_layers prior.conditioning_stack_layers
         critic.gradient_penalty critic.warmup_steps critic.n_critic critic.held_out ral.mle_coef ral.kl_coef
+        ral.guidance
         ral.reinforce.ent_coef ral.grpo.ent_coef ral.ppo.ent_coef ral.a2c.ent_coef ral.maskable_ppo.ent_coef
         ral.reinforce.vf_coef ral.ppo.vf_coef ral.a2c.vf_coef ral.maskable_ppo.vf_coef ral.trpo.cg_damping
         """,

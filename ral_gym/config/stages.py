@@ -259,6 +259,11 @@ class RALConfig:
     kl_coef: float = 0.0
     """Weight of KL(policy || MLE prior): in the loss of reinforce and grpo, in the rewards of other algorithms
     (`PriorKLReward`)."""
+    guidance: float = 1.0
+    """Scale of classifier-free guidance when images are drawn in training; 1: none. Needs a prior with classes."""
+    guidance_log_probs: Literal["guided", "plain"] = "guided"
+    """With guidance: updates use the log-probabilities of the guided draws (exact, two passes), or `plain` ones
+    without guidance, as in Baran et al. (2026) (biased)."""
     train_levels: Literal["both", "top", "bottom"] = "both"
     """Two levels: which priors RAL tunes; the other one stays the MLE prior."""
     per_level_discount: bool = True
