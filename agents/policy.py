@@ -30,6 +30,8 @@ from ral_gym.priors.base import Prior
 from ral_gym.priors.guidance import Sampling, check_guidance
 from ral_gym.priors.sampler import CachedSampler, draw
 
+__all__ = ["PixelCNNPolicy", "PriorPolicy", "PriorWeights", "ValueHead", "check_for_trpo"]
+
 
 class ValueHead(nn.Module):
     """V(s) from the prior's features and the episode's position and stop.

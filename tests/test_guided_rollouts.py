@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,17 @@ from gymnasium import spaces
 from torch import Tensor
 
 from ral_gym.agents.policy import PriorPolicy
+from ral_gym.agents.train_ral import make_agent
+from ral_gym.agents.vec_env import make_sb3_env
+from ral_gym.envs.toy_classes import GRID
 from ral_gym.errors import ConfigError
 from ral_gym.priors.pixelcnn import PixelCNN
-from tests.test_label_agents import ALGORITHMS, GRID, E, K, make_model, make_prior
+from ral_gym.runs.run import Run, read_config
+from ral_gym.stages.levels import load_generator
+from tests.test_label_agents import ALGORITHMS, E, K, make_model, make_prior
+from tests.test_label_rewards import make_stage_3
 
+CPU = torch.device("cpu")
 SCALE = 2.5
 MODES = ["guided", "plain"]
 
@@ -138,7 +146,7 @@ def test_no_guidance_is_the_default_and_changes_no_bit() -> None:
     assert torch.equal(drawn[0][0], drawn[1][0]) and torch.equal(drawn[0][1], drawn[1][1])
 
 
-def test_a_saved_model_keeps_its_guidance(tmp_path: Any) -> None:
+def test_a_saved_model_keeps_its_guidance(tmp_path: Path) -> None:
     agent = model("ppo", "plain")
     agent.save(tmp_path / "model.zip")
     loaded = type(agent).load(tmp_path / "model.zip")
@@ -159,3 +167,13 @@ def test_what_rollouts_refuse_is_one_line() -> None:
     box, codes = spaces.Box(0, K + 1, (16,), np.int16), spaces.Discrete(K)
     with pytest.raises(ConfigError, match="needs a prior with classes, this PixelCNN has none"):
         PriorPolicy(box, codes, lambda _: 1e-3, prior=prior, guidance=2.0)
+
+
+def test_settings_of_a_run_reach_the_policy(tmp_path: Path) -> None:
+    make_stage_3(tmp_path, algo="grpo", reward_weights={"loo_fd": 1.0}, guidance=2.0, guidance_log_probs="plain")
+    run = Run(tmp_path, read_config(tmp_path))
+    env = make_sb3_env("ral_gym/LatentCode-v0", 6, run=str(tmp_path), reward="none", reset_mode="full", lockstep=True)
+    policy: Any = make_agent(run, env, load_generator(run, "prior", CPU), CPU).policy
+    assert policy.sampling.guidance == 2.0 and policy.plain_log_probs
+    with pytest.raises(ConfigError, match="needs a prior with classes"):
+        make_agent(run, env, PixelCNN(16, 4, 4, hidden_units=8, residual_units=8, layers=1), CPU)

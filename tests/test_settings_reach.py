@@ -57,6 +57,8 @@ ELSEWHERE = {
     "ral.reward_reference": "test_reward_reference",
     "critic.class_conditional": "images with classes: test_label_agents",
     "ral.label_draw": "",
+    "ral.guidance": "a prior with classes: test_guided_rollouts",
+    "ral.guidance_log_probs": "",
     "data.cache_dir": "a folder of the test's own; asserted below",
 }
 """Fields that are not among the odd ones, and where they are tested."""
