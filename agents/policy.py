@@ -328,7 +328,8 @@ class PriorPolicy(ActorCriticPolicy):
         grids[:, image], log_probs[:, image] = drawn, drawn_log_probs.float()
         values = torch.zeros(codes.shape, dtype=torch.float32, device=codes.device)
         if with_values or self.plain_log_probs:
-            episodes = Episodes(grids, *to_draw.nonzero(as_tuple=True), length)
+            row, position = to_draw.nonzero(as_tuple=True)
+            episodes = Episodes(grids, row, position, length)
             features, position, stops = self._features(episodes)
             if with_values:
                 values[to_draw] = self._values(features, position, stops).flatten().float()
