@@ -18,42 +18,20 @@ from gymnasium import spaces
 from stable_baselines3.common.distributions import CategoricalDistribution
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import Schedule
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ral_gym.agents.episodes import EpisodeRolloutBuffer, Episodes, episode_features, episode_logits
 from ral_gym.agents.prior_weights import PriorWeights, check_for_trpo
 from ral_gym.agents.spaces import sequence_shape
 from ral_gym.agents.step_cache import StepCache, first_not_drawn
+from ral_gym.agents.value_head import ValueHead
 from ral_gym.errors import ConfigError
 from ral_gym.priors.base import Prior
 from ral_gym.priors.guidance import Sampling, check_guidance
 from ral_gym.priors.sampler import CachedSampler, draw
 
 __all__ = ["PixelCNNPolicy", "PriorPolicy", "PriorWeights", "ValueHead", "check_for_trpo"]
-
-
-class ValueHead(nn.Module):
-    """V(s) from the prior's features and the episode's position and stop.
-
-    The features depend on the codes so far, but not on where a partial episode stops, so position and stop are inputs
-    too.
-
-    Args:
-        hidden_units: C, channels of the features.
-        units: width of the hidden layer.
-        detach: keep the value loss out of the pretrained trunk.
-    """
-
-    def __init__(self, hidden_units: int, units: int, detach: bool) -> None:
-        super().__init__()
-        self.detach = detach
-        self.net = nn.Sequential(nn.Linear(hidden_units + 2, units), nn.Tanh(), nn.Linear(units, 1))
-
-    def forward(self, features: Tensor, position: Tensor, stop: Tensor, n_codes: int) -> Tensor:
-        """Features (N, C), position and stop (N,) int64 -> values (N, 1)."""
-        where = torch.stack([position, stop], 1).to(features.dtype) / n_codes  # (N, 2)
-        return self.net(torch.cat([features.detach() if self.detach else features, where], 1))
 
 
 # The network that an algorithm asks its policy for -> the algorithm; a `PriorPolicy` has no such network.
