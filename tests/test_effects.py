@@ -20,7 +20,16 @@ DEMO_HAS_NO = {
     *ONE_LEVEL,
     *SCHEDULE,
     *("prior.attention_heads", "critic.gradient_penalty", "ral.reward_features", "ral.reward_ema"),
-    *("ral.grpo.group_size", "ral.label_draw", "critic.class_conditional", "data.grey"),
+    *(
+        "ral.grpo.group_size",
+        "ral.label_draw",
+        "ral.guidance_log_probs",
+        "ral.clip_path",
+        "ral.prompt",
+        "ral.hps_path",
+        "critic.class_conditional",
+        "data.grey",
+    ),
 }
 
 
