@@ -67,6 +67,10 @@ def test_every_field_of_the_odd_settings_has_an_effect() -> None:
         "ral.normalize_advantage",
         "ral.label_draw",
         "critic.class_conditional",
+        "ral.guidance_log_probs",
+        "ral.clip_path",
+        "ral.prompt",
+        "ral.hps_path",
         "data.grey",
     }
     assert {name for name, _ in without_effect(ODD)} == expected
