@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
@@ -10,8 +9,8 @@ from rich.console import Console
 
 from ral_gym.commands.arguments import check_name
 from ral_gym.commands.import_arguments import ImportArguments, LlamaGenArguments, TamingArguments
+from ral_gym.data.labels import read_class_names
 from ral_gym.errors import ConfigError, RunError, printable
-from ral_gym.runs.foreign import read_bytes
 from ral_gym.runs.run import Run
 from ral_gym.stages.device import resolve_device
 from ral_gym.stages.released.importing import Released, import_run
@@ -96,22 +95,8 @@ def _taming(given: TamingArguments) -> Released:
 
 
 def _class_names(file: str | None, prior: Weights) -> tuple[str, ...]:
-    """The names in a file: a JSON list, or one a line.
-
-    Raises:
-        ConfigError: no such file, or another number of names than the model has classes.
-    """
-    if file is None:
-        return ()
-    path, classes = Path(file), prior[0].classes
-    try:
-        text = read_bytes(path, MOST_NAMES, "give a list of names").decode("utf-8")
-        names = json.loads(text) if text.lstrip().startswith("[") else [line for line in text.splitlines() if line]
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not a list of class names ({error}): give one name a line") from error
-    if len(names) != classes or not all(isinstance(name, str) and name.strip() for name in names):
-        raise ConfigError(f"{path} has {len(names)} class names, but the model has {classes} classes: give one each")
-    return tuple(name.strip() for name in names)
+    """The names in a file; see `read_class_names`."""
+    return () if file is None else read_class_names(file, prior[0].classes)
 
 
 def _described(released: Released, image_size: int) -> list[str]:

@@ -44,6 +44,13 @@ class DataConfig:
     """Convert to one channel. `faces` is always grey."""
     crop: int | None = None
     """Side of the centre crop in source pixels. None: 148 for CelebA, else the shorter side."""
+    test: str | None = None
+    """Held-out images from a source of their own, such as `folder:cifar10/test`; None: a part of `source`."""
+    labels: Literal["auto", "none"] = "auto"
+    """`auto`: the images' classes condition the prior, where the source knows them (`folder:`: one folder per class;
+    `hf:`: a ClassLabel column); `none`: images have no classes."""
+    class_names: str | None = None
+    """A file with the names of the classes in the order of their numbers: one a line, or JSON. None: the source's."""
     memory_budget_mb: int = 2048
     """Data sets larger than this are decoded once into a memory-mapped cache on disk instead of memory."""
     cache_dir: str | None = None
@@ -155,6 +162,8 @@ class PriorConfig:
     """Steps between held-out NLL measurements; the weights of the best one are kept."""
     held_out: int = 1000
     """Held-out images of each of these measurements: a seeded random subset, or all if there are fewer."""
+    class_dropout: float = 0.1
+    """With classes: share of the labels that training replaces by "no class", which guidance needs."""
     scheduled_sampling: Literal["none", "two_pass", "sequential"] = "none"
     """Mix the model's own codes into the real ones it reads: drawn in one extra pass, or one by one (exact, slower)."""
     scheduled_sampling_schedule: Literal["linear", "exponential", "inverse_sigmoid"] = "linear"
@@ -382,6 +391,8 @@ class Config:
             values = values | {"ral": upgraded(values["ral"])}
             if limits_training_only(values):
                 values = values | {"data": values["data"] | {"test_limit": 0}}
+            if has_no_labels(values):
+                values = values | {"data": values["data"] | {"labels": "none"}}
         return config_from(cls, values)
 
 
@@ -389,6 +400,12 @@ def limits_training_only(values: Any) -> bool:
     """Whether these are settings of a version before 0.2, whose `data.limit` applied to training images only."""
     data = values.get("data") if isinstance(values, dict) else None
     return isinstance(data, dict) and data.get("limit") is not None and "test_limit" not in data
+
+
+def has_no_labels(values: Any) -> bool:
+    """Whether these are settings of a version before 0.2, whose priors had no classes."""
+    data = values.get("data") if isinstance(values, dict) else None
+    return isinstance(data, dict) and "labels" not in data
 
 
 _ALWAYS_WRITTEN = ("preset", "data", "vqvae", "prior", "critic", "ral", "evaluation", "seed")

@@ -30,6 +30,7 @@ from PIL import Image
 
 from ral_gym.config.stages import NO_IMAGES
 from ral_gym.data.files import Reader
+from ral_gym.data.labels import held_out_rows
 from ral_gym.data.listing import Files, ImageFile
 from ral_gym.data.opening import LIMITS, Limits, check_regular
 from ral_gym.errors import DataError, RalGymError, printable
@@ -94,16 +95,22 @@ class Source:
 
     def split(self, seed: int) -> Split:
         """Which images are held out: a seeded random share, unless a source overrides it."""
-        return random_split(np.arange(len(self.files)), seed)
+        return random_split(np.arange(len(self.files)), seed, self.labels)
 
 
-def random_split(rows: np.ndarray, seed: int) -> Split:
-    """Hold out a seeded share, at least one if there are two images; both parts keep their order."""
+def random_split(rows: np.ndarray, seed: int, labels: np.ndarray | None = None) -> Split:
+    """Hold out a seeded share, at least one if there are two images; both parts keep their order.
+
+    With labels (N,) of the rows each class is held out by its share.
+    """
     count = len(rows)
     n_test = min(TEST_LIMIT, max(1, round(TEST_SHARE * count))) if count > 1 else 0
+    words = "a random sample" if n_test == TEST_LIMIT else f"a random {TEST_SHARE:.0%}"
+    if labels is not None:
+        held_out, words = held_out_rows(labels, n_test, seed), f"{words} of each class"
+        return Split(rows[~held_out], rows[held_out], None, words)
     held_out = np.zeros(count, bool)
     held_out[np.random.default_rng(seed).permutation(count)[:n_test]] = True
-    words = "a random sample" if n_test == TEST_LIMIT else f"a random {TEST_SHARE:.0%}"
     return Split(rows[~held_out], rows[held_out], None, words)
 
 

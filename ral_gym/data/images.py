@@ -23,9 +23,10 @@ from ral_gym.config import DataConfig
 from ral_gym.data.base import Source, open_source, source_part, take
 from ral_gym.data.cache import DecodedImages, Keeping, decode_groups
 from ral_gym.data.files import Decoding, source_side
+from ral_gym.data.labels import check_classes, matched, nested_order, read_class_names
 from ral_gym.data.listing import Files
 from ral_gym.data.opening import Limits
-from ral_gym.errors import ConfigError, printable
+from ral_gym.errors import ConfigError, DataError, printable
 
 logger = logging.getLogger("ral_gym")
 
@@ -91,9 +92,26 @@ def load_images(config: DataConfig, seed: int = 0, progress: bool = True) -> Ima
         DataError: The source is unknown, missing, empty or unusable, or the cache cannot be written.
     """
     _check(config)
-    limits = limits_of(config)
-    source = open_source(config.source, progress, limits)
+    source = _open(config.source, config, progress)
+    if config.test is not None:
+        return _with_own_test(source, config, seed, progress)
     rows, words = _rows(source, config, seed)
+    decoding, decoded, resized = _decode(source, rows, config, progress)
+    return _image_set(source, decoding, decoded, rows, words, resized, config.class_names)
+
+
+def _open(text: str, config: DataConfig, progress: bool) -> Source:
+    """A source, without its classes if they are turned off."""
+    source = open_source(text, progress, limits_of(config))
+    if config.labels == "none":
+        source.labels, source.classes = None, ()
+    return source
+
+
+def _decode(
+    source: Source, rows: list[np.ndarray], config: DataConfig, progress: bool
+) -> tuple[Decoding, DecodedImages, str]:
+    """The images of some rows of a source, decoded; and a description of the resize."""
     groups = [take(source.files, part) for part in rows]
     decoding = Decoding(
         root=source.root,
@@ -101,11 +119,64 @@ def load_images(config: DataConfig, seed: int = 0, progress: bool = True) -> Ima
         image_size=config.image_size,
         grey=config.grey or source.grey,
         reader=source.reader,
-        limits=limits,
+        limits=limits_of(config),
     )
     keeping = Keeping(config.memory_budget_mb, config.cache_dir, config.cache_mb, source.cacheable)
     decoded = decode_groups(groups, decoding, keeping, config.workers, progress)
-    return _image_set(source, decoding, decoded, rows, words, _resized(groups, decoding))
+    return decoding, decoded, _resized(groups, decoding)
+
+
+def _with_own_test(source: Source, config: DataConfig, seed: int, progress: bool) -> ImageSet:
+    """All images of the source, and held-out images from `config.test`.
+
+    Raises:
+        DataError: one source has classes and the other has not, a class that only one of them has, or images of other
+            colours.
+    """
+    held_out = _open(str(config.test), config, progress)
+    if (source.labels is None) != (held_out.labels is None):
+        has, has_not = (held_out, source) if source.labels is None else (source, held_out)
+        raise DataError(
+            f"{has.title} has classes, but {has_not.title} has none: give both one folder per class, or turn labels "
+            "off with --data.labels none"
+        )
+    limit = config.test_limit if config.test_limit is not None else config.limit
+    parts, decoded = [], []
+    for one, most in ((source, config.limit), (held_out, limit or None)):
+        parts.append(_limited(np.arange(len(one.files)), most, seed, one.labels))
+        decoded.append(_decode(one, [parts[-1]], config, progress))
+    (decoding, train, resized), (other, test, _) = decoded
+    if decoding.grey != other.grey:
+        raise DataError(f"{source.title} and {held_out.title} are not both grey or both colour: set --data.grey True")
+    skipped = (*source.skipped, *train.skipped, *held_out.skipped, *test.skipped)
+    _warn_of_skipped(skipped, source.root)
+    labels = None
+    if config.class_names is not None and source.labels is None:
+        raise ConfigError("data.class_names names classes, but the images have none: leave it out")
+    if source.labels is not None and held_out.labels is not None:
+        theirs = matched(held_out.labels, held_out.classes, source.classes, str(config.test))
+        known = [
+            of[part[found.kept[0]]]
+            for of, part, found in zip((source.labels, theirs), parts, (train, test), strict=True)
+        ]
+        labels = _named(*known, source.classes, config.class_names)
+    words = f"{train.counts[0]:,} training images, {test.counts[0]:,} held-out images from {printable(held_out.root)}"
+    words += f", {_kind(decoding, resized)}" + (f", {len(skipped):,} files skipped" if skipped else "")
+    return ImageSet(
+        train=train.images,
+        test=test.images,
+        new_people=None,
+        description=f"{printable(source.title)}: {words}",
+        skipped=skipped,
+        labels=labels,
+        cache=train.cache,
+    )
+
+
+def _named(train: np.ndarray, test: np.ndarray, names: tuple[str, ...], file: str | None) -> Labels:
+    """Labels with a name for each class, and an image of each on both sides."""
+    names = check_classes(train, test, names)
+    return Labels(train, test, names if file is None else read_class_names(file, len(names)))
 
 
 def limits_of(config: DataConfig) -> Limits:
@@ -140,21 +211,39 @@ def _rows(source: Source, config: DataConfig, seed: int) -> tuple[list[np.ndarra
     """The files of the training images, the held-out ones and the held-out people; and how they were split."""
     split = source.split(seed)
     held_out = config.test_limit if config.test_limit is not None else config.limit
-    parts = [_limited(split.train, config.limit, seed), _limited(split.test, held_out or None, seed)]
+    parts = [
+        _limited(part, limit, seed, source.labels)
+        for part, limit in ((split.train, config.limit), (split.test, held_out or None))
+    ]
     if split.new_people is not None:
-        parts.append(_limited(split.new_people, held_out or None, seed))
+        parts.append(_limited(split.new_people, held_out or None, seed, None))
     return parts, split.words
 
 
-def _limited(rows: np.ndarray, limit: int | None, seed: int) -> np.ndarray:
-    """The first `limit` rows of a seeded order, so that a larger limit only adds to a smaller one."""
+def _limited(rows: np.ndarray, limit: int | None, seed: int, labels: np.ndarray | None) -> np.ndarray:
+    """The first `limit` rows of a seeded order, so that a larger limit only adds to a smaller one.
+
+    With labels (N,) of all files each class gets its share.
+    """
     if limit is None or limit >= len(rows):
         return rows
+    if labels is not None:
+        return rows[np.sort(nested_order(labels[rows], seed)[:limit])]
     return rows[np.sort(np.random.default_rng([seed, 1]).permutation(len(rows))[:limit])]
 
 
+def _kind(decoding: Decoding, resized: str) -> str:
+    return f"{decoding.image_size}x{decoding.image_size} {'grey' if decoding.grey else 'colour'}{resized}"
+
+
 def _image_set(
-    source: Source, decoding: Decoding, decoded: DecodedImages, rows: list[np.ndarray], split: str, resized: str
+    source: Source,
+    decoding: Decoding,
+    decoded: DecodedImages,
+    rows: list[np.ndarray],
+    split: str,
+    resized: str,
+    class_names: str | None,
 ) -> ImageSet:
     """Slice the decoded images into the parts of the split, and describe them."""
     n_train, n_test = decoded.counts[:2]
@@ -163,20 +252,22 @@ def _image_set(
     n_train = min(max(n_train, 1), max(n_known - 1, 1))
     skipped = (*source.skipped, *decoded.skipped)
     _warn_of_skipped(skipped, source.root)
-    kind = f"{decoding.image_size}x{decoding.image_size} {'grey' if decoding.grey else 'colour'}{resized}"
     title = printable(source.title)
     description = f"{title}: {n_train:,} training and {n_known - n_train:,} held-out images ({printable(split)})"
     if len(decoded.counts) > 2:
         description += f", {decoded.counts[2]} of 4 other people"
     labels = None
+    if class_names is not None and source.labels is None:
+        raise ConfigError("data.class_names names classes, but the images have none: leave it out")
     if source.labels is not None:
         known = np.concatenate([source.labels[part[kept]] for part, kept in zip(rows, decoded.kept, strict=True)])
-        labels = Labels(known[:n_train], known[n_train:n_known], source.classes)
+        labels = _named(known[:n_train], known[n_train:n_known], source.classes, class_names)
     return ImageSet(
         train=decoded.images[:n_train],
         test=decoded.images[n_train:n_known],
         new_people=decoded.images[n_known:] if len(decoded.counts) > 2 else None,
-        description=f"{description}, {kind}" + (f", {len(skipped):,} files skipped" if skipped else ""),
+        description=f"{description}, {_kind(decoding, resized)}"
+        + (f", {len(skipped):,} files skipped" if skipped else ""),
         skipped=skipped,
         labels=labels,
         cache=decoded.cache,

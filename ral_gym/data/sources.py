@@ -175,9 +175,10 @@ class HuggingFace(Source):
 
 
 def _class_labels(dataset: Any) -> tuple[np.ndarray | None, list[str]]:
-    """The first ClassLabel column as integers, and its names; None and [] if there are none."""
+    """The ClassLabel column `label`, or the first one, as integers, and its names; None and [] if there is none."""
     kind = _datasets().ClassLabel
-    column = next((name for name, feature in dataset.features.items() if isinstance(feature, kind)), None)
+    columns = [name for name, feature in dataset.features.items() if isinstance(feature, kind)]
+    column = "label" if "label" in columns else next(iter(columns), None)
     if column is None:
         return None, []
     labels = np.array(dataset.select_columns(column).with_format("numpy")[:][column])

@@ -296,9 +296,12 @@ def given_codes(prior: Any, sequence: Tensor, condition: Tensor | None) -> tuple
     Raises:
         ConfigError: see `check_condition`.
     """
-    codes, own = split(prior, sequence)
-    if own is not None:
-        return codes, own
+    if condition is None:
+        codes, condition = split(prior, sequence)
+        if condition is not None:
+            return codes, condition
+    else:
+        codes = sequence
     check_condition(prior, condition, len(codes))
     return codes, condition
 
@@ -320,14 +323,31 @@ def maximum_likelihood_loss(
         given: (B, ...) int64, other sequences, whose codes stand before each; None: the sequences themselves.
     """
     logits = logits_of(prior, sequence if given is None else given, condition)  # (B, T', K)
-    return F.cross_entropy(logits.flatten(0, 1), split(prior, sequence)[0].flatten())
+    target = split(prior, sequence)[0] if condition is None else sequence  # (B, T')
+    return F.cross_entropy(logits.flatten(0, 1), target.flatten())
+
+
+def split_label(sequence: Tensor, codebook_size: int, largest: int) -> tuple[Tensor, Tensor]:
+    """Sequences (B, T' + 1) -> codes (B, T') and labels (B, 1), 0..largest.
+
+    Raises:
+        ConfigError: a last entry is no label.
+    """
+    first = codebook_size + 2
+    labels = sequence[:, -1:] - first  # (B, 1)
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) <= largest:
+        raise ConfigError(
+            f"the last entry of a sequence is its label, {first}..{first + largest}: found "
+            f"{int(labels.min()) + first}..{int(labels.max()) + first}"
+        )
+    return sequence[:, :-1], labels
 
 
 def check_condition(prior: Any, condition: Tensor | None, batch: int) -> None:
     """Raise ConfigError if a network's condition is missing, of another batch, or given to a network without one."""
-    wanted = getattr(prior, "condition", None)
+    wanted, classes = getattr(prior, "condition", None), getattr(prior, "classes", 0)
     name = type(prior).__name__
-    if wanted is None and condition is not None:
+    if wanted is None and condition is not None and not classes:
         raise ConfigError(f"this {name} takes no condition: leave it out, or build it with condition=(H, W, K)")
     if wanted is not None and condition is None:
         rows, columns, _ = wanted

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from ral_gym.errors import ConfigError
 from ral_gym.grid import CodeGrid
+from ral_gym.priors.base import split_label
 from ral_gym.priors.kv_cache import PackedTransformer
 
 AttentionKind = Literal["math", "fused"]
@@ -185,14 +186,7 @@ class CausalTransformer(nn.Module):
         """
         if not self.classes:
             return sequence, None
-        labels = sequence[:, -1:] - (self.codebook_size + 2)  # (B, 1)
-        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) <= self.largest_label:
-            first = self.codebook_size + 2
-            raise ConfigError(
-                f"the last entry of a sequence is its label, {first}..{first + self.largest_label}: found "
-                f"{int(labels.min()) + first}..{int(labels.max()) + first}"
-            )
-        return sequence[:, :-1], labels
+        return split_label(sequence, self.codebook_size, self.largest_label)
 
     def features(self, codes: Tensor, condition: Tensor | None = None) -> Tensor:
         """The last block's output, normalised.

@@ -75,11 +75,15 @@ def _check_passes(prior: Any, kind: str) -> None:
     size, length = prior.codebook_size, prior.height * prior.width
     device = next(prior.parameters()).device
     codes = torch.randint(size, (1, length), device=device)  # (1, T)
-    taken, own = split(prior, codes)
-    if own is not None or taken.shape != codes.shape:
-        return  # its sequences hold more than codes, in a format that only it knows
-    above = getattr(prior, "condition", None)
-    beside = () if above is None else (codes.new_zeros(1, above[0] * above[1]),)
+    above, classes = getattr(prior, "condition", None), getattr(prior, "classes", 0)
+    if classes:
+        prior.split(prior.grid.with_labels(codes, codes.new_zeros(1)))
+    else:
+        taken, own = split(prior, codes)
+        if own is not None or taken.shape != codes.shape:
+            return  # its sequences hold more than codes, in a format that only it knows
+    entries = (0 if above is None else above[0] * above[1]) + (classes > 0)
+    beside = (codes.new_zeros(1, entries),) if entries else ()
     features, logits = prior.features(codes, *beside), logits_of(prior, codes, *beside)
     for name, found, last in (("features", features, prior.hidden_units), ("a call", logits, size)):
         if tuple(found.shape) != (1, length, last):
@@ -95,7 +99,7 @@ def _check_passes(prior: Any, kind: str) -> None:
         said = f"prior {kind!r} {why}: changing the codes from position {here} on changes its features up to there"
         _check_equal(found, features[:, : here + 1], said)
     if above is None:
-        found = prior.features(codes[:, : prior.width])
+        found = prior.features(codes[:, : prior.width], *beside)
         _check_equal(found, features[:, : prior.width], f"prior {kind!r}: the first row alone gives other features")
 
 

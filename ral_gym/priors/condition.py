@@ -1,9 +1,13 @@
-"""The conditioning stack of a two-level model's bottom prior: residual blocks on the top codes.
+"""What a PixelCNN is conditioned on: the top codes of a two-level model, a class, or both.
 
 Follows "Generating Diverse High-Fidelity Images with VQ-VAE-2" (Razavi et al., 2019): p(bottom | top) is a PixelCNN
 without attention that sees the top codes through 20 residual blocks ("Conditioning Output stack layers" in the
 supplement's Tables 8 to 10). Top codes that are not drawn are replaced by a learned token, so that an image may have
 fewer rows.
+
+A class is a learned vector, added to the features of the top codes or in their place; "no class" has one of its own. As
+in "Conditional Image Generation with PixelCNN Decoders" (van den Oord et al., 2016, Eq. 4), every block adds what it
+makes of it to its pre-activations, at all positions alike.
 """
 
 from __future__ import annotations
@@ -93,3 +97,60 @@ class ConditioningStack(nn.Module):
             for layer in (block.inner, block.out):
                 assert layer.bias is not None
                 nn.init.zeros_(layer.bias)
+
+
+class ClassConditioning(nn.Module):
+    """The features of a class, on top of those of another grid's codes if there are any.
+
+    Args:
+        classes: N.
+        hidden_units: C, channels of the result.
+        height: rows of the result.
+        width: columns of the result.
+        class_dropout: share of the labels that training mode replaces by "no class".
+        stack: the network on another grid's codes, of height x width and C channels; None: the class alone.
+    """
+
+    def __init__(
+        self,
+        classes: int,
+        hidden_units: int,
+        height: int,
+        width: int,
+        class_dropout: float,
+        stack: ConditioningStack | None,
+    ) -> None:
+        super().__init__()
+        self.classes, self.height, self.width, self.class_dropout = classes, height, width, class_dropout
+        self.embedding = nn.Embedding(classes + 1, hidden_units)  # the last one: no class
+        self.stack = stack
+
+    def forward(self, condition: Tensor) -> Tensor:
+        """Codes and label to features.
+
+        Args:
+            condition: (B, 1) int64, the label, 0..N, N for "no class"; behind the other grid's codes with a stack.
+
+        Returns:
+            (B, height, width, C).
+
+        Raises:
+            ConfigError: see `ConditioningStack`; or no label.
+        """
+        codes, labels = condition[:, :-1], condition[:, -1]  # (B, T''), (B,)
+        if self.stack is None and codes.shape[1]:
+            raise ConfigError(f"a condition of {condition.shape[1]} entries: pass one label for each image")
+        if self.training and self.class_dropout:
+            dropped = torch.rand(len(labels), device=labels.device) < self.class_dropout
+            labels = labels.masked_fill(dropped, self.classes)
+        features = self.embedding(labels)[:, None, None]  # (B, 1, 1, C)
+        if self.stack is not None:
+            return self.stack(codes) + features
+        return features.expand(-1, self.height, self.width, -1)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Initialise: classes start alike, and without effect."""
+        nn.init.zeros_(self.embedding.weight)
+        if self.stack is not None:
+            self.stack.reset_parameters()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ral_gym.priors.attention import CausalAttention
-from ral_gym.priors.condition import ConditioningStack
+from ral_gym.priors.condition import ClassConditioning, ConditioningStack
 from ral_gym.priors.layers import GatedBlock, InputLayer, OutputStack
 
 
@@ -36,7 +36,7 @@ class Network(Protocol):
     input: InputLayer
     blocks: Sequence[GatedBlock]
     attention: Sequence[CausalAttention]
-    conditioning: ConditioningStack | None
+    conditioning: ConditioningStack | ClassConditioning | None
     output: OutputStack
 
 

@@ -12,7 +12,8 @@ Differences from van den Oord et al.:
 * The vertical stack has residual connections too, for depths of 20 layers.
 * The 1x1 layers that end a block have no bias: those of the next block do the same work.
 * Optional: causal attention on the horizontal stack (``ral_gym.priors.attention``), and a condition, the top codes of a
-  two-level model (``ral_gym.priors.condition``), which every block adds to its vertical pre-activations.
+  two-level model, a class, or both (``ral_gym.priors.condition``), which every block adds to its vertical
+  pre-activations.
 
 ``ral_gym.priors.sampler`` draws from this network one code at a time without repeating work.
 """
@@ -23,13 +24,14 @@ import math
 from collections.abc import Sequence
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from ral_gym.errors import ConfigError
 from ral_gym.grid import CodeGrid
 from ral_gym.priors.attention import CausalAttention, attention_blocks
-from ral_gym.priors.base import check_condition
-from ral_gym.priors.condition import ConditioningStack
+from ral_gym.priors.base import check_condition, split_label
+from ral_gym.priors.condition import ClassConditioning, ConditioningStack
 from ral_gym.priors.layers import GatedBlock, InputLayer, OutputStack
 from ral_gym.priors.pixelcnn_cache import PackedPixelCNN
 
@@ -53,6 +55,8 @@ class PixelCNN(nn.Module):
         condition: shape (H', W', K') of the grid that the codes are conditioned on, with H' = H / f and W' = W / f for
             a whole number f; None: unconditional.
         conditioning_stack_layers: residual blocks on the condition.
+        classes: N, labels; 0: none. A sequence is then T' codes and, at its end, the label as K + 2 + class.
+        class_dropout: share of the labels that training mode replaces by "no class", for classifier-free guidance.
 
     Raises:
         ConfigError: an argument is out of range.
@@ -77,6 +81,8 @@ class PixelCNN(nn.Module):
         attention_heads: int = 8,
         condition: Sequence[int] | None = None,
         conditioning_stack_layers: int = 20,
+        classes: int = 0,
+        class_dropout: float = 0.1,
     ):
         super().__init__()
         self.codebook_size = codebook_size
@@ -93,11 +99,12 @@ class PixelCNN(nn.Module):
         self.attention_heads = attention_heads
         self.condition = None if condition is None else tuple(condition)
         self.conditioning_stack_layers = conditioning_stack_layers
+        self.classes, self.class_dropout = classes, class_dropout
         self._check_config()
         self.input = InputLayer(
             codebook_size, hidden_units, conv_filter_size, (height, width) if position_embedding else None
         )
-        conditional = condition is not None
+        conditional = condition is not None or classes > 0
         blocks = (
             GatedBlock(hidden_units, residual_units, conv_filter_size, dropout, layer == layers - 1, conditional)
             for layer in range(layers)
@@ -108,14 +115,22 @@ class PixelCNN(nn.Module):
             CausalAttention(hidden_units, attention_heads, height, width, dropout) for _ in range(attention_layers)
         )
         self.attention = cast(Sequence[CausalAttention], nn.ModuleList(attention))
-        self.conditioning = None
-        if self.condition is not None:
-            rows, columns, codes = self.condition
-            self.conditioning = ConditioningStack(
-                codes, rows, columns, hidden_units, residual_units, conditioning_stack_layers, dropout
-            )
+        self.conditioning = self._make_conditioning()
         self.output = OutputStack(hidden_units, codebook_size, output_stack_layers)
         self.reset_parameters()
+
+    def _make_conditioning(self) -> ConditioningStack | ClassConditioning | None:
+        """The network on what the codes are conditioned on, if anything."""
+        stack, units = None, self.hidden_units
+        if self.condition is not None:
+            rows, columns, codes = self.condition
+            layers = self.conditioning_stack_layers
+            stack = ConditioningStack(codes, rows, columns, units, self.residual_units, layers, self.dropout)
+        if not self.classes:
+            return stack
+        factor = math.gcd(self.height, self.width)
+        rows, columns = (self.height // factor, self.width // factor) if stack is None else (stack.height, stack.width)
+        return ClassConditioning(self.classes, units, rows, columns, self.class_dropout, stack)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -143,12 +158,14 @@ class PixelCNN(nn.Module):
                 "condition": list(self.condition),
                 "conditioning_stack_layers": self.conditioning_stack_layers,
             }
+        if self.classes:
+            config |= {"classes": self.classes, "class_dropout": self.class_dropout}
         return config
 
     @property
     def grid(self) -> CodeGrid:
         """The shape of the codes."""
-        return CodeGrid(self.height, self.width, self.codebook_size)
+        return CodeGrid(self.height, self.width, self.codebook_size, classes=self.classes)
 
     def features(self, codes: Tensor, condition: Tensor | None = None) -> Tensor:
         """The horizontal stack after the last block.
@@ -157,7 +174,8 @@ class PixelCNN(nn.Module):
             codes: (B, T') int64 with T' = r W for some 1 <= r <= H, each 0 or more. Entries of K and more stand for
                 codes not drawn yet; they are read as K - 1, which causality makes irrelevant.
             condition: (B, T'') int64, whole rows of the condition's grid, for a conditional network; entries of K' and
-                more, and rows left out, count as absent.
+                more, and rows left out, count as absent. With classes the label, 0..N (N is "no class"), is its last
+                entry, or its only one; without a condition `codes` are then sequences, see `split`.
 
         Returns:
             (B, T', C); position t has seen codes[:, :t] and the condition only.
@@ -166,6 +184,8 @@ class PixelCNN(nn.Module):
             ConfigError: T' is not a whole number of rows, or more rows than the grid has; or a condition is missing, or
                 given to an unconditional network.
         """
+        if self.classes and self.condition is None and condition is None:
+            codes, condition = self.split(codes)
         batch, length = codes.shape
         if length % self.width or not 0 < length <= self.height * self.width:
             raise ConfigError(
@@ -192,9 +212,21 @@ class PixelCNN(nn.Module):
         """Logits (B, T', K) of every code given those before it; see `features` for the arguments."""
         return self.logits(self.features(codes, condition))
 
-    def split(self, sequence: Tensor) -> tuple[Tensor, None]:
-        """Sequences (B, T') hold nothing but codes: returns them and None."""
-        return sequence, None
+    def split(self, sequence: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Sequences (B, T' + 1) -> codes (B, T') and labels (B, 1), 0..N; without classes: the codes and None.
+
+        A network that is also conditioned on another grid's codes takes codes and condition apart: see `features`.
+
+        Raises:
+            ConfigError: there are classes, and a last entry is no label.
+        """
+        if not self.classes or self.condition is not None:
+            return sequence, None
+        return split_label(sequence, self.codebook_size, self.classes)
+
+    def no_class(self, condition: Tensor) -> Tensor:
+        """The condition (B, T'') of the same images without their class."""
+        return torch.cat([condition[:, :-1], torch.full_like(condition[:, -1:], self.classes)], 1)
 
     def pack(self) -> PackedPixelCNN:
         """A copy of the weights in the cached sampler's layout."""
@@ -249,6 +281,10 @@ class PixelCNN(nn.Module):
             raise ConfigError(
                 f"PixelCNN: attention_heads={self.attention_heads} does not divide hidden_units={self.hidden_units}"
             )
+        if self.classes < 0:
+            raise ConfigError(f"PixelCNN: classes={self.classes} is negative; 0 (none) or more")
+        if not 0 <= self.class_dropout < 1:
+            raise ConfigError(f"PixelCNN: class_dropout={self.class_dropout} is not a share; it must be in [0, 1)")
         if self.condition is not None:
             self._check_condition(self.condition)
 

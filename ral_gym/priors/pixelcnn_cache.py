@@ -132,6 +132,8 @@ class SamplingCache:
         self._tokens[rows] = tokens
         guide = None
         if self.weights.conditioning is not None and self._condition is not None:
+            if condition is None:  # an image of no class
+                condition = codes.new_full((count, 1), self.weights.prior.classes)
             guide = self.weights.conditioning(condition)  # (n, H / f, W / f, C)
             self._condition[rows] = guide
         self._memory[:, :, :, 0][:, rows] = self.weights.memory_start[:, None]

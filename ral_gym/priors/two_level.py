@@ -9,20 +9,19 @@ codes that an episode draws need not be the end of the sequence (rows are given 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ral_gym.errors import ConfigError
 from ral_gym.grid import CodeGrid
-from ral_gym.priors.base import Prior, build_prior, config_of, load_prior
-from ral_gym.priors.drawing import host_positions
+from ral_gym.priors.base import Prior, build_prior, config_of, load_prior, split_label
 from ral_gym.priors.guidance import PLAIN, Sampling
-from ral_gym.priors.sampler import CachedSampler
+from ral_gym.priors.two_level_sampler import TwoLevelSampler, above
 
 
 class TwoLevelPrior(nn.Module):
@@ -47,6 +46,7 @@ class TwoLevelPrior(nn.Module):
         self.bottom: Any = build_prior(bottom) if isinstance(bottom, dict) else bottom
         self.codebook_size, self.height, self.width = self.top.codebook_size, self.top.height, self.top.width
         self.hidden_units = max(self.top.hidden_units, self.bottom.hidden_units)
+        self.classes: int = getattr(self.top, "classes", 0)
         self.frozen: str | None = None
         self._check_levels()
 
@@ -58,14 +58,21 @@ class TwoLevelPrior(nn.Module):
     @property
     def grid(self) -> CodeGrid:
         """The shape of the codes."""
-        return CodeGrid(self.height, self.width, self.codebook_size, levels=2)
+        return CodeGrid(self.height, self.width, self.codebook_size, levels=2, classes=self.classes)
 
-    def features(self, codes: Tensor) -> Tensor:
+    @property
+    def null_class(self) -> bool:
+        """Whether both networks know "no class"."""
+        return getattr(self.top, "null_class", True) and getattr(self.bottom, "null_class", True)
+
+    def features(self, codes: Tensor, condition: Tensor | None = None) -> Tensor:
         """The two networks' features, those of the narrower one padded with zeros.
 
         Args:
             codes: (B, T') int64, sequences of the first r top rows, T' = codes_of(r); entries of K and more stand for
-                codes not drawn. Among the top codes the bottom network reads them as absent.
+                codes not drawn. Among the top codes the bottom network reads them as absent. With classes and without
+                `condition`: sequences (B, T' + 1), see `split`.
+            condition: (B, 1) int64, labels 0..N, where N is "no class".
 
         Returns:
             (B, T', C), C the larger of the networks' channels.
@@ -73,11 +80,11 @@ class TwoLevelPrior(nn.Module):
         Raises:
             ConfigError: T' is not that of 1..H rows.
         """
-        top, bottom = self.grid.split(codes)  # (B, r W), (B, 4 r W)
+        top, bottom, of_top_only, of_both = self._parts(codes, condition)
         with self._gradients("top"):
-            of_top = self._pad(self.top.features(top))
+            of_top = self._pad(self.top.features(top, *of_top_only))
         with self._gradients("bottom"):
-            of_bottom = self._pad(self.bottom.features(bottom, top))
+            of_bottom = self._pad(self.bottom.features(bottom, of_both))
         return torch.cat([of_top, of_bottom], dim=1)
 
     def logits(self, features: Tensor, position: Tensor | None = None) -> Tensor:
@@ -104,18 +111,33 @@ class TwoLevelPrior(nn.Module):
         logits = torch.cat([of_top, of_bottom])  # (N, K)
         return logits[torch.cat([top, bottom]).argsort()].view(*features.shape[:-1], -1)
 
-    def forward(self, codes: Tensor) -> Tensor:
-        """Logits (B, T', K) of every code given those before it; see `features` for codes (B, T')."""
-        top, bottom = self.grid.split(codes)
+    def forward(self, codes: Tensor, condition: Tensor | None = None) -> Tensor:
+        """Logits (B, T', K) of every code given those before it; see `features` for the arguments."""
+        top, bottom, of_top_only, of_both = self._parts(codes, condition)
         with self._gradients("top"):
-            of_top = self.top(top)
+            of_top = self.top(top, *of_top_only)
         with self._gradients("bottom"):
-            of_bottom = self.bottom(bottom, top)
+            of_bottom = self.bottom(bottom, of_both)
         return torch.cat([of_top, of_bottom], dim=1)
 
-    def split(self, sequence: Tensor) -> tuple[Tensor, None]:
-        """Sequences (B, T') hold nothing but the codes of both levels: returns them and None."""
-        return sequence, None
+    def _parts(self, codes: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor, tuple[Tensor, ...], Tensor]:
+        """Top and bottom codes (B, r W) and (B, 4 r W), and what each network is given beside them."""
+        if condition is None:
+            codes, condition = self.split(codes)
+        top, bottom = self._levels(codes)
+        return top, bottom, () if condition is None else (condition,), above(top, condition)
+
+    def _levels(self, codes: Tensor) -> list[Tensor]:
+        """Codes (B, T') without a label -> top and bottom codes."""
+        return replace(self.grid, classes=0).split(codes)
+
+    def split(self, sequence: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Sequences -> codes (B, T') of both levels and labels (B, 1), 0..N; without classes: the codes and None.
+
+        Raises:
+            ConfigError: there are classes, and a last entry is no label.
+        """
+        return split_label(sequence, self.codebook_size, self.classes) if self.classes else (sequence, None)
 
     def make_sampler(self, sampling: Sampling = PLAIN) -> TwoLevelSampler:
         """The sampler of both levels; it uses one cache per level."""
@@ -131,6 +153,9 @@ class TwoLevelPrior(nn.Module):
         top, bottom = self.top, self.bottom
         if getattr(top, "condition", None) is not None:
             raise ConfigError(f"TwoLevelPrior: the top prior has condition={top.condition}; it takes none")
+        classes = [getattr(prior, "classes", 0) for prior in (top, bottom)]
+        if classes[0] != classes[1]:
+            raise ConfigError(f"TwoLevelPrior: the top prior has {classes[0]} classes, the bottom one {classes[1]}")
         wanted = (2 * top.height, 2 * top.width, top.codebook_size, (top.height, top.width, top.codebook_size))
         condition = getattr(bottom, "condition", None)
         condition = None if condition is None else tuple(condition)
@@ -180,221 +205,3 @@ def load_levels(
         RunError: see `load_prior`.
     """
     return join_priors([load(folder / f"{name}{suffix}.safetensors", device) for suffix in SUFFIXES[:levels]]).eval()
-
-
-class TwoLevelSampler:
-    """Draws the codes of both levels, each level by a `CachedSampler` of its own.
-
-    In sequences given to `begin` and `rebuild` the token K marks what is to be drawn; anything else is given or, if K +
-    1, not part of the image. Images of a batch may be at any position, also in different levels; a code then costs a
-    step of both networks. The condition is computed when an image enters the bottom level.
-
-    Args:
-        prior: the networks to draw from; the sampler keeps a reference to them.
-    """
-
-    def __init__(self, prior: TwoLevelPrior, sampling: Sampling = PLAIN):
-        self.prior = prior
-        self.top, self.bottom = CachedSampler(prior.top, sampling), CachedSampler(prior.bottom, sampling)
-        self._position: np.ndarray | None = None  # (B,) in the sequences given, their length when finished
-        self._codes = torch.empty(0)  # (B, T')
-        self._next = np.empty(0)  # (B, T' + 1), the first position from each one on that is to be drawn
-        self._n_top = 0  # top codes in a sequence
-
-    @property
-    def use_cuda_graphs(self) -> bool:
-        """See `CachedSampler`."""
-        return self.top.use_cuda_graphs and self.bottom.use_cuda_graphs
-
-    @use_cuda_graphs.setter
-    def use_cuda_graphs(self, use: bool) -> None:
-        self.top.use_cuda_graphs = self.bottom.use_cuda_graphs = use
-
-    def refresh(self) -> None:
-        """Pack the prior's weights again. What `begin` started becomes invalid: begin again."""
-        self.top.refresh()
-        self.bottom.refresh()
-        self._position = None
-
-    @torch.no_grad()
-    def sample(
-        self,
-        batch_size: int | None = None,
-        *,
-        codes: Tensor | None = None,
-        prefix_rows: int | Tensor = 0,
-        stop_rows: int | None = None,
-        temperature: float = 1.0,
-        generator: torch.Generator | None = None,
-        uniforms: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Draw whole images, or continue given ones. Ends any drawing that `begin` started.
-
-        Args:
-            batch_size: B; only needed without `codes`.
-            codes: (B, T') int64, sequences of r top rows, whose entries in the rows before `prefix_rows` are given.
-            prefix_rows: top rows that are given, and the bottom rows under them; one for all or (B,) int64, 0..r.
-            stop_rows: top rows that the result has, and twice as many bottom rows; None: r.
-            temperature: divides the logits.
-            generator: source of the uniforms, one `torch.rand(B)` in float32 per position that any image draws.
-            uniforms: (B, T') in [0, 1], used instead.
-
-        Returns:
-            codes (B, codes_of(stop_rows)) int64, and as many log-probabilities of those drawn, at `temperature`; 0
-            where given.
-
-        Raises:
-            ConfigError: an argument is out of range, or neither batch_size nor codes is given.
-        """
-        grid, width = self.prior.grid, self.prior.width
-        if codes is None:
-            if batch_size is None or batch_size < 1:
-                raise ConfigError(f"sample: batch_size={batch_size}; pass codes, or a batch size of at least 1")
-            codes = torch.full((batch_size, grid.n_codes), grid.not_drawn, device=self._device())
-        rows = grid.rows_of(codes.shape[1])
-        stop_rows = rows if stop_rows is None else stop_rows
-        prefixes = torch.as_tensor(prefix_rows)
-        if not 1 <= stop_rows <= rows or int(prefixes.min()) < 0 or int(prefixes.max()) > rows:
-            raise ConfigError(
-                f"sample: prefix_rows={prefix_rows} and stop_rows={stop_rows} do not fit {rows} rows; "
-                f"0 to {rows} can be given, and the result have 1 to {rows}"
-            )
-        self._position = None
-        own: list[Any] = [None, None] if uniforms is None else grid.split(uniforms)
-        drawn: list[Tensor] = []
-        log_probs: list[Tensor] = []
-        for level, (sampler, given) in enumerate(zip((self.top, self.bottom), grid.split(codes), strict=True)):
-            per_row = width * 4**level  # codes of this level in a top row
-            result = sampler.sample(
-                batch_size,
-                codes=given,
-                start=prefix_rows * per_row,
-                stop=stop_rows * per_row,
-                uniforms=own[level],
-                condition=drawn[0] if level else None,
-                temperature=temperature,
-                generator=generator,
-            )
-            drawn.append(result[0])
-            log_probs.append(result[1])
-        return torch.cat(drawn, dim=1), torch.cat(log_probs, dim=1)
-
-    @torch.no_grad()
-    def begin(self, codes: Tensor, position: int | Tensor | None = None) -> None:
-        """Start drawing code by code.
-
-        Args:
-            codes: (B, T') int64, sequences of r top rows; K marks what is to be drawn.
-            position: next position to draw in these sequences, one for all or (B,) int64, from 0 to T' (finished);
-                None: the first K. Later positions without K are skipped.
-
-        Raises:
-            ConfigError: T' is not that of 1..H rows, or a position is out of range.
-        """
-        batch, length = codes.shape
-        top, bottom = self.prior.grid.split(codes)
-        starts = None if position is None else host_positions(position, batch, length)
-        self._n_top = top.shape[1]
-        self._codes = torch.empty_like(codes)
-        self._next = np.empty((batch, length + 1), np.int64)
-        self._position = np.empty(batch, np.int64)
-        self.top.begin_finished(batch, self._n_top)
-        self.bottom.begin_finished(batch, bottom.shape[1])
-        self._start(np.arange(batch), codes, starts)
-
-    @torch.no_grad()
-    def rebuild(self, rows: Tensor, codes: Tensor, position: int | Tensor | None = None) -> None:
-        """Restart some rows of the batch; arguments as in `begin`, for the rows (n,) int64, without repeats.
-
-        Raises:
-            ConfigError: T' differs from `begin`'s, or a position is out of range.
-        """
-        self._begun()
-        if codes.shape[1] != self._codes.shape[1]:
-            raise ConfigError(f"rebuild: sequences of {codes.shape[1]} codes; `begin` got {self._codes.shape[1]}")
-        starts = None if position is None else host_positions(position, len(rows), codes.shape[1])
-        self._start(rows.cpu().numpy(), codes, starts)
-
-    def features(self) -> Tensor:
-        """The prior's features (B, C) at each batch row's position; finished rows: meaningless but finite."""
-        return self.prior._pad(self._merge(CachedSampler.features))
-
-    def logits(self) -> Tensor:
-        """The logits (B, K) of the code at each batch row's position; finished rows: meaningless but finite."""
-        return self._merge(CachedSampler.logits)
-
-    @torch.no_grad()
-    def advance(self, codes: Tensor) -> None:
-        """Enter the codes (B,) int64, 0..K-1, that were drawn and go on to the next K; finished rows ignore theirs."""
-        positions, length = self._begun(), self._codes.shape[1]
-        active = np.flatnonzero(positions < length)
-        if len(active) == 0:
-            return
-        now, at = positions[active], torch.as_tensor(active, device=codes.device)
-        self._codes[at, torch.as_tensor(now, device=codes.device)] = codes[at]
-        after = self._next[active, now + 1]
-        in_top = now < self._n_top
-        leaving = (after != now + 1) | (in_top & (after >= self._n_top))  # rows that skip positions or change level
-        self.top.finish(active[leaving & in_top])
-        self.bottom.finish(active[leaving & ~in_top])
-        if in_top.any():
-            self.top.advance(codes)
-        if not in_top.all():
-            self.bottom.advance(codes)
-        positions[active] = after
-        self._enter(active[leaving])
-
-    @property
-    def position(self) -> Tensor:
-        """(B,) int64, the next position of each batch row in its sequence; T' when it is finished."""
-        return torch.as_tensor(self._begun().copy(), device=self._device())
-
-    def _device(self) -> torch.device:
-        return self.top.weights.device
-
-    def _begun(self) -> np.ndarray:
-        if self._position is None:
-            raise RuntimeError(
-                "the sampler holds no episode: call begin() first, and again after sample() or refresh()"
-            )
-        return self._position
-
-    def _start(self, rows: np.ndarray, codes: Tensor, starts: np.ndarray | None) -> None:
-        """Let batch rows (n,) start from sequences (n, T'), at positions (n,) or (None) at their first K."""
-        length = codes.shape[1]
-        to_draw = (codes == self.prior.codebook_size).cpu().numpy()  # (n, T')
-        following = np.full((len(rows), length + 1), length)
-        following[:, :-1] = np.where(to_draw, np.arange(length), length)
-        following = np.minimum.accumulate(following[:, ::-1], axis=1)[:, ::-1]
-        self._next[rows] = following
-        self._begun()[rows] = following[:, 0] if starts is None else starts
-        self._codes[torch.as_tensor(rows, device=codes.device)] = codes
-        self.top.finish(rows)
-        self.bottom.finish(rows)
-        self._enter(rows)
-
-    def _enter(self, rows: np.ndarray) -> None:
-        """Prepare the samplers for batch rows (n,) whose position has jumped."""
-        positions, length, n_top = self._begun(), self._codes.shape[1], self._n_top
-        in_top = rows[positions[rows] < n_top]
-        if len(in_top):
-            at = torch.as_tensor(in_top, device=self._codes.device)
-            self.top.rebuild(at, self._codes[at, :n_top], torch.as_tensor(positions[in_top]))
-        in_bottom = rows[(positions[rows] >= n_top) & (positions[rows] < length)]
-        if len(in_bottom):
-            at = torch.as_tensor(in_bottom, device=self._codes.device)
-            codes, own = self._codes[at], torch.as_tensor(positions[in_bottom] - n_top)
-            self.bottom.rebuild(at, codes[:, n_top:], own, condition=codes[:, :n_top])
-
-    def _merge(self, read: Callable[[CachedSampler], Tensor]) -> Tensor:
-        """Read (B, ...) values from the sampler of each row's level; a level that no row is in does not run."""
-        positions = self._begun()
-        in_top = positions < self._n_top
-        if not (~in_top & (positions < self._codes.shape[1])).any() and in_top.any():
-            return read(self.top)
-        if not in_top.any():
-            return read(self.bottom)
-        top, bottom = read(self.top), read(self.bottom)
-        channels = max(top.shape[1], bottom.shape[1])
-        top, bottom = (F.pad(x, (0, channels - x.shape[1])) for x in (top, bottom))
-        return torch.where(torch.as_tensor(in_top, device=top.device)[:, None], top, bottom)

@@ -38,7 +38,7 @@ import numpy as np
 import torch
 
 from ral_gym.config import Config
-from ral_gym.config.stages import REWARD_FILES, limits_training_only
+from ral_gym.config.stages import REWARD_FILES, has_no_labels, limits_training_only
 from ral_gym.errors import ConfigError, RunError, printable
 from ral_gym.runs.foreign import is_number
 from ral_gym.runs.lock import LOCK, locked
@@ -117,6 +117,8 @@ class Run:
         elif contents:  # else nothing has been made with the old settings yet, so they may be replaced
             if config.data.test_limit is None and limits_training_only(load_json(file)):
                 self.config = replace(config, data=replace(config.data, test_limit=0))  # it continues as it began
+            if has_no_labels(load_json(file)):
+                self.config = replace(self.config, data=replace(self.config.data, labels="none"))
             self._check_same(file)
             return
         write_text(file, config.to_json())
