@@ -206,10 +206,16 @@ class Pipeline:
 
         return load_vqvae(self.run, self.device)
 
-    @property
+    @functools.cached_property
     def grid(self) -> CodeGrid:
-        """The shape of an image's codes."""
-        return self.vqvae.grid
+        """The shape of the sequences that the priors draw: with the images' classes, where they take them."""
+        from ral_gym.stages.levels import sequence_grid
+
+        grid = sequence_grid(self.run.config, self.vqvae.grid, self.codes)
+        if self.codes.classes and not grid.classes:
+            lines = [f"  Labels are not used: prior.kind {self.run.config.prior.kind} takes no argument classes"]
+            _say(self.console, lines if self.progress else [])
+        return grid
 
     @functools.cached_property
     def codes(self) -> CodeSet:
@@ -223,7 +229,7 @@ class Pipeline:
             if images is not None and not file.exists():
                 passes, seed = config.prior.augmented_passes, config.seed * 1000 + 7
                 encode_set(self.vqvae, images, passes=passes, seed=seed, progress=self.progress).save(file)
-        return CodeSet.load(file, self.grid)
+        return CodeSet.load(file, self.vqvae.grid)
 
     def train_vqvae(self) -> None:
         """Stage 1; without images the tokenizer is there already."""
@@ -245,7 +251,9 @@ class Pipeline:
             return
         codes = self.codes
         with fast_products(self.device):
-            train_prior(self.run, codes, self.grid, self.device, self.progress, self.compute)
+            prior = train_prior(self.run, codes, self.grid, self.device, self.progress, self.compute)
+        if self.grid.classes:
+            _say(self.console, _label_lines(self.run, prior.levels))
 
     def train_ral(self) -> None:
         """Stage 3 and, where there are images, its control."""
@@ -272,14 +280,33 @@ class Pipeline:
 
 
 def _introduce(images: ImageSet, run: Run, device: torch.device, console: Console) -> None:
-    """Print the first lines: the data, how to use your own, and the run folder."""
+    """Print the first lines: the data and its classes, how to use your own, and the run folder."""
+    from ral_gym.data.labels import described
+
     lines = [f"Data: {images.description}"]
+    if images.labels is not None:
+        lines += [f"  {described(images.labels.train, images.labels.classes)}"]
     if images.cache is not None:
         lines += [f"  Decoded images are kept in {images.cache} (ral-gym cache lists them, --clear removes them)"]
     if run.config.data.source == "faces":
         lines += ["  Your own: --data celeba:PATH (img_align_celeba, folder or zip) or --data folder:PATH"]
     lines += [f"Run:  {run.path}  (preset {run.config.preset}, {run.config.ral.algo}, {device})"]
     _say(console, lines)
+
+
+def _label_lines(run: Run, levels: int) -> list[str]:
+    """What the held-out NLL is with right and with other labels, from the priors' files."""
+    from ral_gym.priors.two_level import SUFFIXES
+    from ral_gym.runs.storage import load_metadata
+
+    lines = []
+    for suffix in SUFFIXES[:levels]:
+        facts = load_metadata(run.file(f"prior{suffix}.safetensors"))
+        said = [f"{facts['nll_test']:.3f} with right labels"] if "nll_test" in facts else []
+        named = {"nll_no_label": "without", "nll_wrong_label": "with wrong ones"}
+        said += [f"{facts[name]:.3f} {words}" for name, words in named.items() if name in facts]
+        lines += [f"  Held-out nats per code{suffix.replace('_', ', ')}: {', '.join(said)}"] if said else []
+    return lines
 
 
 def _list_files(run: Run, stages: Sequence[str], console: Console) -> None:

@@ -40,8 +40,8 @@ _NAMES: dict[_Rule, str] = {
         ral.grpo.target_kl ral.ppo.target_kl ral.maskable_ppo.target_kl ral.trpo.target_kl
         """,
     _SHARE: """
-        vqvae.decay prior.dropout prior.ema_decay critic.adam_beta1 critic.adam_beta2 ral.adam_beta1 ral.adam_beta2
-        ral.ema_decay ral.reward_ema
+        vqvae.decay prior.dropout prior.class_dropout prior.ema_decay critic.adam_beta1 critic.adam_beta2
+        ral.adam_beta1 ral.adam_beta2 ral.ema_decay ral.reward_ema
         """,
     ("at least 0 and at most 1", lambda value: 0 <= value <= 1): """
         ral.gamma prior.scheduled_sampling_share

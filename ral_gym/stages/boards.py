@@ -14,6 +14,7 @@ from ral_gym.data.subsets import subset
 from ral_gym.priors.base import Prior
 from ral_gym.priors.sampler import make_sampler
 from ral_gym.priors.two_level import join_priors
+from ral_gym.stages.pictures import sequences_to_draw
 from ral_gym.tokenizers.base import Tokenizer
 from ral_gym.tokenizers.code_set import decode_codes, encode_images
 
@@ -67,5 +68,7 @@ def add_samples(
     """
     whole = join_priors([prior] if top is None else [top, prior])
     generator = torch.Generator(next(whole.parameters()).device).manual_seed(seed)
-    codes, _ = make_sampler(whole).sample(2 * N_IMAGES, generator=generator)
+    codes, _ = make_sampler(whole).sample(
+        2 * N_IMAGES, codes=sequences_to_draw(whole, 2 * N_IMAGES), generator=generator
+    )
     add_grid(writer, tag, decode_codes(vqvae, codes), step)

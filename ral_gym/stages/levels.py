@@ -25,6 +25,7 @@ from ral_gym.priors.two_level import load_levels
 from ral_gym.runs.run import Run
 from ral_gym.settings import constructor_parameters, part_arguments
 from ral_gym.tokenizers.base import Tokenizer, load_tokenizer
+from ral_gym.tokenizers.code_set import CodeSet
 
 SECTIONS = ("prior", "bottom")
 """The settings of each level's prior."""
@@ -34,7 +35,7 @@ TRAINING = (
     *("scheduled_sampling", "scheduled_sampling_schedule", "scheduled_sampling_share"),
 )
 """Settings of a prior that stage 2's training loop reads; the others are the network's."""
-GIVEN = ("codebook_size", "height", "width", "condition")
+GIVEN = ("codebook_size", "height", "width", "condition", "classes")
 """Arguments of a prior that the code grid determines."""
 GENERATORS = {
     "prior": "maximum likelihood, the weights of the best held-out NLL",
@@ -44,6 +45,19 @@ GENERATORS = {
     "policy_ema": "RAL, the exponential average",
 }
 """The generators of a finished run, by the names of their files."""
+
+
+def sequence_grid(config: Config, grid: CodeGrid, codes: CodeSet) -> CodeGrid:
+    """The grid of the sequences that a run's priors draw: a tokenizer's, with the classes of the run's images.
+
+    There are none if the network of a level does not take classes.
+    """
+    taken = all("classes" in constructor_parameters(prior_class(kind))[0] for kind in _kinds(config, grid))
+    return codes.grid_of(grid) if taken else grid
+
+
+def _kinds(config: Config, grid: CodeGrid) -> list[str]:
+    return [getattr(config, section).kind for section in SECTIONS[: grid.levels]]
 
 
 def prior_of(config: Config, grid: CodeGrid, level: int = 0) -> Any:
@@ -57,6 +71,8 @@ def prior_of(config: Config, grid: CodeGrid, level: int = 0) -> Any:
     arguments |= dict(zip(GIVEN, (grid.codebook_size, *grid.shapes[level]), strict=False))
     if level:
         arguments["condition"] = (*grid.shapes[0], grid.codebook_size)
+    if grid.classes:
+        arguments["classes"] = grid.classes
     prior = build_prior(arguments)
     check_prior(prior, level=level)
     return prior
@@ -98,16 +114,27 @@ def _untouched(config: Config, section: str) -> list[Any]:
 
 @dataclass(frozen=True)
 class LevelCodes:
-    """The data of one prior: its codes (N, T') and, for a bottom prior, the top codes (N, H * W) above them."""
+    """The data of one prior: its codes (N, T'), and what they are given.
+
+    `condition` is, for a bottom prior, the top codes (N, H * W); with classes the label, from 0, is its last entry, or
+    the only one.
+    """
 
     codes: Tensor
     condition: Tensor | None = None
 
     @classmethod
     def of(cls, codes: np.ndarray, grid: CodeGrid, level: int) -> LevelCodes:
-        """Level `level` of whole sequences (N, T)."""
-        levels = grid.split(torch.from_numpy(codes))
-        return cls(levels[level], levels[0] if level else None)
+        """Level `level` of whole sequences (N, `grid.length`)."""
+        sequences = torch.from_numpy(codes)
+        levels, labels = grid.split(sequences), grid.labels_of(sequences)
+        given = ([levels[0]] if level else []) + ([] if labels is None else [labels[:, None]])
+        return cls(levels[level], torch.cat(given, 1) if given else None)
+
+    def with_labels(self, labels: Tensor) -> LevelCodes:
+        """The same images with other classes (N,)."""
+        assert self.condition is not None
+        return LevelCodes(self.codes, torch.cat([self.condition[:, :-1], labels[:, None].to(self.condition)], 1))
 
     def __getitem__(self, rows: Tensor | slice) -> LevelCodes:
         """Some of the images."""
@@ -130,6 +157,28 @@ def held_out_nll(prior: Any, data: LevelCodes) -> float:
         batch = data[start : start + NLL_BATCH].to(device)
         total += len(batch.codes) * nll(partial(prior, condition=batch.condition), batch.codes)
     return total / len(data.codes)
+
+
+def label_nlls(prior: Any, data: LevelCodes, classes: int, seed: int) -> dict[str, float]:
+    """Held-out nats per code where every image has a wrong label, or none: is the condition used at all?
+
+    Args:
+        prior: of the level.
+        data: the level's held-out codes, with labels.
+        classes: how many there are.
+        seed: seeds the wrong labels, each one of the other classes.
+
+    Returns:
+        `nll_wrong_label` with two classes or more, `nll_no_label` for a network that knows "no class".
+    """
+    assert data.condition is not None
+    found, labels = {}, data.condition[:, -1].long()
+    if classes > 1:
+        shift = torch.randint(1, classes, labels.shape, generator=torch.Generator().manual_seed(seed))
+        found["nll_wrong_label"] = held_out_nll(prior, data.with_labels((labels + shift) % classes))
+    if getattr(prior, "null_class", True):
+        found["nll_no_label"] = held_out_nll(prior, data.with_labels(torch.full_like(labels, classes)))
+    return found
 
 
 def load_vqvae(run: Run, device: torch.device | str = "cpu") -> Tokenizer:

@@ -18,7 +18,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ral_gym.config import PriorConfig
-from ral_gym.errors import DivergedError
+from ral_gym.errors import ConfigError, DivergedError
 from ral_gym.grid import CodeGrid
 from ral_gym.metrics import unigram_nll
 from ral_gym.priors.base import Prior, build_prior, config_of, load_prior, save_prior
@@ -27,7 +27,7 @@ from ral_gym.runs.event_log import open_event_log
 from ral_gym.runs.run import Run, seed_everything
 from ral_gym.stages.boards import due
 from ral_gym.stages.common import Clock, WeightAverage, check_finite, check_weights, restore_optimizer, step_of
-from ral_gym.stages.levels import SECTIONS, LevelCodes, prior_of
+from ral_gym.stages.levels import SECTIONS, LevelCodes, label_nlls, prior_of
 from ral_gym.stages.prior_measurements import Board, HeldOut
 from ral_gym.stages.processes import Compute, JointBatches, make_accelerator, partners
 from ral_gym.stages.scheduled_sampling import ScheduledSampling
@@ -91,15 +91,20 @@ def _train_level(
     if file.exists() and run.has(f"prior_ema{suffix}.safetensors"):
         return load_prior(file, device, config_of(prior_of(run.config, grid, level)))
     config = getattr(run.config, section)
+    if not grid.classes and config.class_dropout != PriorConfig().class_dropout:
+        raise ConfigError(
+            f"{section}.class_dropout is {config.class_dropout}, but there are no classes: leave it out, or give "
+            "images with classes (one folder per class) and a network that takes them"
+        )
     board = Board.of(run, level, device)
     seed_everything(run.config.seed * 1000 + 2 + 20 * level)
     accelerator = make_accelerator(device, compute)
     prior = prior_of(run.config, grid, level).to(accelerator.device)
     optimizer = torch.optim.Adam(prior.parameters(), lr=config.learning_rate)
     average = WeightAverage(prior, config.ema_decay, warm_up=True)
-    new_people = None if codes.new_people is None else LevelCodes.of(codes.new_people, grid, level)
+    new_people = None if codes.new_people is None or grid.classes else LevelCodes.of(codes.new_people, grid, level)
     held_out = HeldOut(
-        LevelCodes.of(codes.test, grid, level),
+        LevelCodes.of(codes.sequences("test", grid), grid, level),
         new_people,
         config.evaluate_every,
         limit=config.held_out,
@@ -116,11 +121,11 @@ def _train_level(
         sampling=ScheduledSampling(prior, config, config.training_steps, section),
         board=board,
     )
-    data = LevelCodes.of(codes.train, grid, level)
+    data = LevelCodes.of(codes.sequences("train", grid), grid, level)
     n_parts = compute.gradient_accumulation if compute else 1
     clock = _fit(run, task, prior, optimizer, average, data, held_out, accelerator, n_parts, progress)
     if accelerator.is_main_process:
-        _finish(run, task, prior, data, held_out, grid, suffix)
+        _finish(run, task, prior, data, held_out, grid, suffix, codes.classes)
         clock.book()
     accelerator.wait_for_everyone()
     return load_prior(file, device)
@@ -193,7 +198,14 @@ def _fit(
 
 
 def _finish(
-    run: Run, task: _Task, prior: nn.Module, data: LevelCodes, held_out: HeldOut, grid: CodeGrid, suffix: str
+    run: Run,
+    task: _Task,
+    prior: nn.Module,
+    data: LevelCodes,
+    held_out: HeldOut,
+    grid: CodeGrid,
+    suffix: str,
+    classes: tuple[str, ...],
 ) -> None:
     """Write the best weights, and warn if they are no better than code frequencies."""
     best = held_out.best
@@ -210,10 +222,30 @@ def _finish(
             best.nll["live"],
             unigram,
         )
-    facts = {"unigram_nll": unigram}
+    facts: dict[str, Any] = {"unigram_nll": unigram} | _with_other_labels(run, prior, held_out, grid)
+    if grid.classes:
+        facts["class_names"] = list(classes)
     for which, name in (("ema", "prior_ema"), ("live", "prior")):
         facts |= {"nll_test": best.nll[which], "step": best.step[which]} | task.sampling.metrics(best.step[which])
         save_prior(run.file(f"{name}{suffix}.safetensors"), prior, best.weights[which], **facts)
+
+
+def _with_other_labels(run: Run, prior: Any, held_out: HeldOut, grid: CodeGrid) -> dict[str, float]:
+    """With classes: the best weights' held-out NLL with wrong labels and with none; warns if right ones do not help."""
+    if not grid.classes:
+        return {}
+    right = held_out.best.nll["live"]
+    prior.load_state_dict(held_out.best.weights["live"])
+    others = label_nlls(prior.eval(), held_out.test, grid.classes, run.config.seed * 1000 + 2)
+    worst = min(others.values(), default=float("inf"))
+    if right >= worst:
+        logger.warning(
+            "labels do not help the prior: held-out NLL %.3f with right labels, %.3f without or with wrong ones; train "
+            "longer, or turn labels off with --data.labels none",
+            right,
+            worst,
+        )
+    return others
 
 
 def _save(
@@ -300,7 +332,7 @@ def _continue_level(
         max_grad_norm=config.max_grad_norm,
         sampling=ScheduledSampling(model, PriorConfig(), config.n_updates),  # none
     )
-    data = LevelCodes.of(codes.train, grid, level)
+    data = LevelCodes.of(codes.sequences("train", grid), grid, level)
     clock = _fit(run, task, model, optimizer, average, data, None, accelerator, 1, progress)
     check_weights(model, task.stage, task.steps, task.remedy)
     save_prior(file, model, average.weights)
