@@ -59,6 +59,11 @@ ELSEWHERE = {
     "ral.label_draw": "",
     "ral.guidance": "a prior with classes: test_guided_rollouts",
     "ral.guidance_log_probs": "",
+    "data.test": "images with classes: test_data_labels",
+    "data.labels": "",
+    "data.class_names": "",
+    "prior.class_dropout": "images with classes: test_class_runs",
+    "bottom.class_dropout": "",
     "data.cache_dir": "a folder of the test's own; asserted below",
 }
 """Fields that are not among the odd ones, and where they are tested."""

@@ -61,13 +61,13 @@ def test_labels_follow_their_images(tmp_path: Path) -> None:
 def test_labels_pass_over_images_that_are_skipped() -> None:
     @SOURCES.register("some bad")
     def some_bad() -> tuple[list[int], Callable[[int], Any], list[int]]:
-        return list(range(60)), lambda item: b"junk" if item % 5 == 0 else encoded(item), list(range(60))
+        return list(range(240)), lambda item: b"junk" if item % 20 == 0 else encoded(item), [n % 3 for n in range(240)]
 
     images = load(small("some bad"))
     assert len(images.skipped) == 12 and images.skipped[0].endswith(": not an image")
     assert images.labels is not None
-    assert images.labels.train.tolist() == images.train[:, 0, 0, 0].tolist()
-    assert images.labels.test.tolist() == images.test[:, 0, 0, 0].tolist()
+    assert images.labels.train.tolist() == (images.train[:, 0, 0, 0] % 3).tolist()
+    assert images.labels.test.tolist() == (images.test[:, 0, 0, 0] % 3).tolist()
 
 
 @pytest.mark.parametrize(

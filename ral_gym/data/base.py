@@ -28,7 +28,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 from PIL import Image
 
-from ral_gym.config.stages import NO_IMAGES
+from ral_gym.config.models import NO_IMAGES
 from ral_gym.data.files import Reader
 from ral_gym.data.labels import held_out_rows
 from ral_gym.data.listing import Files, ImageFile

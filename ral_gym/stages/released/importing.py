@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError
 
 from ral_gym.config import Config, DataConfig, PriorConfig, RALConfig, VQVAEConfig
-from ral_gym.config.stages import NO_IMAGES
+from ral_gym.config.models import NO_IMAGES
 from ral_gym.data.images import ImageSet, load_images
 from ral_gym.errors import ConfigError, RunError
 from ral_gym.priors.base import KIND, config_of, kind_of
