@@ -159,7 +159,7 @@ def _with_own_test(source: Source, config: DataConfig, seed: int, progress: bool
             of[part[found.kept[0]]]
             for of, part, found in zip((source.labels, theirs), parts, (train, test), strict=True)
         ]
-        labels = _named(*known, source.classes, config.class_names)
+        labels = _named(known[0], known[1], source.classes, config.class_names)
     words = f"{train.counts[0]:,} training images, {test.counts[0]:,} held-out images from {printable(held_out.root)}"
     words += f", {_kind(decoding, resized)}" + (f", {len(skipped):,} files skipped" if skipped else "")
     return ImageSet(

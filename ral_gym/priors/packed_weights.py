@@ -32,6 +32,7 @@ class Network(Protocol):
     conv_filter_size: int
     attention_layers: int
     attention_heads: int
+    classes: int
     attention_after: list[int]
     input: InputLayer
     blocks: Sequence[GatedBlock]
