@@ -15,7 +15,7 @@ from ral_gym.config import Config
 from ral_gym.errors import ConfigError, RunError
 from ral_gym.presets import SMOKE, get_preset
 from ral_gym.runs.run import Run, read_config, seed_everything
-from ral_gym.runs.storage import save_tensors
+from ral_gym.runs.storage import load_tensors, save_tensors
 
 
 def changed(**values: object) -> Config:
@@ -153,6 +153,21 @@ def test_no_checkpoint_is_none_and_damaged_or_foreign_ones_are_refused(run, tmp_
     (tmp_path / "other" / "checkpoints" / "prior.safetensors").write_bytes(whole)
     with pytest.raises(RunError, match=r"of another configuration \(seed: 0 there, 1 here\); remove it"):
         Run(tmp_path / "other", changed(seed=1)).load_checkpoint("prior")
+
+
+def test_a_checkpoint_from_before_a_setting_existed_goes_on(run) -> None:
+    """Its configuration lacks the setting; the default stands for what was done then."""
+    run.save_checkpoint("prior", {"step": 1})
+    path = run.file("checkpoints/prior.safetensors")
+    tensors, metadata = load_tensors(path)
+    for section, name in (("ral", "prompt"), ("ral", "reward_options"), ("prior", "held_out")):
+        del metadata["config"][section][name]
+    save_tensors(path, tensors, metadata)
+    assert run.load_checkpoint("prior")["step"] == 1
+    other = changed(ral=dataclasses.replace(SMOKE.ral, prompt="a cat"))
+    (run.path / "config.json").write_text(other.to_json())
+    with pytest.raises(RunError, match=r"ral\.prompt: a photo of a \{name\} there, a cat here"):
+        Run(run.path, other).load_checkpoint("prior")
 
 
 # The log ------------------------------------------------------------------------------------------------------------

@@ -243,11 +243,12 @@ def _hps_state(path: Path) -> dict[str, Tensor]:
     """The state dict in open_clip's names."""
     _check_file(path)
     wrong = f"ral.hps_path {path} is not HPS_v2.1_compressed.pt"
+    if path.suffix == ".safetensors":  # which newer versions of torch.load read too
+        raise ConfigError(f"{wrong}: it is a safetensors file, such as CLIP's")
     try:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a damaged file, or another format, raises almost anything
-        kind = "a safetensors file, such as CLIP's" if path.suffix == ".safetensors" else "no file of plain tensors"
-        raise ConfigError(f"{wrong}: it is {kind} ({type(error).__name__})") from error
+        raise ConfigError(f"{wrong}: it is no file of plain tensors ({type(error).__name__})") from error
     state = found.get("state_dict") if isinstance(found, dict) else None
     if not isinstance(state, dict):
         names = found if isinstance(found, dict) else {}
