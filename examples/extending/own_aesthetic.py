@@ -22,9 +22,8 @@ class Aesthetic(nn.Module):
         super().__init__()
         self.clip = ImageText(clip_path)
         self.clip.drop_texts()
-        state, sizes = load_file(head_path), []
-        while f"{len(sizes)}.weight" in state:
-            sizes.append(state[f"{len(sizes)}.weight"].shape)
+        state = load_file(head_path)
+        sizes = [state[f"{i}.weight"].shape for i in range(len(state)) if f"{i}.weight" in state]
         self.layers = nn.ModuleList(nn.Linear(size[1], size[0]) for size in sizes)
         if not sizes or sizes[0][1] != self.clip.num_features or sizes[-1][0] != 1:
             raise ConfigError(f"{head_path} is no head from {self.clip.num_features} features to one number")
