@@ -51,9 +51,11 @@ COLOURS = {
     "mle_temperature": "#0072B2",
     "mle_ema": "#56B4E9",
     "mle_best_temperature": "#56B4E9",
+    "mle_best_guidance": "#56B4E9",
     "mle_continued": "#009E73",
     "ral": "#D55E00",
     "ral_best_temperature": "#D55E00",
+    "ral_best_guidance": "#D55E00",
     "ral_live": "#E69F00",
 }
 OTHER_COLOURS = ("#CC79A7", "#0072B2", "#D55E00", "#009E73", "#E69F00", "#56B4E9", "#000000")
@@ -125,6 +127,33 @@ def save_comparison(
     width = shortest // rows
     scale = _scale(max(array.shape[-1] for array in blocks.values()), width * len(blocks))
     panels = [_Panel(label, _tile(array[: rows * width], width, scale)) for label, array in blocks.items()]
+    _write_panels(path, panels, title, caption)
+
+
+def save_class_grid(
+    path: str | Path, columns: Mapping[str, Images], names: Sequence[str], *, title: str, caption: str | None = None
+) -> None:
+    """A row of images per class, generators side by side.
+
+    Args:
+        path: PNG file to write.
+        columns: label -> uint8 (N k, C, S, S), k images of the first class, then k of the second, ...
+        names: of the N classes, the rows' labels.
+        title: above the blocks.
+        caption: below the blocks, small.
+
+    Raises:
+        RunError: the file cannot be written.
+    """
+    blocks = {label: _array(images) for label, images in columns.items()}
+    each = len(next(iter(blocks.values()))) // len(names)
+    scale = _scale(next(iter(blocks.values())).shape[-1], each * len(blocks))
+    panels = []
+    for number, (label, array) in enumerate(blocks.items()):
+        canvas = _tile(array[: each * len(names)], each, scale)
+        middles = [(row + 0.5) * canvas.shape[0] / len(names) for row in range(len(names))]
+        words = [textwrap.shorten(name, 14, placeholder="..") for name in names]
+        panels.append(_Panel(label, canvas, [] if number else list(zip(middles, words, strict=True))))
     _write_panels(path, panels, title, caption)
 
 
@@ -316,7 +345,8 @@ def _write_panels(path: str | Path, panels: Sequence[_Panel], title: str, captio
     inner = sum(panel.canvas.shape[1] for panel in panels)
     text = int(min(34, max(15, inner / 55)))  # Pixels; wide pictures are shown smaller.
     between, margin = 2 * text, text
-    left = margin + (5 * text if any(panel.rows for panel in panels) else 0)
+    longest = max((len(words) for panel in panels for _, words in panel.rows), default=0)
+    left = margin + (int(max(5, 0.65 * longest + 0.5) * text) if longest else 0)
     width = max(left + inner + between * (len(panels) - 1) + margin, 24 * text)
     # Characters per line: DejaVu's are 0.56 em wide on average, bold ones 0.68.
     title_lines = textwrap.wrap(title, int((width - 2 * margin) / (0.68 * 1.25 * text)))

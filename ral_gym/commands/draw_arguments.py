@@ -21,6 +21,8 @@ class SampleArguments:
     """The run folder, for instance runs/demo."""
     n: int = 64
     """Number of images."""
+    label: Annotated[tuple[str, ...], tyro.conf.arg(metavar="CLASS ..")] = ()
+    """Classes to draw, by name or number, in turn; none: all classes in turn, if the run has some."""
     generator: Generator | None = None
     """Which generator. None: policy_ema, or prior if RAL has not been trained."""
     temperature: float = 1.0
@@ -38,7 +40,7 @@ class SampleArguments:
     output: str | None = None
     """PNG file. None: RUN/samples/sample_GENERATOR.png."""
     codes: str | None = None
-    """Also write the codes, int16 (n, T), to this .npz file."""
+    """Also write the codes, int16 (n, T), to this .npz file; with classes also labels (n,) and class_names."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
     plugins: Plugins = ()
@@ -55,6 +57,8 @@ class CompleteArguments:
     """An image file; it is cropped and resized like the run's images."""
     visible_rows: float = 0.5
     """Share of the image's rows that stays visible, above 0 and below 1; rounded to whole rows of codes."""
+    label: Annotated[tuple[str, ...], tyro.conf.arg(metavar="CLASS ..")] = ()
+    """The image's class, by name or number, if the run has classes; several: in turn; none: all of them in turn."""
     seeds: int = 4
     """Number of completions by each generator."""
     temperature: float = 1.0

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
+from torch import Tensor
 
 from ral_gym.commands.draw_arguments import CompleteArguments, SampleArguments
+from ral_gym.data.labels import listed
 from ral_gym.errors import ConfigError, RunError, printable
 from ral_gym.grid import CodeGrid
 from ral_gym.pictures import save_grid
@@ -19,8 +22,9 @@ from ral_gym.runs.run import Run, read_config
 from ral_gym.runs.storage import write_atomic
 from ral_gym.stages.completion import complete, read_image, save_completion
 from ral_gym.stages.device import resolve_device
+from ral_gym.stages.labels import class_names, labels_asked
 from ral_gym.stages.levels import GENERATORS, load_generator, load_vqvae
-from ral_gym.stages.pictures import sample_codes
+from ral_gym.stages.pictures import balanced_labels, sample_codes
 from ral_gym.tokenizers.code_set import decode_codes
 
 COMPLETED_BY = {"MLE": "prior", "RAL": "policy_ema"}
@@ -87,16 +91,20 @@ def sample(arguments: SampleArguments, console: Console) -> Path:
     vqvae = load_vqvae(run, device)
     prior: Any = load_generator(run, name, device)
     check_fits(run, name, prior, vqvae)
-    codes = sample_codes(prior, arguments.n, arguments.seed, arguments.temperature, sampling)  # (n, T)
+    names = class_names(run, prior)
+    labels = labels_asked(arguments.label, names, arguments.n)
+    if labels is None and names:
+        labels = balanced_labels(arguments.n, len(names))
+    codes = sample_codes(prior, arguments.n, arguments.seed, arguments.temperature, sampling, labels)  # (n, T)
     path = Path(arguments.output or run.file(f"samples/sample_{name}.png"))
     how = _how(arguments.temperature, sampling)
-    caption = f"{GENERATORS[name]}; not selected; {how}, seed {arguments.seed}"
+    caption = f"{GENERATORS[name]}; not selected; {how}, seed {arguments.seed}{_classes_drawn(labels, names)}"
     columns = math.ceil(math.sqrt(arguments.n))
     title = f"{arguments.n} samples of {run.path.name}, {name}"
     save_grid(path, decode_codes(vqvae, codes), columns=columns, title=title, caption=caption)
     _say(console, f"{name}: {GENERATORS[name]}", f"  {path}")
     if arguments.codes is not None:
-        _save_codes(Path(arguments.codes), codes.numpy().astype(np.int16), vqvae.grid)
+        _save_codes(Path(arguments.codes), codes.numpy().astype(np.int16), vqvae.grid, labels, names)
         _say(console, f"  {arguments.codes}")
     return path
 
@@ -131,6 +139,7 @@ def complete_image(arguments: CompleteArguments, console: Console) -> Path:
         arguments.seed,
         arguments.temperature,
         sampling,
+        labels_asked(arguments.label, class_names(run, generators["MLE"]), arguments.seeds),
     )
     height = vqvae.grid.height
     share = f"{completion.rows} of {height} rows of codes are visible ({completion.rows / height:.0%})"
@@ -157,9 +166,19 @@ def _how(temperature: float, sampling: Sampling) -> str:
     return f"temperature {temperature:g}{', ' * bool(more)}{more}"
 
 
-def _save_codes(path: Path, codes: np.ndarray, grid: CodeGrid) -> None:
-    """Write codes and the shape of their grid as a compressed npz file."""
-    facts = {"codebook_size": grid.codebook_size, "height": grid.height, "levels": grid.levels}
+def _classes_drawn(labels: Tensor | None, names: Sequence[str]) -> str:
+    """The classes of the images in the order of drawing, for a caption."""
+    if labels is None:
+        return ""
+    first = list(dict.fromkeys(labels.tolist()))
+    return f"; in turn: {listed([names[number] for number in first])}"
+
+
+def _save_codes(path: Path, codes: np.ndarray, grid: CodeGrid, labels: Tensor | None, names: Sequence[str]) -> None:
+    """Write codes, their classes if any, and the shape of their grid as a compressed npz file."""
+    facts: dict[str, Any] = {"codebook_size": grid.codebook_size, "height": grid.height, "levels": grid.levels}
+    if labels is not None:
+        facts |= {"labels": labels.numpy().astype(np.int16), "class_names": np.array(names)}
 
     def write(temporary: Path) -> None:
         with temporary.open("wb") as file:

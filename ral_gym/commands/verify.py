@@ -38,7 +38,7 @@ MOST_SHOWN = 60
 """Most lines of the printed table."""
 SETTINGS = ("extractor", "reference", "n_samples", "seed", "preset", "measurement", "held_out")
 
-BEST = "_best_temperature"
+BEST, BEST_GUIDANCE = "_best_temperature", "_best_guidance"
 
 Rows = dict[str, dict[str, Any]]
 
@@ -117,7 +117,7 @@ def verify_run(arguments: VerifyArguments, console: Console) -> Comparison:
     rows = flat_rows(again, run)
     if only is not None:
         # If a generator was sampled at one temperature only, there is no best of several.
-        rows = {name: row for name, row in rows.items() if name in only or not name.endswith(BEST)}
+        rows = {name: row for name, row in rows.items() if name in only or not name.endswith((BEST, BEST_GUIDANCE))}
         saved = {name: row for name, row in saved.items() if name in rows or name in arguments.rows}
     settings, settings_again = ({"settings": {key: of.get(key) for key in SETTINGS}} for of in (results, again))
     found = compare({**settings, **saved}, {**settings_again, **rows}, arguments.tolerance)
@@ -177,7 +177,7 @@ def _agree(old: Any, new: Any, width: float | None, tolerance: float) -> bool:
 
 
 def flat_rows(results: Any, run: Run) -> Rows:
-    """Every row of the results by a unique name: the table's rows, `mle_at_0.85` of a sweep, `ral_after_10`.
+    """Every row of the results by a unique name: the table's rows, `mle_at_0.85`, `mle_guided_2`, `ral_after_10`.
 
     Raises:
         RunError: the results were not written by ral_gym.
@@ -186,6 +186,8 @@ def flat_rows(results: Any, run: Run) -> Rows:
         rows = dict(results["rows"])
         for start, sweep in results["sweeps"].items():
             rows |= {f"{start}_at_{row['temperature']:g}": row for row in sweep if row != rows.get(start)}
+        for start, sweep in results.get("guided", {}).items():
+            rows |= {f"{start}_guided_{row['guidance']:g}": row for row in sweep if row["guidance"] != 1}
         for row in results["checkpoints"]:
             rows[f"ral_after_{row['updates']}"] = {key: value for key, value in row.items() if key != "updates"}
         for row in rows.values():
@@ -211,8 +213,11 @@ def _open(path: str) -> tuple[Run, Any]:
 
 def _of_sweep(name: str) -> str:
     """The name to pass to `measure`: a sweep is measured as a whole."""
-    start, at, _ = name.partition("_at_")
-    return start + BEST if at else name
+    for between, best in (("_at_", BEST), ("_guided_", BEST_GUIDANCE)):
+        start, found, _ = name.partition(between)
+        if found:
+            return start + best
+    return name
 
 
 def _report(run: Run, found: Comparison, n_rows: int, tolerance: float, console: Console) -> None:

@@ -177,6 +177,8 @@ class EvaluationConfig:
     """More columns of the table, by registered name or `module:function`."""
     temperatures: tuple[float, ...] = (0.8, 0.85, 0.9, 0.95)
     """Temperatures of the MLE sweep (1 is always included)."""
+    guidance: tuple[float, ...] = (1.5, 2.0, 3.0)
+    """Scales of classifier-free guidance at which generators of classes are sampled too (1, none, is included)."""
     held_out: int = 2000
     """Held-out images for each NLL: a seeded random subset, or all if there are fewer."""
 

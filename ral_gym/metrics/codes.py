@@ -51,11 +51,15 @@ def image_nll(
     batch_size: int = 256,
     device: str | torch.device | None = None,
 ) -> Tensor:
-    """`nll` of each image: (N,) float64 on the CPU, in nats per code."""
+    """`nll` of each image: (N,) float64 on the CPU, in nats per code.
+
+    Codes may be sequences (N, T + 1) that end with a label, if the generator reads it.
+    """
     means = []
     for batch in _batches(codes, batch_size, device):
         log_probs = (logits(batch) / temperature).log_softmax(-1)  # (B, T, K)
-        means.append(-log_probs.gather(-1, batch[..., None]).double().mean((1, 2)).cpu())
+        drawn = batch[:, : log_probs.shape[1], None]  # a label at the end is given, not drawn
+        means.append(-log_probs.gather(-1, drawn).double().mean((1, 2)).cpu())
     return torch.cat(means)
 
 

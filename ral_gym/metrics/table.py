@@ -15,11 +15,13 @@ ROWS = (
     "mle_continued",
     "mle_temperature",
     "mle_best_temperature",
+    "mle_best_guidance",
     "mle_continued_best_temperature",
     "mle_rejection",
     "ral",
     "ral_live",
     "ral_best_temperature",
+    "ral_best_guidance",
     "reconstruction",
     "floor",
 )
@@ -42,6 +44,9 @@ class Column(NamedTuple):
 COLUMNS = {
     "fd": Column("FD", 1, significant=True),
     "kid": Column("KID", 0, significant=True),
+    "accuracy": Column("accu-\nracy", 3),
+    "class_fd": Column("class\nFD", 1, significant=True),
+    "class_kid": Column("class\nKID", 0, significant=True),
     "precision": Column("preci-\nsion", 3),
     "recall": Column("re-\ncall", 3),
     "density": Column("den-\nsity", 3),
@@ -51,14 +56,20 @@ COLUMNS = {
     "memorisation_new_people": Column("memory\nnew", 2),
     "nll_test": Column("NLL\ntest", 3),
     "nll_new_people": Column("NLL\nnew", 3),
+    "nll_no_label": Column("NLL no\nlabel", 3),
+    "nll_wrong_label": Column("NLL\nwrong", 3),
     "entropy": Column("en-\ntropy", 3),
     "diversity": Column("diver-\nsity", 3),
     "samples_per_kept": Column("cost", 1),
     "n": Column("n", None),
     "temperature": Column("T", 2),
+    "guidance": Column("s", 2),
 }
 """Metric -> its column; columns of your own (`evaluation.metrics`) follow these."""
 MEANINGS = {
+    "accuracy": "accuracy: samples that a small classifier, which is no reward, takes for the class asked for",
+    "class_fd": "class FD: that of each class, averaged over classes",
+    "class_kid": "class KID: that of each class, averaged over classes",
     "memorisation": (
         "memory: how often a sample is nearer to a training image than a held-out image is, 0.5 where they are alike, "
         "1 for copies"
@@ -66,6 +77,8 @@ MEANINGS = {
     "memorisation_near": "near copies: samples as near as the nearest 5 % of held-out images",
     "memorisation_new_people": "memory new: the same against new people",
     "nll_test": "NLL (held-out images, new people) and entropy in nats per code",
+    "nll_no_label": "NLL no label, NLL wrong: the same without labels, and with wrong ones",
+    "guidance": "s: scale of classifier-free guidance",
     "diversity": "diversity: share of codes in which two samples differ",
     "samples_per_kept": "cost: samples drawn per sample kept",
 }
@@ -79,7 +92,7 @@ WIDTH = 80
 FIRST = "fd"
 """The columns that the terminal always shows, with intervals; columns of your own follow."""
 THEN = (
-    *("recall", "memorisation", "nll_test", "entropy", "temperature"),
+    *("guidance", "accuracy", "recall", "memorisation", "nll_test", "entropy", "temperature"),
     *("nll_new_people", "kid", "precision", "diversity", "samples_per_kept", "coverage", "density"),
 )
 """The columns that it shows while there is room, most important first."""

@@ -40,11 +40,13 @@ ROW_NAMES = {
     "mle_continued": "the control: maximum likelihood continued for as many updates as RAL",
     "mle_temperature": "MLE at the temperature that gives RAL's entropy",
     "mle_best_temperature": "MLE at the temperature of its lowest FD",
+    "mle_best_guidance": "MLE at the scale of guidance of its lowest FD",
     "mle_continued_best_temperature": "the control at the temperature of its lowest FD",
     "mle_rejection": "MLE, best of every four samples by the critic's score",
     "ral": "RAL, the exponential average of the policy",
     "ral_live": "RAL, the policy itself",
     "ral_best_temperature": "RAL at the temperature of its lowest FD",
+    "ral_best_guidance": "RAL at the scale of guidance of its lowest FD",
     "reconstruction": "real images decoded from their codes, against real images",
     "floor": "two random halves of the reference against each other: the values of a perfect generator",
 }

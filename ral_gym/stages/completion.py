@@ -151,6 +151,7 @@ def complete(
     seed: int = 0,
     temperature: float = 1.0,
     sampling: Sampling = PLAIN,
+    labels: Tensor | None = None,
 ) -> Completion:
     """Complete an image with every generator, n times each; equal seeds draw from the same uniforms.
 
@@ -163,6 +164,7 @@ def complete(
         seed: seed of the first completion; the others use seed + 1, seed + 2, ...
         temperature: divides the logits.
         sampling: guidance, top-k and top-p.
+        labels: (n,) int64, the classes that the completions are asked for, if the generators have some; None: balanced.
 
     Raises:
         ConfigError: the share is not between 0 and 1, n is below 1, or the temperature is not above 0.
@@ -181,7 +183,7 @@ def complete(
     given = torch.cat(levels, 1).expand(n, -1)  # (n, codes_of(r))
     uniforms = seeded_uniforms(seed, n, vqvae.grid.n_codes)
     completed = {
-        name: decode_codes(vqvae, continue_codes(prior, given, uniforms, temperature, sampling))
+        name: decode_codes(vqvae, continue_codes(prior, given, uniforms, temperature, sampling, labels))
         for name, prior in generators.items()
     }
     visible = image.clone()

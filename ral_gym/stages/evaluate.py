@@ -21,6 +21,7 @@ from ral_gym.metrics import make_extractor
 from ral_gym.metrics.distances import MINIMUM_IMAGES
 from ral_gym.metrics.own import own_metrics
 from ral_gym.priors.base import Prior, config_of, load_prior
+from ral_gym.priors.guidance import PLAIN, Sampling
 from ral_gym.rewards.making import load_scorer
 from ral_gym.runs.results import check_rows
 from ral_gym.runs.run import Run
@@ -49,6 +50,8 @@ ROW_FILES = {
 """Row of the table -> file of its weights."""
 SWEPT = ("mle", "mle_continued", "ral")
 """Rows that are also sampled at other temperatures; each gets a row `..._best_temperature`."""
+GUIDED = ("mle", "ral")
+"""Rows that are also sampled with guidance, if they have classes; each gets a row `..._best_guidance`."""
 LOWEST_TEMPERATURE = 0.3
 TEMPERATURE_STEP = 0.1
 
@@ -128,8 +131,8 @@ def measure(
     Args:
         evaluation: measures them.
         priors: row of the table -> its network, for every row of `ROW_FILES`.
-        rows: the measured rows by name; missing ones are added: those of the table, `GENERATOR_at_TEMPERATURE` and
-            `ral_after_UPDATES`.
+        rows: the measured rows by name; missing ones are added: those of the table, `GENERATOR_at_TEMPERATURE`,
+            `GENERATOR_guided_SCALE` and `ral_after_UPDATES`.
         keep: called with all rows after each new one.
         only: names of the rows to measure, beside those that they need; None: all. `GENERATOR_best_temperature` stands
             for that generator's temperatures.
@@ -153,8 +156,8 @@ def measure(
         bar.update(1)
         return rows[name]
 
-    def draw(name: str, prior: Prior, temperature: float = 1.0) -> Row:
-        return add(name, lambda: evaluation.row(prior, temperature))
+    def draw(name: str, prior: Prior, temperature: float = 1.0, sampling: Sampling = PLAIN) -> Row:
+        return add(name, lambda: evaluation.row(prior, temperature, sampling))
 
     if wanted("mle_rejection") and run.config.ral.uses_critic:
         add("mle_rejection", lambda: _rejection_row(evaluation, mle))
@@ -162,7 +165,8 @@ def measure(
     for name in ("reconstruction", "floor"):
         if wanted(name):
             add(name, lambda name=name: real_rows()[name])  # type: ignore[misc]
-    needed_by = {"mle": ("mle_best_temperature",), "ral": ("ral_best_temperature", "mle_temperature")}
+    needed_by = {"mle": ("mle_best_temperature", "mle_best_guidance")}
+    needed_by["ral"] = ("ral_best_temperature", "mle_temperature", "ral_best_guidance")
     needed_by["mle_continued"] = ("mle_continued_best_temperature",)
     for name, prior in priors.items():
         if wanted(name, *needed_by.get(name, ())):
@@ -179,14 +183,23 @@ def measure(
     for name in SWEPT:
         if wanted(f"{name}_best_temperature"):
             _sweep(draw, name, priors[name], run.config.evaluation.temperatures)
+    for name in GUIDED:
+        if wanted(f"{name}_best_guidance") and guidable(priors[name]):
+            for scale in run.config.evaluation.guidance:
+                draw(f"{name}_guided_{scale:g}", priors[name], 1.0, Sampling(guidance=scale))
     bar.close()
+
+
+def guidable(prior: Prior) -> bool:
+    """Whether a generator has classes, and knows "no class"."""
+    return prior.grid.classes > 0 and getattr(prior, "null_class", True)
 
 
 def _rejection_row(evaluation: GeneratorMetrics, prior: Prior) -> Row:
     """The row of rejection sampling with the run's critic."""
     file = evaluation.run.file("critic.safetensors")
     scorer = load_scorer(file, evaluation.vqvae, evaluation.device, lambda: prior)
-    return evaluation.rejection_row(prior, critic_judge(scorer))
+    return evaluation.rejection_row(prior, critic_judge(scorer, prior.grid))
 
 
 def _sweep(
@@ -215,10 +228,19 @@ def results_of(run: Run, evaluation: GeneratorMetrics, rows: dict[str, dict[str,
         for start in SWEPT
         if start in rows
     }
-    named = {name: row for name, row in rows.items() if "_at_" not in name and "_after_" not in name}
+    others = ("_at_", "_after_", "_guided_")
+    named = {name: row for name, row in rows.items() if not any(part in name for part in others)}
+    guided = {
+        start: [rows[start], *(row for name, row in rows.items() if name.startswith(f"{start}_guided_"))]
+        for start in GUIDED
+        if start in rows
+    }
     after = {int(name.rpartition("_")[2]): row for name, row in rows.items() if "_after_" in name}
     for start, sweep in sweeps.items():
         named[f"{start}_best_temperature"] = min(sweep, key=lambda row: row["fd"])
+    guided = {start: [{"guidance": 1.0, **row} for row in sweep] for start, sweep in guided.items() if len(sweep) > 1}
+    for start, sweep in guided.items():
+        named[f"{start}_best_guidance"] = min(sweep, key=lambda row: row["fd"])
     # Version 0.1 recorded neither its rule nor its number of held-out images.
     rule = (
         {}
@@ -242,6 +264,7 @@ def results_of(run: Run, evaluation: GeneratorMetrics, rows: dict[str, dict[str,
         }
         | rule
         | ({"metrics": own} if own else {})
+        | ({"guided": guided} if guided else {})
     )
 
 

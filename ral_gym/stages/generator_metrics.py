@@ -42,8 +42,11 @@ from ral_gym.metrics.distances import kid_subset_size
 from ral_gym.metrics.neighbourhood import SCORES
 from ral_gym.metrics.own import measure_own, own_metrics
 from ral_gym.priors.base import Prior
+from ral_gym.priors.guidance import PLAIN, Sampling
 from ral_gym.runs.run import Run
-from ral_gym.stages.pictures import sample_codes
+from ral_gym.stages.class_metrics import ClassJudge, accuracy, class_distance, train_judge
+from ral_gym.stages.levels import wrong_labels
+from ral_gym.stages.pictures import balanced_labels, sample_codes
 from ral_gym.stages.rejection import Judge, rejection_sample
 from ral_gym.tokenizers.base import Tokenizer, encoder_features
 from ral_gym.tokenizers.code_set import CodeSet, decode_codes, encode_images
@@ -86,6 +89,7 @@ class GeneratorMetrics:
 
     Attributes:
         held_out: the held-out codes behind the NLLs, by set: `test` and, where there are any, `new_people`.
+        classes: how many classes the images have; 0: none.
 
     Raises:
         ConfigError: the extractor or a metric of your own is not available.
@@ -126,6 +130,10 @@ class GeneratorMetrics:
         self.held_out = {
             name: held_out[self._pick(len(held_out), limit)] for name, held_out in sets.items() if held_out is not None
         }
+        self.classes = len(codes.classes)
+        if codes.labels is not None:
+            self._test_labels = torch.from_numpy(codes.labels.test[self._pick(len(codes.test), limit)])
+            self._known = torch.from_numpy(codes.labels.train[self._order[: self.n_samples]])
 
     def _pick(self, total: int, limit: int | None) -> np.ndarray:
         """Rows of at most `limit` of a set, by the table's rule."""
@@ -133,8 +141,8 @@ class GeneratorMetrics:
             return np.arange(total)[:limit]
         return subset(total, limit, self.seed)
 
-    def row(self, prior: Prior, temperature: float = 1.0) -> Row:
-        """One row of the table.
+    def row(self, prior: Prior, temperature: float = 1.0, sampling: Sampling = PLAIN) -> Row:
+        """One row of the table; of a generator of classes, each class is asked for equally often.
 
         `fd`, `kid`, `precision`, `recall`, `density` and `coverage` compare with the decoded training codes, `fd_real`
         and `kid_real` with the training images themselves; `memorisation` and `memorisation_near` compare distances to
@@ -144,39 +152,67 @@ class GeneratorMetrics:
         The intervals are over samples or over held-out images: they describe other sets drawn by the same network, not
         retrained networks, which need other seeds. Photos of the same person count as independent.
         """
-        codes = sample_codes(prior, self.n_samples, self.seed, temperature)  # (N, T)
-        row = self.distances(codes)
-        held_out = self.held_out
-        estimates = {
-            "nll_test": self.nll(prior, held_out["test"], temperature),
-            "nll_new_people": self.nll(prior, held_out["new_people"], temperature)
-            if "new_people" in held_out
-            else None,
-            "entropy": _mean(image_entropy(prior, codes, temperature, self.batch_size, self.device)),
-            "diversity": hamming_distance(codes),
-        }
+        codes = sample_codes(prior, self.n_samples, self.seed, temperature, sampling)  # (N, T)
+        labels = self._asked(prior, len(codes))
+        row = self.distances(codes, labels)
+        estimates: dict[str, Estimate | None] = {"diversity": hamming_distance(codes)}
+        if not sampling.guided:
+            estimates |= self._likelihoods(prior, temperature)
+            drawn = _labelled(prior, codes, labels)
+            estimates["entropy"] = _mean(image_entropy(prior, drawn, temperature, self.batch_size, self.device))
         row |= {name: None if estimate is None else estimate.value for name, estimate in estimates.items()}
         row["intervals"] |= _intervals(estimates)
-        return row | {"samples_per_kept": 1.0, "temperature": temperature}
+        guided = {"guidance": sampling.guidance} if sampling.guided else {}
+        return row | {"samples_per_kept": 1.0, "temperature": temperature} | guided
+
+    def _asked(self, prior: Prior, n: int) -> Tensor | None:
+        """The classes (n,) that `sample_codes` asks a generator for; None without classes."""
+        return balanced_labels(n, prior.grid.classes) if prior.grid.classes else None
+
+    def _likelihoods(self, prior: Prior, temperature: float) -> dict[str, Estimate | None]:
+        """Held-out NLL; with classes also of wrong labels and of none."""
+        codes, grid = torch.from_numpy(self.held_out["test"]).long(), prior.grid
+        if not grid.classes:
+            people = self.held_out.get("new_people")
+            new = None if people is None else self.nll(prior, people, temperature)
+            return {"nll_test": self.nll(prior, codes, temperature), "nll_new_people": new}
+        given = {"nll_test": self._test_labels}
+        if grid.classes > 1:
+            given["nll_wrong_label"] = wrong_labels(self._test_labels, grid.classes, self.seed)
+        if getattr(prior, "null_class", True):
+            given["nll_no_label"] = torch.full_like(self._test_labels, grid.classes)
+        return {name: self.nll(prior, grid.with_labels(codes, labels), temperature) for name, labels in given.items()}
 
     def rejection_row(self, prior: Prior, judge: Judge) -> Row:
         """The row of rejection sampling as in VQ-VAE-2: the best of every four samples by a judge.
 
         It has no likelihood, so no NLL and no entropy; it costs more drawn samples, and diversity.
         """
-        kept = rejection_sample(lambda n: sample_codes(prior, n, self.seed), judge, self.n_samples, REJECTION_SHARE)
-        row, varied = self.distances(kept.codes), hamming_distance(kept.codes)
+
+        def drawn(n: int) -> Tensor:
+            return _labelled(prior, sample_codes(prior, n, self.seed), self._asked(prior, n))
+
+        kept = rejection_sample(drawn, judge, self.n_samples, REJECTION_SHARE)
+        codes = prior.grid.without_labels(kept.codes)
+        row, varied = self.distances(codes, prior.grid.labels_of(kept.codes)), hamming_distance(codes)
         row["intervals"] |= _intervals({"diversity": varied})
         return row | {"diversity": varied.value, "samples_per_kept": kept.samples_per_kept, "temperature": 1.0}
 
-    def distances(self, codes: Tensor) -> Row:
-        """Distances of samples (N, T) from the decoded training codes and the training images, and memorisation."""
+    def distances(self, codes: Tensor, labels: Tensor | None = None) -> Row:
+        """Distances of samples (N, T) from the decoded training codes and the training images, and memorisation.
+
+        With the classes (N,) that were asked for also those of `ral_gym.stages.class_metrics`.
+        """
         images = decode_codes(self.vqvae, codes)  # (N, C, S, S)
         features = extract(self.extractor, images)  # (N, F)
         row = self._against(self.distance.features, features)
         real = self._against(self.real_distance, features)
         row |= {f"{name}_real": real[name] for name in ("fd", "kid")}
         row["intervals"] |= {f"{name}_real": ends for name, ends in real["intervals"].items()}
+        if labels is not None:
+            right = accuracy(self.judge, images, labels)
+            row |= {"accuracy": right.value} | self._class_distance(features, labels)
+            row["intervals"] |= _intervals({"accuracy": right})
         generated = {"images": images, "codes": codes, "features": features}
         own = measure_own(self.own_metrics, generated, self._reference(), self.seed)
         for part in (self._neighbours(self.neighbourhood, features), self._memorised(features), own):
@@ -190,6 +226,11 @@ class GeneratorMetrics:
         n_clean = min(len(self.images.train), self.codes.clean)
         clean = self.codes.train[self._pick(n_clean, self.n_samples)]
         rebuilt = extract(self.extractor, decode_codes(self.vqvae, clean))
+        rows = {"reconstruction": self._against(self.real_distance, rebuilt)}
+        if self.classes and len(self.held_out["test"]):
+            right = accuracy(self.judge, decode_codes(self.vqvae, self.held_out["test"]), self._test_labels)
+            rows["reconstruction"] |= {"accuracy": right.value}
+            rows["reconstruction"]["intervals"] |= _intervals({"accuracy": right})
         # The halves of `FeatureDistance.floor`.
         reference = self.distance.features.reference  # (N, F)
         order = torch.randperm(len(reference), generator=torch.Generator().manual_seed(self.seed))
@@ -202,7 +243,7 @@ class GeneratorMetrics:
         for part in (near, own):
             floor["intervals"] |= part.pop("intervals")
             floor |= part
-        return {"reconstruction": self._against(self.real_distance, rebuilt), "floor": floor}
+        return rows | {"floor": floor}
 
     def _reference(self) -> dict[str, Tensor]:
         """The reference in every form that metrics of your own can see."""
@@ -211,25 +252,48 @@ class GeneratorMetrics:
 
     def other_codes(self, n: int) -> Tensor:
         """Codes (N, T) int64 of up to n images outside the reference: training images, else held-out ones."""
+        part, picked = self._others(n)
+        return torch.from_numpy(getattr(self.codes, part)[picked]).long()
+
+    def other_labels(self, n: int) -> Tensor | None:
+        """The classes (N,) of the images of `other_codes`, if they are known."""
+        part, picked = self._others(n)
+        return None if self.codes.labels is None else torch.from_numpy(getattr(self.codes.labels, part)[picked])
+
+    def _others(self, n: int) -> tuple[str, np.ndarray]:
+        """The part of the set that `other_codes` takes, and its rows."""
         picked = self._order[self.n_samples : self.n_samples + n]
         if len(picked) >= SMALLEST_WITH_INTERVALS:
-            return torch.from_numpy(self.codes.train[picked]).long()
-        return torch.from_numpy(self.codes.test[self._pick(len(self.codes.test), n)]).long()
+            return "train", picked
+        return "test", self._pick(len(self.codes.test), n)
 
-    def nll(self, prior: Prior, codes: np.ndarray, temperature: float) -> Estimate:
-        """Nats per code of held-out codes (N, T); the interval is over images."""
+    def nll(self, prior: Prior, codes: np.ndarray | Tensor, temperature: float) -> Estimate:
+        """Nats per code of held-out codes (N, T), or sequences with labels; the interval is over images."""
         return _mean(image_nll(prior, codes, temperature, self.batch_size, self.device))
 
     def temperature_of(self, prior: Prior, target_entropy: float) -> float:
         """The temperature at which `prior` has the target entropy."""
         return match_temperature(
             lambda t: sample_codes(prior, TEMPERATURE_BATCH, self.seed, t),
-            lambda codes, t: entropy(prior, codes, t, self.batch_size, self.device),
+            lambda codes, t: entropy(
+                prior, _labelled(prior, codes, self._asked(prior, len(codes))), t, self.batch_size, self.device
+            ),
             target_entropy,
             tolerance=5e-3,
         ).temperature
 
     # What samples are compared with, computed at first use ---------------------------------------------------
+
+    @functools.cached_property
+    def judge(self) -> ClassJudge:
+        """The classifier that no generator was trained to please."""
+        assert self.codes.labels is not None
+        clean = slice(self.codes.clean)
+        return train_judge(self.vqvae, self.codes.train[clean], self.codes.labels.train[clean], self.classes, self.seed)
+
+    def _class_distance(self, features: Tensor, labels: Tensor) -> Row:
+        reference = self.distance.features.reference.float()  # (M, F)
+        return dict(class_distance(features, labels, reference, self._known, self.classes))
 
     @functools.cached_property
     def neighbourhood(self) -> Neighbourhood:
@@ -306,6 +370,11 @@ class GeneratorMetrics:
                     row[name] = measured[metric]
                     row["intervals"] |= _intervals({name: estimates.get(metric)})
         return row
+
+
+def _labelled(prior: Prior, codes: Tensor, labels: Tensor | None) -> Tensor:
+    """What the prior reads: codes (N, T), with their labels (N,) at the end if there are any."""
+    return codes if labels is None else prior.grid.with_labels(codes, labels)
 
 
 def _intervals(estimates: dict[str, Estimate | None] | dict[str, Estimate]) -> dict[str, list[float]]:

@@ -9,6 +9,7 @@ is drawn, exposure bias or not: compare generators at the same r, not the ends o
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from ral_gym.priors.base import Prior
 from ral_gym.priors.sampler import make_sampler
 from ral_gym.stages.completion import continue_codes
 from ral_gym.stages.generator_metrics import SMALLEST_WITH_INTERVALS, GeneratorMetrics
+from ral_gym.stages.pictures import sequences_to_draw
 from ral_gym.tokenizers.code_set import decode_codes
 
 N_IMAGES = 500
@@ -44,27 +46,30 @@ def measure_given_rows(evaluation: GeneratorMetrics, priors: Mapping[str, Prior]
     grid, codes = evaluation.vqvae.grid, evaluation.other_codes(N_IMAGES)  # (N, T)
     if len(codes) < SMALLEST_WITH_INTERVALS:
         return {}
+    labels = evaluation.other_labels(N_IMAGES)
     given = sorted({grid.height * step // STEPS for step in range(STEPS + 1)})
     uniforms = torch.rand(codes.shape, generator=torch.Generator().manual_seed(evaluation.seed))  # (N, T)
     curves = {
-        name: [_measure(evaluation, _finished(prior, codes, rows, uniforms)) for rows in given]
+        name: [_measure(evaluation, _finished(prior, codes, labels, rows, uniforms)) for rows in given]
         for name, prior in priors.items()
     }
     return {"given": given, "height": grid.height, "n": len(codes), "curves": curves}
 
 
-def _finished(prior: Prior, codes: Tensor, rows: int, uniforms: Tensor) -> Tensor:
-    """Codes (N, T) of which the generator has drawn all but the first `rows` rows."""
-    grid = prior.grid
+def _finished(prior: Prior, codes: Tensor, labels: Tensor | None, rows: int, uniforms: Tensor) -> Tensor:
+    """Codes (N, T) of which the generator, told their classes (N,), has drawn all but the first `rows` rows."""
+    grid, device = prior.grid, next(prior.parameters()).device
     if rows == grid.height:
         return codes
-    if rows == 0:
-        sampler, device = make_sampler(prior), next(prior.parameters()).device
-        parts = [sampler.sample(len(part), uniforms=part.to(device))[0] for part in uniforms.split(BATCH)]
-    else:
-        kept = grid.crop(codes, rows)  # (N, codes_of(rows))
-        pairs = zip(kept.split(BATCH), uniforms.split(BATCH), strict=True)
-        parts = [continue_codes(prior, start, part) for start, part in pairs]
+    sampler, parts = make_sampler(prior), []
+    kept = replace(grid, classes=0).crop(codes, max(rows, 1))  # (N, codes_of(rows))
+    for batch in torch.arange(len(codes)).split(BATCH):
+        asked = None if labels is None or not grid.classes else labels[batch]
+        if rows:
+            parts.append(continue_codes(prior, kept[batch], uniforms[batch], labels=asked))
+            continue
+        empty = sequences_to_draw(prior, len(batch), asked)
+        parts.append(sampler.sample(len(batch), codes=empty, uniforms=uniforms[batch].to(device))[0])
     return torch.cat(parts).cpu()
 
 

@@ -159,6 +159,12 @@ def held_out_nll(prior: Any, data: LevelCodes) -> float:
     return total / len(data.codes)
 
 
+def wrong_labels(labels: Tensor, classes: int, seed: int) -> Tensor:
+    """For each label (N,) one of the other classes, at random."""
+    shift = torch.randint(1, classes, labels.shape, generator=torch.Generator().manual_seed(seed))
+    return (labels + shift) % classes
+
+
 def label_nlls(prior: Any, data: LevelCodes, classes: int, seed: int) -> dict[str, float]:
     """Held-out nats per code where every image has a wrong label, or none: is the condition used at all?
 
@@ -174,8 +180,7 @@ def label_nlls(prior: Any, data: LevelCodes, classes: int, seed: int) -> dict[st
     assert data.condition is not None
     found, labels = {}, data.condition[:, -1].long()
     if classes > 1:
-        shift = torch.randint(1, classes, labels.shape, generator=torch.Generator().manual_seed(seed))
-        found["nll_wrong_label"] = held_out_nll(prior, data.with_labels((labels + shift) % classes))
+        found["nll_wrong_label"] = held_out_nll(prior, data.with_labels(wrong_labels(labels, classes, seed)))
     if getattr(prior, "null_class", True):
         found["nll_no_label"] = held_out_nll(prior, data.with_labels(torch.full_like(labels, classes)))
     return found

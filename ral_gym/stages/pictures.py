@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from ral_gym.data.images import ImageSet
 from ral_gym.data.subsets import subset
 from ral_gym.metrics import nearest
-from ral_gym.pictures import save_comparison, save_curves, save_frontier, save_neighbours
+from ral_gym.pictures import save_class_grid, save_comparison, save_curves, save_frontier, save_neighbours
 from ral_gym.priors.base import Prior
 from ral_gym.priors.guidance import PLAIN, Sampling
 from ral_gym.priors.sampler import make_sampler
@@ -20,6 +21,8 @@ from ral_gym.tokenizers.code_set import CodeSet, decode_codes
 
 SAMPLE_BATCH = 500
 N_SHOWN = 16
+MOST_CLASSES, PER_CLASS = 20, 8
+"""Classes in the picture of samples by class, and samples of each."""
 SEARCHED = 20_000
 """Most training images that are searched for the nearest ones."""
 COMPARED = ("mle", "mle_continued", "ral")
@@ -124,6 +127,8 @@ def draw_pictures(
     title = "Drawn at each generator's best temperature"
     path = run.file("samples/comparison_best_temperature.png")
     save_comparison(path, sharp, title=title, caption=f"{caption}; {at_best}")
+    if codes.classes and priors["mle"].grid.classes:
+        draw_classes(run, vqvae, codes.classes, {name: priors[name] for name in ("mle", "ral")})
     three = {name: sharp[name] for name in ("real", "mle", "ral")}
     lines = (
         f"each at its best temperature: MLE {best['mle']:g}, RAL {best['ral']:g}; not selected; seed {run.config.seed}"
@@ -133,6 +138,22 @@ def draw_pictures(
     _draw_frontier(run, results)
     _draw_given_rows(run, results)
     _draw_curves(run)
+
+
+def draw_classes(run: Run, vqvae: Tokenizer, names: Sequence[str], priors: Mapping[str, Prior]) -> None:
+    """A row of samples per class and generator, from the same uniforms: ``samples/classes.png``."""
+    shown, seed = list(names[:MOST_CLASSES]), run.config.seed * 1000 + 8
+    labels = torch.arange(len(shown)).repeat_interleave(PER_CLASS)
+    columns = {
+        name: decode_codes(vqvae, sample_codes(prior, len(labels), seed, labels=labels))
+        for name, prior in priors.items()
+    }
+    more = "" if len(shown) == len(names) else f", the first {len(shown)} of {len(names)}"
+    caption = (
+        f"{PER_CLASS} samples of each class{more}, at temperature 1 without guidance, not selected, from the same "
+        f"uniforms; run {run.path.name}, seed {run.config.seed}"
+    )
+    save_class_grid(run.file("samples/classes.png"), columns, shown, title="Samples by class", caption=caption)
 
 
 def _draw_neighbours(run: Run, samples: Tensor, images: ImageSet) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ral_gym.data.images import to_float
 from ral_gym.errors import ConfigError
+from ral_gym.grid import CodeGrid
 from ral_gym.rewards.scorer import CriticScorer
 from ral_gym.tokenizers.base import Tokenizer, device_of
 from ral_gym.tokenizers.code_set import decode_codes
@@ -85,10 +86,15 @@ def diversity(codes: Tensor) -> Diversity:
     )
 
 
-def critic_judge(scorer: CriticScorer) -> Judge:
-    """Judge by the mean score of a run's critic."""
+def critic_judge(scorer: CriticScorer, grid: CodeGrid) -> Judge:
+    """Judge by the mean score of a run's critic; `grid` is that of the generator's sequences, which may have labels."""
     device = device_of(scorer.vqvae)
-    return lambda codes: scorer.image_scores(scorer.score(codes.to(device)))
+
+    def judge(sequences: Tensor) -> Tensor:
+        sequences = sequences.to(device)
+        return scorer.image_scores(scorer.score(grid.without_labels(sequences), grid.labels_of(sequences)))
+
+    return judge
 
 
 def classifier_judge(vqvae: Tokenizer, classifier: Callable[[Tensor], Tensor]) -> Judge:
