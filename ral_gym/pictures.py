@@ -141,19 +141,13 @@ def save_class_grid(
         names: of the N classes, the rows' labels.
         title: above the blocks.
         caption: below the blocks, small.
-
-    Raises:
-        RunError: the file cannot be written.
     """
     blocks = {label: _array(images) for label, images in columns.items()}
     each = len(next(iter(blocks.values()))) // len(names)
     scale = _scale(next(iter(blocks.values())).shape[-1], each * len(blocks))
-    panels = []
-    for number, (label, array) in enumerate(blocks.items()):
-        canvas = _tile(array[: each * len(names)], each, scale)
-        middles = [(row + 0.5) * canvas.shape[0] / len(names) for row in range(len(names))]
-        words = [textwrap.shorten(name, 14, placeholder="..") for name in names]
-        panels.append(_Panel(label, canvas, [] if number else list(zip(middles, words, strict=True))))
+    panels = [_Panel(label, _tile(array[: each * len(names)], each, scale)) for label, array in blocks.items()]
+    tall, short = panels[0].canvas.shape[0] / len(names), [textwrap.shorten(n, 14, placeholder="..") for n in names]
+    panels[0] = panels[0]._replace(rows=[((row + 0.5) * tall, name) for row, name in enumerate(short)])
     _write_panels(path, panels, title, caption)
 
 

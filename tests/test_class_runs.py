@@ -92,6 +92,41 @@ class _Run:
 
 
 @pytest.mark.commands
+def test_a_whole_run_measures_what_classes_add(
+    folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train, test = folders
+    data = ["--data", f"folder:{train}", "--data.test", f"folder:{test}", "--data.image-size", "32"]
+    argv = [*SMALL[: SMALL.index("--stages")], *data, *KINDS["transformer"], "--runs", str(tmp_path)]
+    argv += ["--evaluation.n-samples", "48", "--evaluation.temperatures", "0.9", "--evaluation.guidance", "2"]
+    assert main(["train", *argv]) == 0
+    said = capsys.readouterr().out
+    assert "guidance" in said.lower() and "classes.png" in said
+    run = tmp_path / "run"
+    results = json.loads((run / "results.json").read_text())
+    rows = results["rows"]
+    assert rows["reconstruction"]["accuracy"] > 0.95  # colours are easy
+    assert rows["mle"]["nll_test"] < min(rows["mle"]["nll_no_label"], rows["mle"]["nll_wrong_label"])
+    assert [row["guidance"] for row in results["guided"]["mle"]] == [1, 2]
+    best = min(results["guided"]["ral"], key=lambda row: row["fd"])
+    assert rows["ral_best_guidance"] == best and "nll_test" not in results["guided"]["ral"][1]
+    for command in (
+        ["verify", str(run), "--quiet"],
+        ["report", str(run)],
+        ["verify", str(run), "--rows", "mle_guided_2"],
+    ):
+        assert main(command) == 0, command
+    assert "By class." in (run / "report.html").read_text()
+    assert main(["sample", str(run), "--n", "4", "--label", "red", "1", "--codes", str(tmp_path / "drawn.npz")]) == 0
+    drawn = np.load(tmp_path / "drawn.npz")
+    assert drawn["labels"].tolist() == [2, 1, 2, 1] and drawn["class_names"].tolist() == sorted(CLASSES)
+    assert main(["complete", str(run), str(next(test.glob("red/*.png"))), "--label", "red", "--seeds", "2"]) == 0
+    for label, message in (("rad", "did you mean red"), ("re", "fits 2 classes"), ("7", "is no class")):
+        assert main(["sample", str(run), "--label", label]) == 2
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.commands
 def test_class_settings_without_classes_are_refused(
     folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

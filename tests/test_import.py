@@ -206,7 +206,7 @@ def test_an_unconditional_model_takes_images_without_their_classes(tmp_path: Pat
 
 
 @pytest.mark.commands
-@pytest.mark.parametrize("project", ["unconditional"])
+@pytest.mark.parametrize("project", ["unconditional", "llamagen"])
 def test_every_stage_goes_on_from_an_import_with_images(project: str, tmp_path: Path) -> None:
     data = write_classes(tmp_path / "data", N)
     if project == "llamagen":

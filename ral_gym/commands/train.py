@@ -332,8 +332,21 @@ def report(run: Run, results: dict[str, Any], console: Console) -> dict[str, Any
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise RunError(f"{run.file('results.json')} is not a results file; remove it to evaluate again") from error
     console.print(table)
+    if verdict := guidance_verdict(results):
+        _say(console, [verdict])
     _say(console, [f"  {picture}" for picture in sorted(run.file("samples").glob("*.png"))])
     return results
+
+
+def guidance_verdict(results: dict[str, Any]) -> str:
+    """Whether RAL without guidance is as good as its start at the start's best scale, by FD; "" if not measured."""
+    rows = results["rows"]
+    start, tuned = rows.get("mle_best_guidance"), rows.get("ral")
+    if start is None or tuned is None:
+        return ""
+    scale = f"s = {start.get('guidance', 1.0):g}"
+    figures = f"FD {tuned['fd']:.4g} at s = 1 after RAL, {start['fd']:.4g} at {scale}, the best one, before"
+    return f"No guidance needed: {figures}." if tuned["fd"] <= start["fd"] else f"Guidance still helps: {figures}."
 
 
 def evaluate_run(arguments: EvaluateArguments, console: Console) -> None:

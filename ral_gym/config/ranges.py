@@ -35,7 +35,7 @@ _NAMES: dict[_Rule, str] = {
         """,
     _POSITIVE: """
         vqvae.learning_rate prior.learning_rate critic.learning_rate ral.learning_rate ral.max_grad_norm
-        evaluation.temperatures
+        evaluation.temperatures evaluation.guidance
         ral.grpo.clip_range ral.ppo.clip_range ral.maskable_ppo.clip_range
         ral.grpo.target_kl ral.ppo.target_kl ral.maskable_ppo.target_kl ral.trpo.target_kl
         """,

@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -45,7 +46,7 @@ class ClassJudge(nn.Module):
         super().__init__()
         widths = (channels, 32, 64, 128)
         layers: list[nn.Module] = []
-        for one, other in zip(widths, widths[1:], strict=False):
+        for one, other in pairwise(widths):
             layers += [nn.Conv2d(one, other, 3, padding=1), nn.GroupNorm(8, other), nn.ReLU(), nn.MaxPool2d(2)]
         self.body = nn.Sequential(*layers)
         self.head = nn.Linear(widths[-1] * 4, classes)

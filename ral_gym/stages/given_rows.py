@@ -50,13 +50,13 @@ def measure_given_rows(evaluation: GeneratorMetrics, priors: Mapping[str, Prior]
     given = sorted({grid.height * step // STEPS for step in range(STEPS + 1)})
     uniforms = torch.rand(codes.shape, generator=torch.Generator().manual_seed(evaluation.seed))  # (N, T)
     curves = {
-        name: [_measure(evaluation, _finished(prior, codes, labels, rows, uniforms)) for rows in given]
+        name: [_measure(evaluation, _finished(prior, codes, rows, uniforms, labels)) for rows in given]
         for name, prior in priors.items()
     }
     return {"given": given, "height": grid.height, "n": len(codes), "curves": curves}
 
 
-def _finished(prior: Prior, codes: Tensor, labels: Tensor | None, rows: int, uniforms: Tensor) -> Tensor:
+def _finished(prior: Prior, codes: Tensor, rows: int, uniforms: Tensor, labels: Tensor | None = None) -> Tensor:
     """Codes (N, T) of which the generator, told their classes (N,), has drawn all but the first `rows` rows."""
     grid, device = prior.grid, next(prior.parameters()).device
     if rows == grid.height:

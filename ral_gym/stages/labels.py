@@ -54,8 +54,8 @@ def _number(asked: str, names: Sequence[str]) -> int:
         return fits[0]
     if fits:
         raise ConfigError(
-            f"--label {printable(asked)} fits {len(fits)} classes ({listed([names[n] for n in fits])}): give one in full, "
-            f"or its number ({', '.join(map(str, fits[:12]))})"
+            f"--label {printable(asked)} fits {len(fits)} classes ({listed([names[n] for n in fits])}): give one in "
+            f"full, or its number ({', '.join(map(str, fits[:12]))})"
         )
     near = difflib.get_close_matches(wanted, folded, n=1)
     meant = f" (did you mean {printable(names[folded.index(near[0])])}?)" if near else ""

@@ -86,9 +86,9 @@ def diversity(codes: Tensor) -> Diversity:
     )
 
 
-def critic_judge(scorer: CriticScorer, grid: CodeGrid) -> Judge:
-    """Judge by the mean score of a run's critic; `grid` is that of the generator's sequences, which may have labels."""
-    device = device_of(scorer.vqvae)
+def critic_judge(scorer: CriticScorer, grid: CodeGrid | None = None) -> Judge:
+    """Judge by the mean score of a run's critic; `grid` is that of sequences with labels, None: they are codes."""
+    device, grid = device_of(scorer.vqvae), grid or scorer.vqvae.grid
 
     def judge(sequences: Tensor) -> Tensor:
         sequences = sequences.to(device)
