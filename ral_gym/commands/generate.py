@@ -182,7 +182,7 @@ def _save_codes(path: Path, codes: np.ndarray, grid: CodeGrid, labels: Tensor | 
 
     def write(temporary: Path) -> None:
         with temporary.open("wb") as file:
-            np.savez_compressed(file, codes=codes, **facts)  # type: ignore[arg-type]
+            np.savez_compressed(file, codes=codes, **facts)
 
     write_atomic(path, write)
 

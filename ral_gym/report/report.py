@@ -200,10 +200,8 @@ class Report:
                 notes.append(self.lacking(f"No samples of {label}", STAGE_OF[name]))
         path = self.run.file("samples/classes.png")
         if path.is_file():
-            words = "samples by class, MLE beside RAL"
-            figures.append(
-                figure("classes", _picture(path, words), "By class.", "Not selected, from the same uniforms.")
-            )
+            alt = "samples by class, MLE beside RAL"
+            figures.append(figure("classes", _picture(path, alt), "By class.", "Not selected, from the same uniforms."))
         intro = "MLE and RAL draw from the same random numbers, so images at the same position can be compared."
         return (paragraph(intro) if len(self.drawn) > 1 else Markup()) + grid(figures, "tiles") + Markup().join(notes)
 

@@ -165,7 +165,7 @@ def measure(
     for name in ("reconstruction", "floor"):
         if wanted(name):
             add(name, lambda name=name: real_rows()[name])  # type: ignore[misc]
-    needed_by = {"mle": ("mle_best_temperature", "mle_best_guidance")}
+    needed_by: dict[str, tuple[str, ...]] = {"mle": ("mle_best_temperature", "mle_best_guidance")}
     needed_by["ral"] = ("ral_best_temperature", "mle_temperature", "ral_best_guidance")
     needed_by["mle_continued"] = ("mle_continued_best_temperature",)
     for name, prior in priors.items():

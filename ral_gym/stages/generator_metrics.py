@@ -38,6 +38,7 @@ from ral_gym.metrics import (
     match_temperature,
     mean_estimate,
 )
+from ral_gym.metrics.codes import Codes
 from ral_gym.metrics.distances import kid_subset_size
 from ral_gym.metrics.neighbourhood import SCORES
 from ral_gym.metrics.own import measure_own, own_metrics
@@ -372,8 +373,9 @@ class GeneratorMetrics:
         return row
 
 
-def _labelled(prior: Prior, codes: Tensor, labels: Tensor | None) -> Tensor:
+def _labelled(prior: Prior, codes: Codes, labels: Tensor | None) -> Tensor:
     """What the prior reads: codes (N, T), with their labels (N,) at the end if there are any."""
+    codes = torch.as_tensor(codes)
     return codes if labels is None else prior.grid.with_labels(codes, labels)
 
 
