@@ -127,10 +127,9 @@ def test_a_minibatch_of_one_code_images_has_two_codes(algo: str, n_envs: int) ->
         """As much of an environment as the defaults look at."""
 
         num_envs = n_envs
-        observation_space = torch.zeros(1)
 
-        def get_attr(self, name: str, indices: int) -> list[tuple[tuple[int, int], ...]]:
-            return [((1, 1),)]
+        def get_attr(self, name: str, indices: int) -> list[tuple[int]]:
+            return [(1,)]
 
     size = find_algorithm(algo).keywords(OneCode())["batch_size"]  # type: ignore[arg-type]
     assert size > 1

@@ -91,6 +91,21 @@ def test_a_round_at_once_is_a_round_step_by_step(algo: str) -> None:
     assert model.rollout_buffer.codes.shape[1] == T + 1 and not model.rollout_buffer.mask[:, -1].any()
 
 
+def test_unfinished_episodes_come_back_with_their_labels() -> None:
+    model = make_model("ppo", "mixed", lockstep=False, n_steps=20, batch_size=48)
+    model.learn(3 * E * 20)
+    buffer = model.rollout_buffer
+    buffer.reset()
+    state = buffer.state_dict()
+    assert len(state["grids"]) and state["grids"][:, -1].min() >= FIRST
+    again = make_model("ppo", "mixed", lockstep=False, n_steps=20, batch_size=48).rollout_buffer
+    again.load_state_dict(state)
+    assert (again.state_dict()["grids"] == state["grids"]).all()
+    state["grids"][0, -1] = FIRST + 3
+    with pytest.raises(ValueError):
+        again.load_state_dict(state)
+
+
 def test_a_saved_model_draws_the_same_codes(tmp_path: Path) -> None:
     model = make_model("ppo")
     model.learn(E * T)

@@ -23,6 +23,7 @@ from ral_gym.config import CriticConfig
 from ral_gym.envs.toy_classes import GRID, toy_classes_sequences, toy_classes_world
 from ral_gym.envs.worlds import World
 from ral_gym.errors import ConfigError
+from ral_gym.grid import CodeGrid
 from ral_gym.presets import SMOKE
 from ral_gym.priors.pixelcnn import PixelCNN
 from ral_gym.rewards.critic import PatchCritic, critic_loss, gradient_penalty
@@ -82,6 +83,11 @@ def test_a_new_critic_ignores_labels_and_a_trained_one_does_not() -> None:
         assert network.class_embedding.weight.grad.abs().sum() > 0
     one, other = (
         gradient_penalty(network, images, images.flip(0), torch.Generator().manual_seed(0), y)
+        for y in (labels, labels.flip(0))
+    )
+    assert one != other
+    one, other = (
+        critic_loss(network, images, images, 10.0, torch.Generator().manual_seed(0), labels=y)[1]["gradient_penalty"]
         for y in (labels, labels.flip(0))
     )
     assert one != other
@@ -188,7 +194,7 @@ def test_rewards_by_steps_see_the_label_too() -> None:
     critic = make_critic(OwnWithLabels(), loss="hinge")
     model = PPO("MlpPolicy", CodeVecEnv(make_world(), 4), n_steps=16, batch_size=16, device="cpu", seed=0)
     model.learn(4 * T * 3, StepCriticCallback(critic, episodes_per_update=4))
-    assert critic.n_updates == 6 + 2 * 3 or critic.n_updates > 6
+    assert critic.n_updates == 6 + 3 * 3  # the warm-up, and 3 steps after each round of 4 images
 
 
 def test_named_rewards_see_labels_and_codes_without_them() -> None:
@@ -227,6 +233,8 @@ def test_finished_images_keep_labels_apart() -> None:
     assert images.positions(2).tolist() == list(range(8))
     batch = images.batch(5, torch.Generator().manual_seed(0))
     assert batch.shape[1] in (9, 17) and batch[:, -1].min() >= FIRST
+    column = CodeGrid(3, 1, K, classes=2)
+    assert FinishedImages(torch.tensor([[1, K + 1, K + 1, FIRST]]), column).image_rows.tolist() == [1]
 
 
 # Runs --------------------------------------------------------------------------------------------------------------

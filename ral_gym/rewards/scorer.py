@@ -13,8 +13,9 @@ The interface of a critic (everything but `forward` is optional):
 
 `pixels`: images (B, C, h, S) in [-1, 1]; `codes`: (B, codes_of(r)) int64, nothing is decoded for it; `features`:
 (B, F) float32 of the tokenizer's encoder or of the extractor that `ral.reward_features` names. Images of fewer rows are
-shorter. A `forward` or `loss` with an argument `labels` gets the images' classes (B,) int64 by that name; without
-classes None. A batch for `loss` has real and fake images of the same classes in the same order.
+shorter. A `forward` or `loss` with an argument `labels` gets the images' classes (B,) int64 by that name, and nothing
+where they are not known: let it be None by default. A batch for `loss` has real and fake images of the same classes in
+the same order.
 """
 
 from __future__ import annotations
