@@ -15,6 +15,7 @@ from ral_gym.config import (
     CriticConfig,
     DataConfig,
     EvaluationConfig,
+    GRPOConfig,
     PriorConfig,
     RALConfig,
     ReinforceConfig,
@@ -262,6 +263,51 @@ DEMO_ATTENTION = replace(
     prior=replace(DEMO.prior, layers=4, attention_layers=2, attention_heads=4, batch_size=32, training_steps=400),
     ral=replace(DEMO.ral, n_envs=64, n_updates=40),
     evaluation=EvaluationConfig(n_samples=1000, temperatures=(0.85,)),
+)
+
+# Ten groups of emoji, or any images with classes by --data: a transformer given the class, tuned by GRPO with
+# leave-one-out FD and without a critic.
+DEMO_CLASSES = Config(
+    preset="demo-classes",
+    data=DataConfig(source="emoji", image_size=64),
+    vqvae=VQVAEConfig(
+        hidden_units=64,
+        residual_units=32,
+        residual_blocks=1,
+        layers=3,
+        codebook_size=256,
+        codebook_dim=16,
+        decay=0.97,
+        batch_size=32,
+        training_steps=1500,
+        learning_rate=1e-3,
+        augment=True,
+    ),
+    prior=PriorConfig(
+        kind="transformer",
+        hidden_units=128,
+        layers=4,
+        attention_heads=4,
+        dropout=0.2,
+        batch_size=64,
+        training_steps=1200,
+        learning_rate=7e-4,
+        ema_decay=0.995,
+        augmented_passes=16,
+        evaluate_every=100,
+    ),
+    ral=RALConfig(
+        algo="grpo",
+        reward_weights={"loo_fd": 1.0},
+        reset_mode="full",
+        n_envs=240,
+        n_updates=30,
+        learning_rate=1e-4,
+        mle_coef=0.1,
+        ema_decay=0.9,
+        grpo=GRPOConfig(group_size=12),
+    ),
+    evaluation=EvaluationConfig(n_samples=1000, temperatures=(0.85,), guidance=(1.5, 2.0, 3.0)),
 )
 
 SMOKE = Config(

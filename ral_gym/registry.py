@@ -276,6 +276,7 @@ SOURCES = Registry(
     "ral_gym.sources",
     {
         "faces": "ral_gym.data.faces:Faces",
+        "emoji": "ral_gym.data.emoji:Emoji",
         "celeba": "ral_gym.data.celeba:CelebA",
         "folder": "ral_gym.data.folder:Folder",
         "lsun": "ral_gym.data.sources:Lsun",
@@ -309,7 +310,16 @@ ALGORITHMS = Registry(
     },
 )
 _PRESET_NAMES = [
-    *("demo", "demo-2level", "demo-attention", "celeba64", "celeba64-oracle", "lsun64-8x8", "lsun64-16x16"),
+    *(
+        "demo",
+        "demo-2level",
+        "demo-attention",
+        "demo-classes",
+        "celeba64",
+        "celeba64-oracle",
+        "lsun64-8x8",
+        "lsun64-16x16",
+    ),
     *("celeba128-16x16", "lsun128-16x16", "celeba128", "lsun128", "celeba256", "celebahq512", "smoke"),
 ]
 PRESETS = Registry(

@@ -35,8 +35,8 @@ class TrainArguments:
     config: Annotated[Config, tyro.conf.arg(name="")]
     """The stages' settings; the defaults are the preset's."""
     data: str | None = None
-    """Images: `faces`, `celeba:PATH`, `folder:PATH`, `lsun:PATH`, `hf:NAME`, or your own `NAME:ARGUMENT`. Short for
-    --data.source."""
+    """Images: `faces`, `emoji`, `celeba:PATH`, `folder:PATH`, `lsun:PATH`, `hf:NAME`, or your own `NAME:ARGUMENT`.
+    Short for --data.source."""
     algo: str | None = None
     """Algorithm of stage 3: reinforce, ppo, a2c, trpo, grpo, maskable_ppo, or your own `module:Class`. Short for
     --ral.algo; its own settings have a section, such as --ral.ppo.clip-range."""

