@@ -60,7 +60,7 @@ TABLES = {
         "64x64 | 128 | 128 | 128 | 16 | 0 | 5 | 0.1 | 20 | 42187",
     ),
 }
-SMALL = {"demo", "demo-2level", "demo-attention", "smoke"}
+SMALL = {"demo", "demo-classes", "demo-2level", "demo-attention", "smoke"}
 
 
 def cells(text: str) -> list[str]:

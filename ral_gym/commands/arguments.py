@@ -312,7 +312,8 @@ def _complete(arguments: TrainArguments, base: Config) -> TrainArguments:
         raise ConfigError(f"--start-from {arguments.start_from} makes a new run: name it with --name")
     if arguments.name is None:
         algo = config.ral.algo.rpartition(":")[2]
-        parts = [config.preset, *([algo] if algo != "reinforce" else [])]
+        usual = base.ral.algo if base.preset in PRESETS.builtin else "reinforce"
+        parts = [config.preset, *([algo] if algo != usual else [])]
         named = "-".join(parts + ([f"seed{config.seed}"] if config.seed else []))
         arguments.name = re.sub(r"[^\w.+-]+", "-", named).lstrip(".-")[:120]
     check_name(arguments.name)
