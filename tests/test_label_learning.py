@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from typing import Any
 
@@ -15,6 +16,7 @@ from ral_gym.agents import find_algorithm, make_sb3_env
 from ral_gym.agents.defaults import algorithm_defaults, policy_for
 from ral_gym.envs.toy_classes import GRID, toy_classes_score_map, toy_classes_sequences
 from ral_gym.priors.base import maximum_likelihood_loss
+from ral_gym.priors.pixelcnn import PixelCNN
 from ral_gym.priors.sampler import make_sampler
 from ral_gym.priors.transformer import Transformer
 from tests.label_models import ALGORITHMS, ID, K
@@ -24,11 +26,25 @@ THRESHOLD: Any = gym.spec(ID).reward_threshold
 QUICKER: dict[str, dict[str, Any]] = {"trpo": {"target_kl": 0.05, "cg_max_steps": 5, "n_critic_updates": 1}}
 
 
-@pytest.fixture(scope="module")
-def prior() -> Transformer:
+NETWORKS: dict[str, Any] = {
+    "transformer": lambda: Transformer(K, 4, 4, hidden_units=32, layers=2, multiple_of=32, classes=GRID.classes),
+    "pixelcnn": lambda: PixelCNN(
+        *(K, 4, 4),
+        hidden_units=24,
+        residual_units=24,
+        layers=2,
+        conv_filter_size=3,
+        output_stack_layers=1,
+        classes=GRID.classes,
+    ),
+}
+
+
+@functools.cache
+def ignorant_prior(kind: str) -> Any:
     """Maximum likelihood on the perfect images, with labels that say nothing about them: mean reward 0.4."""
     torch.manual_seed(0)
-    network = Transformer(K, 4, 4, hidden_units=32, layers=2, multiple_of=32, classes=GRID.classes)
+    network = NETWORKS[kind]()
     optimizer = torch.optim.Adam(network.parameters(), 3e-3)
     codes = torch.as_tensor(toy_classes_sequences()[:, :-1].astype(np.int64))
     for _ in range(250):
@@ -60,10 +76,14 @@ class UntilSolved(BaseCallback):
         return not solved and time.process_time() - self.began < SECONDS
 
 
+CASES = [("transformer", algo) for algo in ALGORITHMS] + [("pixelcnn", "ppo"), ("pixelcnn", "trpo")]
+
+
 @pytest.mark.parametrize(
-    "algo", [*(algo for algo in ALGORITHMS if algo != "trpo"), pytest.param("trpo", marks=pytest.mark.slow)]
+    ("kind", "algo"), [pytest.param(*case, marks=[pytest.mark.slow] * (case[1] == "trpo")) for case in CASES]
 )
-def test_the_meaning_of_the_classes_is_learnt_from_the_reward(algo: str, prior: Transformer) -> None:
+def test_the_meaning_of_the_classes_is_learnt_from_the_reward(kind: str, algo: str) -> None:
+    prior = ignorant_prior(kind)
     assert 0.3 < reward_of(prior) < 0.5
     env = make_sb3_env(ID, 64, seed=0)
     arguments = algorithm_defaults(algo, env, prior=prior) | {"learning_rate": 1e-3} | QUICKER.get(algo, {})
