@@ -111,3 +111,12 @@ def test_the_verdict_on_guidance_is_a_comparison(tuned: float, start: float, sai
     rows: dict[str, Any] = {"ral": {"fd": tuned}, "mle_best_guidance": {"fd": start, "guidance": 2.0}}
     assert guidance_verdict({"rows": rows}) == said
     assert guidance_verdict({"rows": {"ral": {"fd": tuned}}}) == ""
+
+
+def test_the_verdict_needs_the_judge_too() -> None:
+    rows: dict[str, Any] = {"ral": {"fd": 9.0, "accuracy": 0.3}}
+    rows["mle_best_guidance"] = {"fd": 10.0, "guidance": 1.5, "accuracy": 0.4}
+    assert guidance_verdict({"rows": rows}).startswith("Guidance still helps: FD 9 at s = 1 after RAL, 10 at s = 1.5")
+    assert guidance_verdict({"rows": rows}).endswith("before; accuracy 0.300 and 0.400.")
+    rows["ral"]["accuracy"] = 0.4
+    assert guidance_verdict({"rows": rows}).startswith("No guidance needed")

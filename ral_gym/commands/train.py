@@ -339,14 +339,22 @@ def report(run: Run, results: dict[str, Any], console: Console) -> dict[str, Any
 
 
 def guidance_verdict(results: dict[str, Any]) -> str:
-    """Whether RAL without guidance is as good as its start at the start's best scale, by FD; "" if not measured."""
+    """Whether RAL without guidance is as good as its start at the start's best scale, by FD and the judge's accuracy.
+
+    Returns:
+        one sentence; "" if it was not measured.
+    """
     rows = results["rows"]
     start, tuned = rows.get("mle_best_guidance"), rows.get("ral")
     if start is None or tuned is None:
         return ""
     scale = f"s = {start.get('guidance', 1.0):g}"
     figures = f"FD {tuned['fd']:.4g} at s = 1 after RAL, {start['fd']:.4g} at {scale}, the best one, before"
-    return f"No guidance needed: {figures}." if tuned["fd"] <= start["fd"] else f"Guidance still helps: {figures}."
+    as_good = tuned["fd"] <= start["fd"]
+    if tuned.get("accuracy") is not None and start.get("accuracy") is not None:
+        figures += f"; accuracy {tuned['accuracy']:.3f} and {start['accuracy']:.3f}"
+        as_good = as_good and tuned["accuracy"] >= start["accuracy"]
+    return f"No guidance needed: {figures}." if as_good else f"Guidance still helps: {figures}."
 
 
 def evaluate_run(arguments: EvaluateArguments, console: Console) -> None:
