@@ -131,7 +131,7 @@ def test_damaged_zip_entry_is_skipped(tmp_path: Path) -> None:
     ("source", "expected"),
     [
         ("", "Unknown data source ''"),
-        ("mnist", "faces, celeba:PATH"),
+        ("mnist", "faces, emoji, celeba:PATH"),
         ("lsun:/data", "'lsun:/data'"),
         ("faces:/data", "'faces:/data'"),
         ("folder:", "folder:PATH"),

@@ -23,6 +23,7 @@ def lines(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.commands
 @pytest.mark.parametrize("part", [drawing.graphs, drawing.sampling, drawing.transformer, training.memory])
 def test_the_lines_for_cuda_run_on_a_pretended_device(tmp_path: Path, monkeypatch: Any, part: Any) -> None:
     check = Check(tmp_path, "cuda", tiny=True, limit=1000)

@@ -128,7 +128,7 @@ def test_a_tokenizer_that_does_not_fit_is_refused(
         (["--image-size", "0"], "--image-size is 0: give the side of the images in pixels"),
         (["--heads", "3"], "has 128 units, which 3 heads do not divide"),
         (["--gpt", "nowhere.pt"], "nowhere.pt cannot be read (No such file or directory): give the file with LlamaGen"),
-        (["--class-names", "nowhere.txt"], "nowhere.txt is not a list of class names"),
+        (["--class-names", "nowhere.txt"], "nowhere.txt cannot be read (No such file or directory): give a"),
         (["--name", "../up"], "--name is '../up'"),
         (["--data", "folder:nowhere"], "nowhere"),
     ],

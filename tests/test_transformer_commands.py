@@ -53,7 +53,7 @@ def test_settings_and_options_reach_the_network() -> None:
         ({"position_embedding": True}, "prior.position_embedding is True, but transformer"),
         ({"options": {"layers": 3}}, "prior.options names layers, which is a setting: give prior.layers"),
         ({"options": {"height": 3}}, "prior.options names height, which the run fills in"),
-        ({"options": {"heads": 3}}, "transformer takes no heads: choose among attention, class_dropout, classes"),
+        ({"options": {"heads": 3}}, "transformer takes no heads: choose among attention, multiple_of"),
         ({"options": {"attention": "flash"}}, "attention='flash' is unknown: choose math or fused"),
     ],
 )
