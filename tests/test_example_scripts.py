@@ -20,6 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from ral_gym.agents import PriorPolicy
 from ral_gym.assets import asset_path
 
+pytestmark = pytest.mark.commands
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
