@@ -64,6 +64,7 @@ ELSEWHERE = {
     "data.class_names": "",
     "prior.class_dropout": "images with classes: test_class_runs",
     "bottom.class_dropout": "",
+    "evaluation.guidance": "",
     "data.cache_dir": "a folder of the test's own; asserted below",
 }
 """Fields that are not among the odd ones, and where they are tested."""
