@@ -24,6 +24,7 @@ from ral_gym.rewards.scorer import CriticScorer
 from ral_gym.runs.run import read_config
 from ral_gym.runs.storage import load_metadata, load_module
 from ral_gym.stages.device import resolve_device
+from ral_gym.stages.labels import names_in
 from ral_gym.tokenizers.base import Tokenizer, load_tokenizer
 from ral_gym.tokenizers.code_set import CodeSet, decode_codes
 
@@ -90,10 +91,7 @@ def _real_codes(folder: Path, config: Config, grid: CodeGrid) -> tuple[np.ndarra
     """As `load_real_codes`; in a run without images no codes, and the classes' names that the prior came with."""
     if config.data.has_images:
         return load_real_codes(folder / "codes.safetensors", grid)
-    names = load_metadata(folder / "prior.safetensors").get("class_names")
-    if not isinstance(names, list) or len(names) != grid.classes or not all(isinstance(name, str) for name in names):
-        names = []
-    return None, tuple(names)
+    return None, names_in(folder / "prior.safetensors", grid.classes)
 
 
 def prior_classes(folder: Path) -> int:

@@ -30,7 +30,7 @@ Part = TypeVar("Part")
 _PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 _MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 _NAMING = (
-    *("plugin", "preset", "data", "source", "kind", "options", "algo", "algos"),
+    *("plugin", "preset", "data", "source", "test", "kind", "options", "algo", "algos"),
     *("reward-weights", "reward-features", "features", "extractor", "metrics"),
 )
 """The flags whose values are names of parts, without their section: ``--prior.kind`` is one, ``--runs`` is none."""
@@ -67,7 +67,7 @@ def allow_given(argv: Iterable[str]) -> None:
             flag = flag.removeprefix("--").replace("_", "-").rpartition(".")[2]
         elif place == 0 and word == "presets":  # ral-gym presets my_parts:SMALL
             flag = "preset"
-        if flag in _NAMING and not (flag in ("data", "source") and word.partition(":")[0] in SOURCES):
+        if flag in _NAMING and not (flag in ("data", "source", "test") and word.partition(":")[0] in SOURCES):
             allow(*(name for name in {word, ":".join(word.split(":")[:2])} if is_path(name)))
 
 

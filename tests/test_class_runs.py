@@ -155,3 +155,14 @@ def test_wrong_labels_are_never_the_right_ones() -> None:
     wrong, none = torch.cat(seen[:2]), torch.cat(seen[2:])
     assert (wrong != labels[:, 0]).all() and wrong.min() >= 0 and wrong.max() <= 2 and len(wrong.unique()) == 3
     assert (none == 3).all()
+
+
+@pytest.mark.commands
+def test_a_prior_that_takes_no_classes_is_trained_without_labels_and_that_is_said(
+    folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train, _ = folders
+    argv = [*SMALL[: SMALL.index("--stages")], "--data", f"folder:{train}", "--data.image-size", "32"]
+    argv += ["--stages", "vqvae", "prior", "--prior.kind", "tests.own_priors:GPT", "--runs", str(tmp_path)]
+    assert main(["train", *argv]) == 0
+    assert "Labels are not used: prior.kind tests.own_priors:GPT" in capsys.readouterr().out

@@ -36,6 +36,8 @@ def nothing_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
         ("report a:A", set()),
         ("train --start-from a:A --name b:B --runs c:C --data.cache-dir d:D --start_from=e:E", set()),
         ("train --data folder:images --data.source=hf:name:train", set()),
+        ("train --data folder:images --data.test a:A:held_out.npy", {"a:A"}),
+        ("train --data folder:images --data.test=folder:held_out", set()),
     ],
 )
 def test_only_flags_that_name_parts_let_them_in(words: str, names: set[str]) -> None:
@@ -47,14 +49,14 @@ def test_only_flags_that_name_parts_let_them_in(words: str, names: set[str]) -> 
 def test_every_registry_can_be_asked_by_a_flag() -> None:
     """A flag for a new kind of part is known to `allow_given`."""
     settings = [
-        *("data.source", "vqvae.kind", "prior.kind", "critic.kind", "ral.reward-weights", "ral.algo"),
+        *("data.source", "data.test", "vqvae.kind", "prior.kind", "critic.kind", "ral.reward-weights", "ral.algo"),
         *("evaluation.extractor", "evaluation.metrics"),
     ]
     for setting in settings:
         allow_given([f"--{setting}", f"{setting.replace('.', '_').replace('-', '_')}:Mine"])
     assert len(registry._allowed) == len(settings)
     known = [one for one in vars(registry).values() if isinstance(one, registry.Registry)]
-    assert len(known) == len(settings) + 1  # presets
+    assert len(known) == len(settings)  # a source has two flags; presets are no setting
 
 
 def test_a_run_folder_whose_path_is_a_name_imports_nothing(

@@ -28,6 +28,7 @@ DEMO_HAS_NO = {
         "ral.prompt",
         "ral.hps_path",
         "critic.class_conditional",
+        "evaluation.guidance",
         "data.grey",
     ),
 }
@@ -67,6 +68,7 @@ def test_every_field_of_the_odd_settings_has_an_effect() -> None:
         "ral.normalize_advantage",
         "ral.label_draw",
         "critic.class_conditional",
+        "evaluation.guidance",
         "ral.guidance_log_probs",
         "ral.clip_path",
         "ral.prompt",
@@ -107,6 +109,8 @@ def test_presets_and_what_they_set_are_left_alone(preset: str) -> None:
         ("--preset demo --ral.reward-weights kid 1 --critic.layers 3", "critic.layers is 3"),
         ("--preset demo --ral.reward-weights kid 1 --ral.reward single", "ral.reward is single"),
         ("--preset demo --ral.algo grpo --ral.grpo.group-size 4", "ral.reset_mode continue or mixed"),
+        ("--preset demo --evaluation.guidance 2", "evaluation.guidance is (2.0,)"),
+        ("--preset demo-classes --data.labels none --ral.label-draw data", "or data.labels none turns off"),
     ],
 )
 def test_a_command_line_says_what_has_no_effect(flags: str, named: str, tmp_path: Path) -> None:

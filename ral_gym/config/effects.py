@@ -28,7 +28,7 @@ UNLABELLED = ("faces", "celeba", "lsun")
 
 def may_have_classes(config: Any) -> bool:
     """Whether the images could have classes: what a source really gives is known when it is read."""
-    return config.data.source.partition(":")[0] not in UNLABELLED
+    return config.data.labels != "none" and config.data.source.partition(":")[0] not in UNLABELLED
 
 
 @dataclass(frozen=True)
@@ -112,8 +112,8 @@ EFFECTS = (
         lambda config: config.ral.reset_mode in ("continue", "mixed") or may_have_classes(config),
     ),
     Effect(
-        "ral.label_draw critic.class_conditional",
-        "images with classes, which the source does not give",
+        "ral.label_draw critic.class_conditional evaluation.guidance",
+        "images with classes, which the source does not give or data.labels none turns off",
         lambda config: may_have_classes(config),
     ),
     Effect(

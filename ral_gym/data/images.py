@@ -93,6 +93,8 @@ def load_images(config: DataConfig, seed: int = 0, progress: bool = True) -> Ima
     """
     _check(config)
     source = _open(config.source, config, progress)
+    if config.class_names is not None and source.labels is None:
+        raise ConfigError("data.class_names names classes, but the images have none: leave it out")
     if config.test is not None:
         return _with_own_test(source, config, seed, progress)
     rows, words = _rows(source, config, seed)
@@ -151,8 +153,6 @@ def _with_own_test(source: Source, config: DataConfig, seed: int, progress: bool
     skipped = (*source.skipped, *train.skipped, *held_out.skipped, *test.skipped)
     _warn_of_skipped(skipped, source.root)
     labels = None
-    if config.class_names is not None and source.labels is None:
-        raise ConfigError("data.class_names names classes, but the images have none: leave it out")
     if source.labels is not None and held_out.labels is not None:
         theirs = matched(held_out.labels, held_out.classes, source.classes, str(config.test))
         known = [
@@ -257,8 +257,6 @@ def _image_set(
     if len(decoded.counts) > 2:
         description += f", {decoded.counts[2]} of 4 other people"
     labels = None
-    if class_names is not None and source.labels is None:
-        raise ConfigError("data.class_names names classes, but the images have none: leave it out")
     if source.labels is not None:
         known = np.concatenate([source.labels[part[kept]] for part, kept in zip(rows, decoded.kept, strict=True)])
         labels = _named(known[:n_train], known[n_train:n_known], source.classes, class_names)

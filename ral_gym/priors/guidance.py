@@ -65,22 +65,26 @@ PLAIN = Sampling()
 """No guidance, all codes."""
 
 
+def guidable(prior: Any) -> bool:
+    """Whether a prior has classes, and knows "no class"."""
+    return prior.grid.classes > 0 and getattr(prior, "null_class", True)
+
+
 def check_guidance(prior: Any, scale: float) -> None:
     """Refuse guidance of a prior that cannot be guided.
 
     Raises:
         ConfigError: it has no classes, or nothing that stands for "no class".
     """
-    if scale == 1:
+    if scale == 1 or guidable(prior):
         return
     name = type(prior).__name__
     if not prior.grid.classes:
         raise ConfigError(f"guidance {scale:g} needs a prior with classes, this {name} has none: leave guidance out")
-    if not getattr(prior, "null_class", True):
-        raise ConfigError(
-            f'guidance {scale:g} needs a prior that knows "no class", this {name} has {prior.grid.classes} classes '
-            "and no null class: leave guidance out"
-        )
+    raise ConfigError(
+        f'guidance {scale:g} needs a prior that knows "no class", this {name} has {prior.grid.classes} classes and no '
+        "null class: leave guidance out"
+    )
 
 
 def mix(of_class: Tensor, of_none: Tensor, scale: float) -> Tensor:

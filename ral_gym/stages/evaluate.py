@@ -21,7 +21,7 @@ from ral_gym.metrics import make_extractor
 from ral_gym.metrics.distances import MINIMUM_IMAGES
 from ral_gym.metrics.own import own_metrics
 from ral_gym.priors.base import Prior, config_of, load_prior
-from ral_gym.priors.guidance import PLAIN, Sampling
+from ral_gym.priors.guidance import PLAIN, Sampling, guidable
 from ral_gym.rewards.making import load_scorer
 from ral_gym.runs.results import check_rows
 from ral_gym.runs.run import Run
@@ -188,11 +188,6 @@ def measure(
             for scale in run.config.evaluation.guidance:
                 draw(f"{name}_guided_{scale:g}", priors[name], 1.0, Sampling(guidance=scale))
     bar.close()
-
-
-def guidable(prior: Prior) -> bool:
-    """Whether a generator has classes, and knows "no class"."""
-    return prior.grid.classes > 0 and getattr(prior, "null_class", True)
 
 
 def _rejection_row(evaluation: GeneratorMetrics, prior: Prior) -> Row:

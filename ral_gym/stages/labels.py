@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,10 +19,15 @@ from ral_gym.runs.storage import load_metadata
 def class_names(run: Run, prior: Any) -> tuple[str, ...]:
     """The names of a generator's classes, from the prior's file; numbers where it holds none; () without classes."""
     classes: int = prior.grid.classes
-    names = load_metadata(run.file("prior.safetensors")).get("class_names") if classes else None
+    return names_in(run.file("prior.safetensors"), classes) or tuple(map(str, range(classes)))
+
+
+def names_in(file: Path, classes: int) -> tuple[str, ...]:
+    """The names of this many classes in a prior's file; () where it holds none, or another number of them."""
+    names = load_metadata(file).get("class_names") if classes else None
     if isinstance(names, list) and len(names) == classes and all(isinstance(name, str) for name in names):
         return tuple(names)
-    return tuple(map(str, range(classes)))
+    return ()
 
 
 def labels_asked(asked: Sequence[str], names: Sequence[str], n: int) -> Tensor | None:
