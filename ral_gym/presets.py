@@ -1,4 +1,7 @@
-"""Named configurations: the paper's tables, small ones for a CPU, and your own (registered, in a module or a file)."""
+"""Named configurations: the paper's tables, other projects' tokenizers, small ones for a CPU, and your own.
+
+Your own are registered, in a module or in a file.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,9 @@ from ral_gym.config import (
     RALConfig,
     VQVAEConfig,
 )
+from ral_gym.config.modern import VQ_8_RUN as VQ_8
+from ral_gym.config.modern import VQ_16_RUN as VQ_16
+from ral_gym.config.modern import VQGAN_F16_RUN as VQGAN_F16
 from ral_gym.config.paper import (
     CELEBA64,
     CELEBA64_ORACLE,
@@ -52,6 +58,9 @@ __all__ = [
     "LSUN128",
     "LSUN128_16X16",
     "SMOKE",
+    "VQGAN_F16",
+    "VQ_8",
+    "VQ_16",
     "get_preset",
     "read_preset",
 ]

@@ -1,12 +1,14 @@
-"""The presets against the supplement's Tables 4 to 10, which are copied here row by row."""
+"""The presets against the supplement's Tables 4 to 10, copied here row by row, and against released tokenizers."""
 
 import re
 from dataclasses import dataclass
 
 import pytest
+import torch
 
 from ral_gym.config import Config, PriorConfig
 from ral_gym.presets import PRESETS, get_preset
+from ral_gym.tokenizers.base import tokenizer_of
 
 # (a), (b): PixelCNNs. (c) or the last part: VQ-VAE. Rows and numbers as printed.
 PRIOR_ROWS = """
@@ -61,6 +63,8 @@ TABLES = {
     ),
 }
 SMALL = {"demo", "demo-classes", "demo-2level", "demo-attention", "smoke"}
+TOKENIZERS = {"vqgan-f16": (1024, 256, 16), "vq-16": (16_384, 8, 16), "vq-8": (16_384, 8, 32)}
+"""K, dimension of a code vector, side of the grid."""
 
 
 def cells(text: str) -> list[str]:
@@ -103,9 +107,26 @@ def test_a_preset_is_its_table(name) -> None:
 
 
 def test_every_table_and_every_small_kind_has_a_preset() -> None:
-    assert set(PRESETS) == set(TABLES) | SMALL
+    assert set(PRESETS) == set(TABLES) | set(TOKENIZERS) | SMALL
     assert get_preset("demo-2level").vqvae.levels == 2 and get_preset("demo-2level").grid_size == 8
     assert get_preset("demo-attention").prior.attention_layers == 2
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_a_tokenizer_preset_is_the_released_network(name: str) -> None:
+    config, (size, dim, side) = get_preset(name), TOKENIZERS[name]
+    config.check()
+    with torch.device("meta"):
+        model = tokenizer_of(config, config.data.image_size, 3)
+    parameters = {"vqgan-f16": 72_141_699, "vq-16": 71_883_403, "vq-8": 70_109_835}[name]
+    assert sum(weight.numel() for weight in model.parameters()) == parameters
+    assert (model.grid.codebook_size, model.num_features, model.grid.height, config.grid_size) == (
+        size,
+        dim,
+        side,
+        side,
+    )
+    assert model.codebook_l2_norm is (name != "vqgan-f16")
 
 
 @pytest.mark.parametrize("name", TABLES)

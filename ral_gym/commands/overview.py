@@ -30,8 +30,8 @@ def _table(title: str, *columns: str, left: int = 1) -> Table:
 
 
 def _all_presets() -> Table:
-    """Images, codes, PixelCNNs and training steps of every preset; it fits 80 columns."""
-    table = _table("Presets", "preset", "data", "pixels", "codes", "K", "PixelCNN", "steps 1, 2", left=2)
+    """Images, codes, priors and training steps of every preset; it fits 80 columns."""
+    table = _table("Presets", "preset", "data", "pixels", "codes", "K", "prior", "steps 1, 2", left=2)
     for name, config in PRESETS.items():
         two = config.vqvae.levels == 2
         sides = [config.grid_size, *([2 * config.grid_size] if two else [])]
@@ -46,7 +46,7 @@ def _all_presets() -> Table:
             "\n".join(_network(prior.hidden_units, prior.layers, prior.attention_layers) for prior in priors),
             "\n".join([", ".join(f"{step:,}" for step in steps[:2]), *(f"{step:,}" for step in steps[2:])]),
         )
-    table.caption = "PixelCNN: hidden units x layers, a: attention layers; two levels: top above bottom"
+    table.caption = "Prior: hidden units x layers, a: attention layers; two levels: top above bottom"
     return table
 
 

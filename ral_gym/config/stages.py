@@ -214,6 +214,8 @@ class Config:
     @property
     def strided_layers(self) -> int:
         """Halvings between an image and the (top) code grid."""
+        if self.vqvae.kind == "vqgan":
+            return str(self.vqvae.options.get("multipliers", "1,1,2,2,4")).count(",")
         return self.vqvae.layers + self.vqvae.levels - 1
 
     def check(self) -> None:
