@@ -26,11 +26,11 @@ from ral_gym.errors import RunError
 from ral_gym.priors.base import Prior
 from ral_gym.runs.run import Run
 from ral_gym.runs.storage import differences, load_json, save_json
+from ral_gym.stages.controls import continue_prior
 from ral_gym.stages.device import resolve_device
 from ral_gym.stages.fork import fork_run
 from ral_gym.stages.generator_metrics import MEASUREMENT, GeneratorMetrics
 from ral_gym.stages.levels import load_generator, load_vqvae
-from ral_gym.stages.train_prior import continue_prior
 from ral_gym.tokenizers.base import Tokenizer
 from ral_gym.tokenizers.code_set import CodeSet
 

@@ -53,6 +53,7 @@ COLOURS = {
     "mle_best_temperature": "#56B4E9",
     "mle_best_guidance": "#56B4E9",
     "mle_continued": "#009E73",
+    "mle_equal_time": "#000000",
     "ral": "#D55E00",
     "ral_best_temperature": "#D55E00",
     "ral_best_guidance": "#D55E00",
@@ -71,8 +72,7 @@ def colour(label: str, others: Sequence[str] = ()) -> str:
         label: the name.
         others: all labels of the figure; those without a fixed colour share a second list of colours in order.
     """
-    name = _name(label)
-    if name in COLOURS:
+    if (name := _name(label)) in COLOURS:
         return COLOURS[name]
     unknown = [_name(other) for other in others if _name(other) not in COLOURS]
     return OTHER_COLOURS[(unknown.index(name) if name in unknown else 0) % len(OTHER_COLOURS)]

@@ -17,7 +17,7 @@ from PIL import Image
 
 from ral_gym.commands.cli import train_main
 from ral_gym.commands.ending import run_command
-from ral_gym.commands.train import FINISHED
+from ral_gym.commands.stage_files import FINISHED
 from ral_gym.errors import RunError
 from ral_gym.runs.run import Run, read_config
 from ral_gym.runs.storage import load_json, load_module, load_tensors, save_module

@@ -118,5 +118,7 @@ def test_the_verdict_needs_the_judge_too() -> None:
     rows["mle_best_guidance"] = {"fd": 10.0, "guidance": 1.5, "accuracy": 0.4}
     assert guidance_verdict({"rows": rows}).startswith("Guidance still helps: FD 9 at s = 1 after RAL, 10 at s = 1.5")
     assert guidance_verdict({"rows": rows}).endswith("before; accuracy 0.300 and 0.400.")
+    rows["mle_best_guidance"]["guidance"] = 1.0
+    assert guidance_verdict({"rows": rows}).startswith("RAL is not better than its start: FD 9 at s = 1 after RAL")
     rows["ral"]["accuracy"] = 0.4
     assert guidance_verdict({"rows": rows}).startswith("No guidance needed")

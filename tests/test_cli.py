@@ -19,7 +19,7 @@ from PIL import Image
 
 from ral_gym.commands.arguments import parse_train
 from ral_gym.commands.cli import main, train_main
-from ral_gym.commands.train import FINISHED
+from ral_gym.commands.stage_files import FINISHED
 from ral_gym.errors import ConfigError
 from ral_gym.presets import PRESETS
 from ral_gym.runs.run import Run, read_config

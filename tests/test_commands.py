@@ -12,7 +12,7 @@ from ral_gym.commands.arguments import COMMANDS, STAGES, TrainArguments, parse
 from ral_gym.commands.cli import main
 from ral_gym.commands.draw_arguments import SampleArguments
 from ral_gym.commands.generate import open_run
-from ral_gym.commands.train import files_of, finished_files
+from ral_gym.commands.stage_files import files_of, finished_files
 from ral_gym.config import SECTIONS, Config
 from ral_gym.presets import PRESETS, SMOKE, get_preset
 from ral_gym.priors.pixelcnn import PixelCNN
@@ -20,8 +20,8 @@ from ral_gym.priors.sampler import CachedSampler
 from ral_gym.priors.two_level import TwoLevelPrior
 from ral_gym.runs.run import Run
 from ral_gym.runs.storage import load_module, save_module
+from ral_gym.stages.controls import continue_prior
 from ral_gym.stages.levels import load_generator, load_vqvae, prior_of
-from ral_gym.stages.train_prior import continue_prior
 from ral_gym.tokenizers.base import tokenizer_of
 from ral_gym.tokenizers.code_set import CodeSet
 from tests.tiny import make_tiny_run

@@ -19,7 +19,7 @@ SCHEDULE = {f"prior.scheduled_sampling_{name}" for name in ("schedule", "share")
 DEMO_HAS_NO = {
     *ONE_LEVEL,
     *SCHEDULE,
-    *("prior.attention_heads", "critic.gradient_penalty", "ral.reward_features", "ral.reward_ema"),
+    *("prior.attention_heads", "prior.decay_share", "critic.gradient_penalty", "ral.reward_features", "ral.reward_ema"),
     *(
         "ral.grpo.group_size",
         "ral.label_draw",
@@ -141,6 +141,7 @@ def test_with_what_it_needs_a_setting_is_taken(flags: str, tmp_path: Path) -> No
 def test_two_levels_read_the_bottom_prior() -> None:
     assert not {name for name, _ in without_effect(DEMO_2LEVEL) if name.startswith("bottom.")} - {
         "bottom.attention_heads",
+        "bottom.decay_share",
         "bottom.scheduled_sampling_schedule",
         "bottom.scheduled_sampling_share",
     }

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from ral_gym.commands.cli import train_main
-from ral_gym.commands.train import FINISHED
+from ral_gym.commands.stage_files import FINISHED
 from ral_gym.runs.event_log import events_of
 from ral_gym.runs.storage import load_json, load_tensors
 from tests import forks

@@ -17,7 +17,7 @@ from ral_gym.agents.rewards.critic_callback import CriticCallback
 from ral_gym.agents.train_ral import Stage, make_stage, train_ral
 from ral_gym.commands.arguments import parse
 from ral_gym.commands.dry_run import dry_run
-from ral_gym.commands.train import files_of
+from ral_gym.commands.stage_files import files_of
 from ral_gym.config import Config
 from ral_gym.errors import ConfigError, RunError
 from ral_gym.presets import SMOKE

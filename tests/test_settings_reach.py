@@ -18,6 +18,7 @@ from rich.console import Console
 import ral_gym.agents.rewards.co_trained_critic as co_trained_critic
 import ral_gym.agents.train_ral as train_ral
 import ral_gym.data.images as data_images
+import ral_gym.stages.controls as controls
 import ral_gym.stages.evaluate as evaluate
 import ral_gym.stages.train_prior as train_prior
 import ral_gym.stages.train_vqvae as train_vqvae
@@ -29,45 +30,18 @@ from ral_gym.commands.train import train
 from ral_gym.config import SECTIONS, Config, GRPOConfig
 from ral_gym.metrics import PyramidFeatures
 from ral_gym.presets import SMOKE
+from ral_gym.runs.results import load_results
 from ral_gym.runs.run import Run, read_config
 from ral_gym.runs.storage import load_tensors
 from ral_gym.stages.levels import load_generator, load_vqvae
 from ral_gym.stages.scheduled_sampling import SCHEDULES
 from ral_gym.tokenizers.code_set import CodeSet
-from tests.odd_settings import GRPO_SECTION, ODD, OTHERS
+from tests.odd_settings import ELSEWHERE, GRPO_SECTION, ODD, OTHERS
 from tests.tiny import make_tiny_run
 
 pytestmark = pytest.mark.commands
 
 CPU = torch.device("cpu")
-ELSEWHERE = {
-    "vqvae.kind": "parts by name: test_registry and the doors' own tests",
-    "vqvae.options": "a part's own",
-    "prior.kind": "",
-    "prior.options": "",
-    "bottom.kind": "",
-    "bottom.options": "",
-    "critic.kind": "",
-    "critic.options": "",
-    "evaluation.metrics": "test_own_metrics",
-    "ral.clip_path": "test_clip_training",
-    "ral.hps_path": "",
-    "ral.prompt": "",
-    "ral.reward_options": "",
-    "ral.reward_reference": "test_reward_reference",
-    "critic.class_conditional": "images with classes: test_label_agents",
-    "ral.label_draw": "",
-    "ral.guidance": "a prior with classes: test_guided_rollouts",
-    "ral.guidance_log_probs": "",
-    "data.test": "images with classes: test_data_labels",
-    "data.labels": "",
-    "data.class_names": "",
-    "prior.class_dropout": "images with classes: test_class_runs",
-    "bottom.class_dropout": "",
-    "evaluation.guidance": "",
-    "data.cache_dir": "a folder of the test's own; asserted below",
-}
-"""Fields that are not among the odd ones, and where they are tested."""
 
 
 @dataclass
@@ -121,7 +95,10 @@ SPIED = [
     (train_prior, "WeightAverage"),
     (train_prior, "HeldOut"),
     (train_prior, "ScheduledSampling"),
-    (train_prior, "_Task"),
+    (train_prior, "Task"),
+    (train_prior, "LearningRate"),
+    (controls, "Task"),
+    (controls, "WeightAverage"),
     (train_ral, "make_stage"),
     (co_trained_critic, "critic_loss"),
     (co_trained_critic.CoTrainedCritic, "train"),
@@ -191,9 +168,12 @@ def of_prior(section: str, level: int) -> dict[str, Callable[[Seen], Any]]:
         return seen.one("ScheduledSampling", level)["returned"]
 
     found |= {
-        "batch_size": lambda seen: seen.one("_Task", level)["batch_size"],
-        "training_steps": lambda seen: seen.one("_Task", level)["steps"],
+        "batch_size": lambda seen: seen.one("Task", level)["batch_size"],
+        "training_steps": lambda seen: seen.one("Task", level)["steps"],
         "learning_rate": lambda seen: seen.calls["Adam"][1 + level]["lr"],
+        "learning_rate_schedule": lambda seen: seen.one("LearningRate", level)["kind"],
+        "decay_share": lambda seen: seen.one("LearningRate", level)["decay_share"],
+        "patience": lambda seen: seen.one("LearningRate", level)["patience"],
         "ema_decay": lambda seen: seen.one("WeightAverage", level)["decay"],
         "augmented_passes": lambda seen: seen.one("encode_set")["passes"],
         "evaluate_every": lambda seen: seen.one("HeldOut", level)["returned"].every,
@@ -272,6 +252,9 @@ LOOKS: dict[str, Callable[[Seen], Any]] = {
     "ral.per_level_discount": attribute("model.rollout_buffer.per_level_discount"),
     "ral.max_grad_norm": attribute("model.max_grad_norm"),
     "ral.ema_decay": attribute("run_callback.average.decay"),
+    "ral.equal_time_control": lambda seen: (
+        "mle_equal_time_best_temperature" in load_results(seen.run.file("results.json"))["rows"]
+    ),
     "ral.checkpoint_every": attribute("run_callback.checkpoint_every"),
     "evaluation.n_samples": lambda seen: len(seen.one("GeneratorMetrics")["returned"].reference),
     "evaluation.extractor": lambda seen: seen.one("GeneratorMetrics")["returned"].extractor.name,
@@ -320,13 +303,16 @@ def test_the_critic_trains_on_training_images_and_is_measured_on_others(seen: Se
 # The control --------------------------------------------------------------------------------------------------------
 
 
-def test_the_control_has_rals_budget_and_not_stage_twos(seen: Seen) -> None:
-    """Two levels, each: learning rate, moments, clipping, batch, steps and average are stage 3's."""
+def test_the_controls_have_rals_budget_and_not_stage_twos(seen: Seen) -> None:
+    """Updates or time; two levels, each: learning rate, moments, clipping, batch, steps and average are stage 3's."""
     ral = seen.run.config.ral
-    for number in (-2, -1):
-        optimizer, task, average = (seen.calls[name][number] for name in ("Adam", "_Task", "WeightAverage"))
+    updates = controls.equal_time_updates(seen.run)
+    budgets = ((3, "constant"), (3, "constant"), (updates, "linear"), (updates, "linear"))
+    for number, (steps, rate) in zip((-4, -3, -2, -1), budgets, strict=True):
+        optimizer, task, average = (seen.calls[name][number] for name in ("Adam", "Task", "WeightAverage"))
         assert (optimizer["lr"], optimizer["betas"]) == (ral.learning_rate, (ral.adam_beta1, ral.adam_beta2))
-        assert (task["batch_size"], task["steps"], task["max_grad_norm"]) == (8, 3, ral.max_grad_norm)
+        assert (task["batch_size"], task["steps"], task["max_grad_norm"]) == (8, steps, ral.max_grad_norm)
+        assert task["rate"].kind == rate
         assert average["decay"] == ral.ema_decay and not average["warm_up"]
 
 

@@ -15,8 +15,9 @@ from ral_gym.presets import SMOKE, get_preset
 from ral_gym.priors.pixelcnn import PixelCNN
 from ral_gym.runs.run import Run
 from ral_gym.runs.storage import load_module, save_module
+from ral_gym.stages.controls import continue_prior
 from ral_gym.stages.levels import prior_of
-from ral_gym.stages.train_prior import continue_prior, train_prior
+from ral_gym.stages.train_prior import train_prior
 from ral_gym.stages.train_vqvae import build_vqvae, train_vqvae
 from ral_gym.tokenizers.code_set import CodeSet, encode_set
 from ral_gym.tokenizers.vqvae import VQVAE

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-Generator = Literal["prior", "prior_ema", "prior_continued", "policy", "policy_ema"]
+Generator = Literal["prior", "prior_ema", "prior_continued", "prior_equal_time", "policy", "policy_ema"]
 RunFolder = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 Plugins = Annotated[tuple[str, ...], tyro.conf.arg(name="plugin", metavar="MODULE[:CLASS] ..")]
 ImageFile = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE")]

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from ral_gym.commands.arguments import STAGES, EvaluateArguments, TrainArguments, parse_train
+from ral_gym.commands.stage_files import files_of, finished_files
 from ral_gym.config import Config, effect_notes
 from ral_gym.errors import RalGymError, RunError, printable
 from ral_gym.registry import PRESETS
@@ -30,30 +31,6 @@ if TYPE_CHECKING:
     from ral_gym.runs.run import Run
     from ral_gym.tokenizers.base import Tokenizer
     from ral_gym.tokenizers.code_set import CodeSet
-
-WEIGHTS = ("vqvae", "codes", "prior", "prior_ema", "prior_continued", "policy", "policy_ema", "critic")
-FINISHED = ("results.json", *(f"{name}.safetensors" for name in WEIGHTS))
-"""The files of a finished run of one level; a removed one is made again."""
-MADE_BY = {"vqvae": ("vqvae",), "prior": ("codes", "prior", "prior_ema"), "ral": WEIGHTS[4:]}
-"""Stage -> the files that later stages need from it."""
-NEED_IMAGES = ("codes", "prior_continued")
-"""Files that a run without images lacks: the images' codes, and the control trained on them."""
-
-
-def finished_files(config: Config) -> tuple[str, ...]:
-    """The files of a finished run."""
-    return ("results.json", *(file for stage in MADE_BY for file in files_of(stage, config)))
-
-
-def files_of(stage: str, config: Config) -> list[str]:
-    """A stage's files; with two levels every prior is two files, and there may be no critic."""
-    names = [
-        name + suffix
-        for name in MADE_BY[stage]
-        if (name != "critic" or config.ral.uses_critic) and (name not in NEED_IMAGES or config.data.has_images)
-        for suffix in (("", "_bottom") if name.startswith("prior") and config.vqvae.levels == 2 else ("",))
-    ]
-    return [f"{name}.safetensors" for name in names]
 
 
 def train(arguments: TrainArguments, console: Console) -> dict[str, Any]:
@@ -258,11 +235,11 @@ class Pipeline:
             _say(self.console, _label_lines(self.run, prior.levels))
 
     def train_ral(self) -> None:
-        """Stage 3 and, where there are images, its control."""
+        """Stage 3 and, where there are images, its controls."""
         from ral_gym.agents.algorithm import find_algorithm
         from ral_gym.agents.train_ral import train_ral
+        from ral_gym.stages.controls import continue_prior, train_equal_time
         from ral_gym.stages.levels import load_generator
-        from ral_gym.stages.train_prior import continue_prior
 
         config = self.run.config.ral
         if notes := find_algorithm(config.algo).notes(config):
@@ -272,6 +249,8 @@ class Pipeline:
         train_ral(self.run, self.vqvae, prior, codes, self.device, self.progress)
         if codes is not None:
             continue_prior(self.run, prior, codes, self.device, self.progress)
+            if config.equal_time_control:
+                train_equal_time(self.run, prior, codes, self.device, self.progress)
 
     def evaluate(self) -> None:
         """The table and the pictures."""
@@ -356,7 +335,10 @@ def guidance_verdict(results: dict[str, Any]) -> str:
     if tuned.get("accuracy") is not None and start.get("accuracy") is not None:
         figures += f"; accuracy {tuned['accuracy']:.3f} and {start['accuracy']:.3f}"
         as_good = as_good and tuned["accuracy"] >= start["accuracy"]
-    return f"No guidance needed: {figures}." if as_good else f"Guidance still helps: {figures}."
+    if as_good:
+        return f"No guidance needed: {figures}."
+    helps = start.get("guidance", 1.0) != 1
+    return f"{'Guidance still helps' if helps else 'RAL is not better than its start'}: {figures}."
 
 
 def evaluate_run(arguments: EvaluateArguments, console: Console) -> None:

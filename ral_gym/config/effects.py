@@ -55,6 +55,11 @@ def _prior_effects(section: str) -> tuple[Effect, ...]:
             lambda config: prior(config).kind != "pixelcnn" or prior(config).attention_layers > 0,
         ),
         Effect(
+            f"{section}.decay_share",
+            f"{section}.learning_rate_schedule linear or cosine",
+            lambda config: prior(config).learning_rate_schedule != "constant",
+        ),
+        Effect(
             f"{section}.scheduled_sampling_schedule {section}.scheduled_sampling_share",
             f"{section}.scheduled_sampling two_pass or sequential",
             lambda config: prior(config).scheduled_sampling != "none",

@@ -18,7 +18,8 @@ _NAMES: dict[_Rule, str] = {
     _COUNT: """
         vqvae.residual_units vqvae.layers vqvae.codebook_dim vqvae.batch_size vqvae.training_steps
         prior.hidden_units prior.residual_units prior.layers prior.batch_size prior.training_steps
-        prior.attention_heads prior.augmented_passes prior.evaluate_every prior.held_out evaluation.held_out
+        prior.attention_heads prior.augmented_passes prior.patience prior.evaluate_every prior.held_out
+        evaluation.held_out
         data.crop data.limit data.max_megapixels data.max_file_mb data.max_files
         critic.hidden_units critic.layers critic.batch_size ral.n_envs ral.n_updates ral.checkpoint_every
         ral.grpo.n_epochs ral.ppo.n_epochs ral.maskable_ppo.n_epochs ral.reinforce.batch_size ral.grpo.batch_size
@@ -43,6 +44,7 @@ _NAMES: dict[_Rule, str] = {
         vqvae.decay prior.dropout prior.class_dropout prior.ema_decay critic.adam_beta1 critic.adam_beta2
         ral.adam_beta1 ral.adam_beta2 ral.ema_decay ral.reward_ema
         """,
+    ("above 0 and at most 1", lambda value: 0 < value <= 1): "prior.decay_share",
     ("at least 0 and at most 1", lambda value: 0 <= value <= 1): """
         ral.gamma prior.scheduled_sampling_share
         ral.ppo.gae_lambda ral.a2c.gae_lambda ral.trpo.gae_lambda ral.maskable_ppo.gae_lambda

@@ -140,6 +140,8 @@ class RALConfig:
     """Decay of the exponential average of the policy's weights (row `ral`; `ral_live` is the policy itself)."""
     checkpoint_every: int = 10
     """Updates between checkpoints."""
+    equal_time_control: bool = False
+    """Also train the control `mle_equal_time`: maximum likelihood for as much time as RAL took, annealed."""
     reinforce: ReinforceConfig = field(default_factory=ReinforceConfig)
     """Settings of REINFORCE only."""
     grpo: GRPOConfig = field(default_factory=GRPOConfig)

@@ -303,7 +303,8 @@ class Report:
             "evaluate": self.results is not None,
         }
         taken = {**seconds, "evaluate": seconds.get("evaluation"), "prior": _sum(seconds, "prior", "prior_bottom")}
-        taken["ral"] = _sum(seconds, "ral", "prior_continued", "prior_continued_bottom")
+        controls = [f"prior_{name}{suffix}" for name in ("continued", "equal_time") for suffix in SUFFIXES]
+        taken["ral"] = _sum(seconds, "ral", *controls)
         stages = [
             STAGE_NAMES[stage] + (f": {taken[stage]:,.0f} s" if taken.get(stage) else "")
             for stage in done

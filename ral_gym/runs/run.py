@@ -9,6 +9,8 @@
       prior.safetensors           stage 2: the weights of the best held-out NLL
       prior_ema.safetensors       their exponential average
       prior_continued.safetensors the control: maximum likelihood continued for as many updates as RAL
+      prior_equal_time.safetensors the control of equal time: maximum likelihood for as long as RAL, annealed
+      equal_time.json             how many updates that are, and the seconds they were computed from
       policy.safetensors          stage 3: the live policy
       policy_ema.safetensors      its exponential average
       critic.safetensors          stage 3: the critic

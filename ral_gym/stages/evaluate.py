@@ -44,11 +44,13 @@ ROW_FILES = {
     "mle": "prior",
     "mle_ema": "prior_ema",
     "mle_continued": "prior_continued",
+    "mle_equal_time": "prior_equal_time",
     "ral": "policy_ema",
     "ral_live": "policy",
 }
-"""Row of the table -> file of its weights."""
-SWEPT = ("mle", "mle_continued", "ral")
+"""Row of the table -> file of its weights; there is no `mle_equal_time` without `ral.equal_time_control`."""
+EQUAL_TIME = "mle_equal_time"
+SWEPT = ("mle", "mle_continued", "mle_equal_time", "ral")
 """Rows that are also sampled at other temperatures; each gets a row `..._best_temperature`."""
 GUIDED = ("mle", "ral")
 """Rows that are also sampled with guidance, if they have classes; each gets a row `..._best_guidance`."""
@@ -108,7 +110,8 @@ def load_priors(run: Run, device: torch.device) -> dict[str, Prior]:
     Raises:
         RunError: a file is missing, damaged, or another model's.
     """
-    priors = {row: load_generator(run, name, device) for row, name in ROW_FILES.items()}
+    files = {row: name for row, name in ROW_FILES.items() if row != EQUAL_TIME or run.config.ral.equal_time_control}
+    priors = {row: load_generator(run, name, device) for row, name in files.items()}
     for row, prior in priors.items():
         if found := differences(config_of(prior), config_of(priors["mle"])):
             raise RunError(
@@ -130,7 +133,7 @@ def measure(
 
     Args:
         evaluation: measures them.
-        priors: row of the table -> its network, for every row of `ROW_FILES`.
+        priors: row of the table -> its network, as `load_priors` gives them.
         rows: the measured rows by name; missing ones are added: those of the table, `GENERATOR_at_TEMPERATURE`,
             `GENERATOR_guided_SCALE` and `ral_after_UPDATES`.
         keep: called with all rows after each new one.
@@ -167,7 +170,8 @@ def measure(
             add(name, lambda name=name: real_rows()[name])  # type: ignore[misc]
     needed_by: dict[str, tuple[str, ...]] = {"mle": ("mle_best_temperature", "mle_best_guidance")}
     needed_by["ral"] = ("ral_best_temperature", "mle_temperature", "ral_best_guidance")
-    needed_by["mle_continued"] = ("mle_continued_best_temperature",)
+    for name in ("mle_continued", EQUAL_TIME):
+        needed_by[name] = (f"{name}_best_temperature",)
     for name, prior in priors.items():
         if wanted(name, *needed_by.get(name, ())):
             draw(name, prior)
@@ -181,7 +185,7 @@ def measure(
         if wanted(name):
             draw(name, load_prior(file, evaluation.device, config_of(mle)))
     for name in SWEPT:
-        if wanted(f"{name}_best_temperature"):
+        if name in priors and wanted(f"{name}_best_temperature"):
             _sweep(draw, name, priors[name], run.config.evaluation.temperatures)
     for name in GUIDED:
         if wanted(f"{name}_best_guidance") and guidable(priors[name]):

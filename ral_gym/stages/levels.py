@@ -31,6 +31,7 @@ SECTIONS = ("prior", "bottom")
 """The settings of each level's prior."""
 NLL_BATCH = 256
 TRAINING = (
+    *("learning_rate_schedule", "decay_share", "patience"),
     *("batch_size", "training_steps", "learning_rate", "ema_decay", "augmented_passes", "evaluate_every", "held_out"),
     *("scheduled_sampling", "scheduled_sampling_schedule", "scheduled_sampling_share"),
 )
@@ -41,6 +42,7 @@ GENERATORS = {
     "prior": "maximum likelihood, the weights of the best held-out NLL",
     "prior_ema": "their exponential average",
     "prior_continued": "maximum likelihood continued for as many updates as RAL",
+    "prior_equal_time": "maximum likelihood continued for as much time as RAL, annealed",
     "policy": "RAL, the live policy",
     "policy_ema": "RAL, the exponential average",
 }

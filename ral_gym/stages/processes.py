@@ -205,6 +205,11 @@ class JointBatches:
         value = torch.stack([value.detach().float() for value in values]).mean()
         return self.accelerator.reduce(value, "mean").item()
 
+    def any(self, mine: bool) -> bool:
+        """Whether a condition holds in one of the processes; every process must call it."""
+        found = torch.tensor(float(mine), device=self.accelerator.device)
+        return self.accelerator.reduce(found, "sum").item() > 0
+
     def gather(self, tensors: list[Tensor]) -> Tensor:
         """The rows of all parts and processes; every process must call it."""
         return self.accelerator.gather(torch.cat(tensors))

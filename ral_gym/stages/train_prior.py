@@ -1,9 +1,9 @@
-"""Stage 2: codes -> prior by maximum likelihood (Section 3; the supplement's Tables 4b to 10b), and the control.
+"""Stage 2: codes -> prior by maximum likelihood (Section 3; the supplement's Tables 4b to 10b).
 
 A small set is memorised within minutes, so the weights with the best held-out NLL are kept, and a warning is logged if
 that NLL does not beat the unigram's. With two levels there are two priors, trained one after the other: of the top
 codes, and of the bottom codes given the top codes; the files of the second end in ``_bottom``. Scheduled sampling is an
-option (`ral_gym.stages.scheduled_sampling`); the control is always plain maximum likelihood.
+option (`ral_gym.stages.scheduled_sampling`). The controls of stage 3 run the same loop (`ral_gym.stages.controls`).
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ from ral_gym.config import PriorConfig
 from ral_gym.errors import ConfigError, DivergedError
 from ral_gym.grid import CodeGrid
 from ral_gym.metrics import unigram_nll
-from ral_gym.priors.base import Prior, build_prior, config_of, load_prior, save_prior
-from ral_gym.priors.two_level import SUFFIXES, join_priors, split_prior
+from ral_gym.priors.base import Prior, config_of, load_prior, save_prior
+from ral_gym.priors.two_level import SUFFIXES, join_priors
 from ral_gym.runs.event_log import open_event_log
 from ral_gym.runs.run import Run, seed_everything
 from ral_gym.stages.boards import due
 from ral_gym.stages.common import Clock, WeightAverage, check_finite, check_weights, restore_optimizer, step_of
+from ral_gym.stages.learning_rate import LearningRate
 from ral_gym.stages.levels import SECTIONS, LevelCodes, label_nlls, prior_of
 from ral_gym.stages.prior_measurements import Board, HeldOut
 from ral_gym.stages.processes import Compute, JointBatches, make_accelerator, partners
@@ -34,16 +35,13 @@ from ral_gym.stages.scheduled_sampling import ScheduledSampling
 from ral_gym.tokenizers.code_set import CodeSet
 
 STAGE = "prior"
-CONTROL = "prior_continued"
 LOG_EVERY = 10
 logger = logging.getLogger("ral_gym")
 
-__all__ = ["CONTROL", "STAGE", "continue_prior", "train_prior"]
-
 
 @dataclass(frozen=True)
-class _Task:
-    """The loop's task: maximum likelihood from scratch, or the control."""
+class Task:
+    """The loop's task: maximum likelihood from scratch, or a control."""
 
     stage: str
     label: str
@@ -52,6 +50,7 @@ class _Task:
     batch_setting: str
     steps: int
     max_grad_norm: float
+    rate: LearningRate
     sampling: ScheduledSampling
     board: Board | None = None
 
@@ -110,7 +109,7 @@ def _train_level(
         limit=config.held_out,
         seed=run.config.seed * 1000 + 2,
     )
-    task = _Task(
+    task = Task(
         stage=STAGE + suffix,
         label=f"2 {type(prior).__name__}" + suffix.replace("_", " "),
         remedy=f"lower {section}.learning_rate",
@@ -118,12 +117,19 @@ def _train_level(
         batch_setting=f"{section}.batch_size",
         steps=config.training_steps,
         max_grad_norm=1.0,
+        rate=LearningRate(
+            optimizer,
+            config.learning_rate_schedule,
+            config.training_steps,
+            config.decay_share,
+            config.patience,
+        ),
         sampling=ScheduledSampling(prior, config, config.training_steps, section),
         board=board,
     )
     data = LevelCodes.of(codes.sequences("train", grid), grid, level)
     n_parts = compute.gradient_accumulation if compute else 1
-    clock = _fit(run, task, prior, optimizer, average, data, held_out, accelerator, n_parts, progress)
+    clock = fit(run, task, prior, optimizer, average, data, held_out, accelerator, n_parts, progress)
     if accelerator.is_main_process:
         _finish(run, task, prior, data, held_out, grid, suffix, codes.classes)
         clock.book()
@@ -131,9 +137,9 @@ def _train_level(
     return load_prior(file, device)
 
 
-def _fit(
+def fit(
     run: Run,
-    task: _Task,
+    task: Task,
     prior: nn.Module,
     optimizer: torch.optim.Optimizer,
     average: WeightAverage,
@@ -143,25 +149,26 @@ def _fit(
     n_parts: int,
     progress: bool,
 ) -> Clock:
-    """The loop of both tasks, from its checkpoint if there is one; without `held_out` nothing is measured or logged."""
+    """The loop of all tasks, from its checkpoint if there is one; without `held_out` nothing is measured or logged."""
     main = accelerator.is_main_process
     model, optimizer = accelerator.prepare(prior, optimizer)
     batches = JointBatches(accelerator, len(data.codes), task.batch_size, n_parts, task.batch_setting)
     start = _resume(run, task, prior, optimizer, average, batches, held_out)
-    clock, writer = Clock(run, task.stage), None
+    clock, rate, writer = Clock(run, task.stage), task.rate, None
     if main and held_out is not None:
         run.forget_after(task.stage, start)
         writer = open_event_log(run.path, task.stage, start)
     steps = tqdm(
-        range(start + 1, task.steps + 1),
+        range(start + 1, rate.last + 1),
         desc=task.label,
         initial=start,
-        total=task.steps,
+        total=rate.last,
         disable=not (progress and main),
         unit="step",
     )
     prior.train()
     for step in steps:
+        rate.set(step)
         optimizer.zero_grad()
         losses = []
         for number, rows in enumerate(batches.draw()):
@@ -178,20 +185,28 @@ def _fit(
             metrics = {}
             if step % LOG_EVERY == 0:
                 metrics = {"nll_train": batches.mean(losses)} | task.sampling.metrics(step)
-            if main and (step % held_out.every == 0 or step == task.steps):
+            measured = step % held_out.every == 0 or step == rate.last
+            if main and measured:
                 metrics |= held_out.measure(prior, average, step)
                 steps.set_postfix(train=f"{loss.item():.2f}", test=f"{metrics['nll_test']:.2f}")
+            if measured and rate.patience is not None:
+                flat = main and rate.flattened(min(metrics["nll_test"], metrics["nll_test_ema"]))
+                if batches.any(flat):
+                    rate.end_early(step)
+                    steps.total = rate.last
             if writer is not None and metrics:
                 run.log(task.stage, step, metrics)
                 for name, value in metrics.items():
                     writer.add_scalar(f"{task.stage}/{name}", value, step)
-            if writer is not None and task.board is not None and due(step, task.steps):
+            if writer is not None and task.board is not None and due(step, rate.last):
                 task.board.show(writer, f"{task.stage}/samples", prior, step)
         if main and clock.due():
             if writer is not None:
                 writer.flush()  # a checkpoint must not be ahead of the log
             _save(run, task, step, prior, optimizer, average, batches, held_out)
             clock.book()
+        if step == rate.last:  # which may have come closer since the loop began
+            break
     if writer is not None:
         writer.close()
     return clock
@@ -199,7 +214,7 @@ def _fit(
 
 def _finish(
     run: Run,
-    task: _Task,
+    task: Task,
     prior: nn.Module,
     data: LevelCodes,
     held_out: HeldOut,
@@ -250,7 +265,7 @@ def _with_other_labels(run: Run, prior: Any, held_out: HeldOut, grid: CodeGrid) 
 
 def _save(
     run: Run,
-    task: _Task,
+    task: Task,
     step: int,
     prior: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -261,13 +276,14 @@ def _save(
     """Write the stage's checkpoint."""
     check_weights(prior, task.stage, step, task.remedy)
     state = {"step": step, "model": prior.state_dict(), "optimizer": optimizer.state_dict()}
-    state |= {"average": average.state_dict(), **({"best": {}} if held_out is None else held_out.state_dict())}
+    state |= {"average": average.state_dict(), "learning_rate": task.rate.state_dict()}
+    state |= {"best": {}} if held_out is None else held_out.state_dict()
     run.save_checkpoint(task.stage, state | batches.state_dict())
 
 
 def _resume(
     run: Run,
-    task: _Task,
+    task: Task,
     prior: nn.Module,
     optimizer: torch.optim.Optimizer,
     average: WeightAverage,
@@ -283,58 +299,8 @@ def _resume(
         restore_optimizer(optimizer, state["optimizer"])
         average.load_state_dict(state["average"], prior)
         batches.load_state_dict(state)
+        if "learning_rate" in state:  # else it is of version 0.1, whose rates are constant
+            task.rate.load_state_dict(state["learning_rate"])
         if held_out is not None:
             held_out.load_state_dict(state)
-        return step_of(state, task.steps)
-
-
-def continue_prior(run: Run, prior: Prior, codes: CodeSet, device: torch.device, progress: bool = True) -> Prior:
-    """The control `mle_continued`: maximum likelihood for as many updates as RAL, with everything else the same.
-
-    Same starting weights, batch size (`ral.n_envs`), learning rate, Adam moments, gradient clipping, number of
-    updates and decay of the average; the averaged weights are kept, as RAL's are (supplement, section 1).
-
-    Raises:
-        DivergedError: the loss became NaN or infinite.
-    """
-    priors = split_prior(prior)
-    return join_priors(
-        [
-            _continue_level(run, level_prior, codes, prior.grid, level, device, progress)
-            for level, level_prior in enumerate(priors)
-        ]
-    )
-
-
-def _continue_level(
-    run: Run, prior: Prior, codes: CodeSet, grid: CodeGrid, level: int, device: torch.device, progress: bool
-) -> Any:
-    """Continue one level's prior, or load it if it is finished."""
-    suffix = SUFFIXES[level]
-    file = run.file(f"prior_continued{suffix}.safetensors")
-    if file.exists():
-        return load_prior(file, device, config_of(prior))
-    config = run.config.ral
-    seed_everything(run.config.seed * 1000 + 3 + 20 * level)
-    accelerator = make_accelerator(device)
-    model = build_prior(config_of(prior)).to(accelerator.device)
-    model.load_state_dict(prior.state_dict())
-    betas = (config.adam_beta1, config.adam_beta2)
-    optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate, betas=betas)
-    average = WeightAverage(model, config.ema_decay)
-    task = _Task(
-        stage=CONTROL + suffix,
-        label="  MLE continued" + suffix.replace("_", " "),
-        remedy="lower ral.learning_rate",
-        batch_size=config.n_envs,
-        batch_setting="ral.n_envs",
-        steps=config.n_updates,
-        max_grad_norm=config.max_grad_norm,
-        sampling=ScheduledSampling(model, PriorConfig(), config.n_updates),  # none
-    )
-    data = LevelCodes.of(codes.sequences("train", grid), grid, level)
-    clock = _fit(run, task, model, optimizer, average, data, None, accelerator, 1, progress)
-    check_weights(model, task.stage, task.steps, task.remedy)
-    save_prior(file, model, average.weights)
-    clock.book()
-    return load_prior(file, device)
+        return step_of(state, task.rate.last)
