@@ -61,7 +61,15 @@ ODD = Config(
         batch_size=13,
         training_steps=3,
         learning_rate=0.0021,
+        adam_beta1=0.83,
+        adam_beta2=0.91,
         augment=True,
+        perceptual_weight=0.19,
+        adversarial_weight=0.23,
+        adversarial_start=1,
+        discriminator_units=3,
+        discriminator_layers=2,
+        discriminator_learning_rate=0.0013,
     ),
     prior=PriorConfig(
         hidden_units=12,
@@ -177,6 +185,7 @@ OTHERS: dict[str, Any] = {
 ELSEWHERE = {
     "vqvae.kind": "parts by name: test_registry and the doors' own tests",
     "vqvae.options": "a part's own",
+    "vqvae.perceptual_network": "files of one's own: test_perceptual",
     "prior.kind": "",
     "prior.options": "",
     "bottom.kind": "",

@@ -31,6 +31,8 @@ DEMO_HAS_NO = {
         "evaluation.guidance",
         "data.grey",
     ),
+    *("vqvae.perceptual_network", "vqvae.adversarial_start"),
+    *(f"vqvae.discriminator_{name}" for name in ("units", "layers", "learning_rate")),
 }
 
 
@@ -109,6 +111,9 @@ def test_presets_and_what_they_set_are_left_alone(preset: str) -> None:
         ("--preset demo --ral.reward-weights kid 1 --critic.layers 3", "critic.layers is 3"),
         ("--preset demo --ral.reward-weights kid 1 --ral.reward single", "ral.reward is single"),
         ("--preset demo --ral.algo grpo --ral.grpo.group-size 4", "ral.reset_mode continue or mixed"),
+        ("--preset smoke --vqvae.perceptual-network lpips:vgg16.pth,vgg.pth", "vqvae.perceptual_weight above 0"),
+        ("--preset smoke --vqvae.adversarial-start 5", "vqvae.adversarial_weight above 0"),
+        ("--preset smoke --vqvae.discriminator-layers 2", "vqvae.adversarial_weight above 0"),
         ("--preset demo --evaluation.guidance 2", "evaluation.guidance is (2.0,)"),
         ("--preset demo-classes --data.labels none --ral.label-draw data", "or data.labels none turns off"),
     ],
@@ -131,6 +136,7 @@ def test_a_command_line_says_what_has_no_effect(flags: str, named: str, tmp_path
         "--preset demo --ral.reward-weights loo_fd 1 --ral.reward-ema 0.3 --ral.reward-features pyramid",
         "--preset smoke --ral.algo grpo --ral.grpo.group-size 4",
         "--preset demo-2level --vqvae.levels 1",
+        "--preset smoke --vqvae.adversarial-weight 0.1 --vqvae.adversarial-start 5 --vqvae.discriminator-units 8",
     ],
 )
 def test_with_what_it_needs_a_setting_is_taken(flags: str, tmp_path: Path) -> None:

@@ -92,6 +92,7 @@ SPIED = [
     (data_images, "open_source"),
     (train_vqvae, "JointBatches"),
     (train_vqvae, "augment"),
+    (train_vqvae, "ImageLosses"),
     (train_prior, "WeightAverage"),
     (train_prior, "HeldOut"),
     (train_prior, "ScheduledSampling"),
@@ -170,7 +171,7 @@ def of_prior(section: str, level: int) -> dict[str, Callable[[Seen], Any]]:
     found |= {
         "batch_size": lambda seen: seen.one("Task", level)["batch_size"],
         "training_steps": lambda seen: seen.one("Task", level)["steps"],
-        "learning_rate": lambda seen: seen.calls["Adam"][1 + level]["lr"],
+        "learning_rate": lambda seen: seen.calls["Adam"][2 + level]["lr"],
         "learning_rate_schedule": lambda seen: seen.one("LearningRate", level)["kind"],
         "decay_share": lambda seen: seen.one("LearningRate", level)["decay_share"],
         "patience": lambda seen: seen.one("LearningRate", level)["patience"],
@@ -187,6 +188,11 @@ def of_prior(section: str, level: int) -> dict[str, Callable[[Seen], Any]]:
     if level:
         found["conditioning_stack_layers"] = stored(file, "conditioning_stack_layers")
     return {f"{section}.{name}": look for name, look in found.items()}
+
+
+def losses(path: str) -> Callable[[Seen], Any]:
+    """Something of what stage 1 adds to the loss."""
+    return lambda seen: operator.attrgetter(path)(seen.one("ImageLosses")["returned"])
 
 
 def _critic(seen: Seen) -> Any:
@@ -217,6 +223,14 @@ LOOKS: dict[str, Callable[[Seen], Any]] = {
     "vqvae.batch_size": given("JointBatches", "batch_size"),
     "vqvae.training_steps": lambda seen: len(seen.calls["augment"]),
     "vqvae.learning_rate": lambda seen: seen.calls["Adam"][0]["lr"],
+    "vqvae.adam_beta1": lambda seen: seen.calls["Adam"][0]["betas"][0],
+    "vqvae.adam_beta2": lambda seen: seen.calls["Adam"][0]["betas"][1],
+    "vqvae.perceptual_weight": losses("config.perceptual_weight"),  # test_image_losses: as they weigh
+    "vqvae.adversarial_weight": losses("config.adversarial_weight"),
+    "vqvae.adversarial_start": lambda seen: next(n for n in range(9) if losses("begun")(seen)(n + 1)),
+    "vqvae.discriminator_units": lambda seen: losses("discriminator.config")(seen)["hidden_units"],
+    "vqvae.discriminator_layers": lambda seen: losses("discriminator.config")(seen)["layers"],
+    "vqvae.discriminator_learning_rate": lambda seen: seen.calls["Adam"][1]["lr"],
     "vqvae.augment": lambda seen: len(seen.calls["augment"]) > 0,
     **of_prior("prior", 0),
     **of_prior("bottom", 1),

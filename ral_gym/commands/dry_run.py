@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from ral_gym.config import Config, CriticConfig
@@ -24,7 +25,9 @@ from ral_gym.priors.base import logits_of
 from ral_gym.priors.two_level import join_priors
 from ral_gym.rewards.making import build_critic, critic_class
 from ral_gym.rewards.scorer import CriticScorer, find_features
+from ral_gym.stages.image_losses import make_discriminator
 from ral_gym.stages.levels import SECTIONS, prior_of
+from ral_gym.stages.perceptual import make_perceptual
 from ral_gym.stages.processes import Compute
 from ral_gym.tokenizers.base import Tokenizer, tokenizer_of
 from ral_gym.tokenizers.quantiser import PIECE
@@ -98,7 +101,7 @@ def dry_run(config: Config, compute: Compute | None = None, processes: int = 1) 
         vqvae = tokenizer_of(config, config.data.image_size, channels)
         grid = vqvae.grid
         priors = [prior_of(config, grid, level) for level in range(grid.levels)]
-    stages = [_vqvae_cost(config, vqvae, compute, processes)]
+    stages = [_with_image_losses(_vqvae_cost(config, vqvae, compute, processes), config, vqvae, compute, processes)]
     for level, prior in enumerate(priors):
         stages.append(_prior_cost(config, prior, grid, level, compute, processes))
     stages.append(_ral_cost(config, vqvae, priors, grid))
@@ -127,6 +130,35 @@ def _vqvae_cost(config: Config, vqvae: Any, compute: Compute, processes: int) ->
         memory=_trained(vqvae) + _activations(once, compute) + _lookup_memory(vqvae, n),
         parts={"encoder": (forward.flops - painted) // n, "lookup": lookup // n, "decoder": painted // n},
     )
+
+
+def _with_image_losses(cost: StageCost, config: Config, vqvae: Any, compute: Compute, processes: int) -> StageCost:
+    """Stage 1 with the perceptual and the adversarial loss; the discriminator's step follows the tokenizer's."""
+    settings, shares = config.vqvae, processes * compute.gradient_accumulation
+    n = _share(settings.batch_size, shares)
+    pairs = [torch.empty(n, *_image_shape(vqvae), device=META, requires_grad=needs) for needs in (True, False)]
+    flops, kept, memory, parts = 0, 0, 0, dict[str, int]()
+    if settings.perceptual_weight:
+        network = make_perceptual(settings.perceptual_network, weights=False)
+        once = _count(lambda: network(*pairs))
+        flops, kept, memory = once.flops, once.kept, _bytes(network.parameters()) + _bytes(network.buffers())
+        parts["perceptual"] = _count(lambda: network(*pairs), backward=False).flops // n
+    if settings.adversarial_weight:
+        with META:
+            judge = make_discriminator(settings, vqvae)
+        frozen = _count(lambda: _sum(functional_call(judge, _fixed(judge), (pairs[0],))))
+        step = _count(lambda: _sum(judge(torch.cat([pairs[1], pairs[1]]))))
+        flops, memory = flops + frozen.flops + step.flops, memory + _trained(judge)
+        kept = max(kept + frozen.kept, step.kept)
+        parts["discriminator"] = _count(lambda: judge(pairs[1]), backward=False).flops // n
+    extra = memory + _activations(_Count(kept=kept), compute)
+    total = cost.flops_per_step + shares * flops
+    return replace(cost, flops_per_step=total, memory=cost.memory + extra, parts=cost.parts | parts)
+
+
+def _fixed(module: nn.Module) -> dict[str, Tensor]:
+    """Its weights, without gradients."""
+    return {name: weight.detach() for name, weight in module.named_parameters()}
 
 
 def _lookup_memory(vqvae: VQVAE, n: int) -> int:

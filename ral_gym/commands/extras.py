@@ -31,6 +31,9 @@ def check_extras(config: Config, stages: Sequence[str]) -> None:
     """
     sources = [source for source in (config.data.source, config.data.test) if source is not None]
     needed = {source: SOURCES.get(source.partition(":")[0]) for source in sources}
+    if "vqvae" in stages and config.vqvae.perceptual_weight:
+        network = config.vqvae.perceptual_network
+        needed[f"the perceptual network {network}"] = EXTRACTORS.get(network)
     if "evaluate" in stages:
         needed[f"the extractor {config.evaluation.extractor}"] = EXTRACTORS.get(config.evaluation.extractor)
     if "ral" in stages:

@@ -96,7 +96,7 @@ def show_dry_run(arguments: TrainArguments, console: Console) -> None:
             _memory(stage.memory),
         )
     console.print(table)
-    for stage in result.stages:
+    for stage in filter(lambda stage: stage.parts, result.stages):
         parts = ", ".join(f"{name} {_flops(count)}" for name, count in stage.parts.items())
         console.print(f"{stage.stage}: forward, per image: {parts}", highlight=False, soft_wrap=True)
     console.print(

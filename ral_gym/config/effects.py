@@ -79,6 +79,15 @@ EFFECTS = (
         "a condition, which only the bottom prior of two levels has (bottom.conditioning_stack_layers)",
         lambda config: config.prior.kind != "pixelcnn",
     ),
+    Effect(
+        "vqvae.perceptual_network", "vqvae.perceptual_weight above 0", lambda config: config.vqvae.perceptual_weight > 0
+    ),
+    Effect(
+        "vqvae.adversarial_start vqvae.discriminator_units vqvae.discriminator_layers "
+        "vqvae.discriminator_learning_rate",
+        "vqvae.adversarial_weight above 0",
+        lambda config: config.vqvae.adversarial_weight > 0,
+    ),
     *_prior_effects("prior"),
     *_prior_effects("bottom"),
     Effect(

@@ -19,6 +19,7 @@ def check_fits(config: Any) -> None:
     _check_sides(config)
     _check_small_images(config)
     _check_attention(config)
+    _check_image_losses(config)
     _check_rewards(config)
 
 
@@ -26,6 +27,9 @@ def _check_sides(config: Any) -> None:
     """Refuse strided convolutions that do not divide the image's side."""
     # Of a tokenizer of one's own only the tokenizer knows what fits it.
     sides = [("vqvae.layers", config.vqvae.layers, config.strided_layers)] if config.vqvae.kind == "vqvae" else []
+    if config.vqvae.adversarial_weight:
+        layers = config.vqvae.discriminator_layers
+        sides += [("vqvae.discriminator_layers", layers, layers)]
     if config.critic.kind == "patch":
         sides += [("critic.layers", config.critic.layers, config.critic.layers)]
     for name, value, layers in sides:
@@ -77,6 +81,32 @@ def _check_attention(config: Any) -> None:
                 f"{name}.attention_heads is {prior.attention_heads}: it must divide {name}.hidden_units, "
                 f"{prior.hidden_units}; change one of them"
             )
+
+
+def _check_image_losses(config: Any) -> None:
+    """Refuse a network of the perceptual loss that there is none of, and an adversarial loss that never begins."""
+    vqvae = config.vqvae
+    if vqvae.perceptual_network != "lite0" and not 1 <= len(lpips_files(vqvae.perceptual_network)) <= 2:
+        raise ConfigError(
+            f"vqvae.perceptual_network is {vqvae.perceptual_network!r}: give lite0, lpips:VGG16,LINEAR with the files "
+            "of VGG16 and of LPIPS' linear weights, or lpips:FILE with both in one"
+        )
+    if vqvae.perceptual_weight and config.data.image_size < LITE0_PIXELS:
+        raise ConfigError(
+            f"vqvae.perceptual_weight is {vqvae.perceptual_weight}: its networks need images of {LITE0_PIXELS} pixels "
+            f"or more, data.image_size is {config.data.image_size}; give larger images, or weight 0"
+        )
+    if vqvae.adversarial_weight and vqvae.adversarial_start >= vqvae.training_steps:
+        raise ConfigError(
+            f"vqvae.adversarial_start is {vqvae.adversarial_start}: the adversarial loss would never begin in "
+            f"{vqvae.training_steps} vqvae.training_steps; give a smaller one, or vqvae.adversarial_weight 0"
+        )
+
+
+def lpips_files(network: str) -> list[str]:
+    """The files that `vqvae.perceptual_network` names after ``lpips:``; none if it names no LPIPS."""
+    kind, _, files = network.partition(":")
+    return [file for file in files.split(",") if file.strip()] if kind == "lpips" else []
 
 
 def _check_rewards(config: Any) -> None:

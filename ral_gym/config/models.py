@@ -96,8 +96,27 @@ class VQVAEConfig:
     """Optimizer steps."""
     learning_rate: float = 3e-4
     """Adam's learning rate (not stated in the paper; VQ-VAE-2 uses 3e-4)."""
+    adam_beta1: float = 0.9
+    """Adam's first moment decay, the discriminator's too."""
+    adam_beta2: float = 0.999
+    """Adam's second moment decay, the discriminator's too."""
     augment: bool = False
     """Random horizontal flips and shifts of up to 3 pixels: for small sets."""
+    perceptual_weight: float = 0.0
+    """Weight of the perceptual loss, a distance of image and reconstruction in a fixed network's features. 0: none."""
+    perceptual_network: str = "lite0"
+    """That network: `lite0` (the first blocks of EfficientNet-Lite0, offline), or LPIPS from files of yours:
+    `lpips:VGG16,LINEAR` (torchvision's VGG16, and LPIPS' linear weights), or `lpips:FILE` (both in one)."""
+    adversarial_weight: float = 0.0
+    """Weight of the adversarial loss, the negative score of a PatchGAN trained along by the hinge loss. 0: none."""
+    adversarial_start: int = 0
+    """Steps before the adversarial loss and the discriminator's training begin."""
+    discriminator_units: int = 64
+    """Channels after the discriminator's first strided layer; doubled by each further layer, up to 8 times this."""
+    discriminator_layers: int = 3
+    """Strided convolutions of the discriminator."""
+    discriminator_learning_rate: float | None = None
+    """The discriminator's learning rate; None: `learning_rate`."""
 
 
 @dataclass(frozen=True)

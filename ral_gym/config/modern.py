@@ -2,7 +2,10 @@
 
 Network and training are those of the projects' own configuration: CompVis/taming-transformers,
 `configs/imagenet_vqgan.yaml` (K = 1024), and FoundationVision/LlamaGen, `tokenizer/tokenizer_image/vq_train.py` and
-`vq_model.py`. Images are 256 x 256.
+`vq_model.py`. Images are 256 x 256. What differs: their perceptual network is LPIPS, for which
+`--vqvae.perceptual-network lpips:VGG16,LINEAR` takes your files (without it, `lite0`); their discriminators have batch
+norm and one more layer, LlamaGen clips gradients, and taming's reconstruction loss is L1, with a weight of the
+adversarial loss that follows the gradients' norms.
 """
 
 from __future__ import annotations
@@ -21,7 +24,12 @@ VQGAN_F16 = VQVAEConfig(
     codebook_dim=256,
     batch_size=24,  # its learning rate is 4.5e-6 times the images per step: 3 on each of 8 GPUs
     learning_rate=1.08e-4,
+    adam_beta1=0.5,
+    adam_beta2=0.9,
     training_steps=500_000,  # not stated; its discriminator starts halfway
+    perceptual_weight=1.0,
+    adversarial_weight=0.8,
+    adversarial_start=250_000,
 )
 """Taming's VQGAN, 16 pixels to a code; the released file of K = 16384 differs in `codebook_size` only."""
 
@@ -32,8 +40,12 @@ VQ_16 = replace(
     codebook_dim=8,
     batch_size=128,
     learning_rate=1e-4,
+    adam_beta1=0.9,
+    adam_beta2=0.95,
     training_steps=400_000,  # 40 passes over the 1,281,167 images of ImageNet
     augment=True,
+    adversarial_weight=0.5,
+    adversarial_start=20_000,
 )
 """LlamaGen's VQ-16, 16 pixels to a code. Its crops are larger than the shifts of `augment`."""
 

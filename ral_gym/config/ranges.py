@@ -17,6 +17,7 @@ _SHARE: _Rule = ("at least 0 and below 1", lambda value: 0 <= value < 1)
 _NAMES: dict[_Rule, str] = {
     _COUNT: """
         vqvae.residual_units vqvae.layers vqvae.codebook_dim vqvae.batch_size vqvae.training_steps
+        vqvae.discriminator_units vqvae.discriminator_layers
         prior.hidden_units prior.residual_units prior.layers prior.batch_size prior.training_steps
         prior.attention_heads prior.augmented_passes prior.patience prior.evaluate_every prior.held_out
         evaluation.held_out
@@ -28,6 +29,7 @@ _NAMES: dict[_Rule, str] = {
     _NOT_NEGATIVE: """
         data.test_limit data.workers data.memory_budget_mb data.cache_mb
         vqvae.residual_blocks vqvae.beta vqvae.threshold_ema_dead_code prior.output_stack_layers
+        vqvae.perceptual_weight vqvae.adversarial_weight vqvae.adversarial_start
         prior.attention_layers prior.conditioning_stack_layers
         critic.gradient_penalty critic.warmup_steps critic.n_critic critic.held_out ral.mle_coef ral.kl_coef
         ral.guidance
@@ -35,13 +37,15 @@ _NAMES: dict[_Rule, str] = {
         ral.reinforce.vf_coef ral.ppo.vf_coef ral.a2c.vf_coef ral.maskable_ppo.vf_coef ral.trpo.cg_damping
         """,
     _POSITIVE: """
-        vqvae.learning_rate prior.learning_rate critic.learning_rate ral.learning_rate ral.max_grad_norm
+        vqvae.learning_rate vqvae.discriminator_learning_rate
+        prior.learning_rate critic.learning_rate ral.learning_rate ral.max_grad_norm
         evaluation.temperatures evaluation.guidance
         ral.grpo.clip_range ral.ppo.clip_range ral.maskable_ppo.clip_range
         ral.grpo.target_kl ral.ppo.target_kl ral.maskable_ppo.target_kl ral.trpo.target_kl
         """,
     _SHARE: """
-        vqvae.decay prior.dropout prior.class_dropout prior.ema_decay critic.adam_beta1 critic.adam_beta2
+        vqvae.decay vqvae.adam_beta1 vqvae.adam_beta2
+        prior.dropout prior.class_dropout prior.ema_decay critic.adam_beta1 critic.adam_beta2
         ral.adam_beta1 ral.adam_beta2 ral.ema_decay ral.reward_ema
         """,
     ("above 0 and at most 1", lambda value: 0 < value <= 1): "prior.decay_share",
@@ -75,14 +79,14 @@ RANGES: dict[_Rule, tuple[str, ...]] = {rule: both_priors(names) for rule, names
 """A rule (in words, and as a test) -> the settings that it applies to, those of both priors included."""
 
 SIZES: dict[int, str] = {
-    16: "vqvae.layers critic.layers",
+    16: "vqvae.layers vqvae.discriminator_layers critic.layers",
     1_000: """
         vqvae.residual_blocks prior.layers prior.attention_layers prior.attention_heads prior.output_stack_layers
         prior.conditioning_stack_layers prior.augmented_passes data.workers
         """,
     16_384: """
         vqvae.hidden_units vqvae.residual_units vqvae.codebook_dim prior.hidden_units prior.residual_units
-        critic.hidden_units data.image_size data.crop
+        critic.hidden_units data.image_size data.crop vqvae.discriminator_units
         """,
     255: "vqvae.encoder_filter_size vqvae.decoder_filter_size prior.conv_filter_size",
     1_000_000: """
@@ -92,7 +96,8 @@ SIZES: dict[int, str] = {
         vqvae.threshold_ema_dead_code
         """,
     1_000_000_000: """
-        vqvae.training_steps prior.training_steps prior.evaluate_every ral.n_updates ral.checkpoint_every
+        vqvae.training_steps vqvae.adversarial_start
+        prior.training_steps prior.evaluate_every ral.n_updates ral.checkpoint_every
         prior.held_out evaluation.held_out
         critic.warmup_steps critic.held_out data.limit data.test_limit data.memory_budget_mb data.cache_mb
         data.max_megapixels data.max_file_mb data.max_files

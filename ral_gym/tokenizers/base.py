@@ -5,7 +5,9 @@ as ``module:Class``; ``--vqvae.kind`` chooses it. Stage 1 trains it in one of th
 
 * ``training_loss(images)`` of (B, C, S, S) float in [-1, 1] gives the loss, or the loss and a dict of figures to log
   (name -> number; `codes`, (B, T), become `perplexity` and `code_usage`): this package's loop (Adam,
-  `vqvae.batch_size`, checkpoints) minimises it;
+  `vqvae.batch_size`, checkpoints) minimises it. With the decoded images (B, C, S, S) as `reconstruction` in that dict,
+  not detached, the loop can add a perceptual and an adversarial loss (`vqvae.perceptual_weight`,
+  `vqvae.adversarial_weight`);
 * ``fit(images, ...)``: its own training loop over uint8 images (N, C, S, S); it may also take the arguments `seed`,
   `progress` and the settings of `LOOP`;
 * neither: it is trained already, or has nothing to learn.
@@ -36,8 +38,13 @@ if TYPE_CHECKING:
 
 KIND = "kind"
 MEMBERS = ("grid", "image_size", "channels", "config", "encode", "decode")
-LOOP = ("batch_size", "training_steps", "learning_rate", "augment")
+LOOP = ("batch_size", "training_steps", "learning_rate", "adam_beta1", "adam_beta2", "augment")
 """Settings of stage 1's loop; a tokenizer's own `fit` gets those that it takes."""
+IMAGE_LOSSES = (
+    *("perceptual_weight", "perceptual_network", "adversarial_weight", "adversarial_start"),
+    *("discriminator_units", "discriminator_layers", "discriminator_learning_rate"),
+)
+"""Settings of the losses that the loop adds for any tokenizer (`ral_gym.stages.image_losses`)."""
 GIVEN = ("image_size", "channels")
 
 
@@ -140,7 +147,9 @@ def tokenizer_of(config: Config, image_size: int, channels: int) -> Any:
     cls, kind = class_of(config.vqvae), config.vqvae.kind
     preset = [PRESETS[config.preset].vqvae] if config.preset in PRESETS else []
     untouched = [VQVAEConfig(), *preset]
-    arguments = part_arguments(cls, config.vqvae, "vqvae", training=(*LOOP, "levels"), given=GIVEN, untouched=untouched)
+    arguments = part_arguments(
+        cls, config.vqvae, "vqvae", training=(*LOOP, *IMAGE_LOSSES, "levels"), given=GIVEN, untouched=untouched
+    )
     _check_loop(cls, config.vqvae, untouched)
     try:
         tokenizer: Any = cls(image_size=image_size, channels=channels, **arguments)
@@ -167,7 +176,7 @@ def _check_loop(cls: type[nn.Module], settings: VQVAEConfig, untouched: list[VQV
     if hasattr(cls, "training_loss"):
         return
     taken = inspect.signature(cls.fit).parameters if hasattr(cls, "fit") else ()
-    for name in LOOP:
+    for name in (*LOOP, *IMAGE_LOSSES):
         value = getattr(settings, name)
         if name not in taken and all(value != getattr(other, name) for other in untouched):
             raise ConfigError(

@@ -11,9 +11,10 @@ taming-transformers, so that its files load as they are.
 | LlamaGen VQ-16 | 1,1,2,2,4 | 16384 | 8 | True |
 | LlamaGen VQ-8 | 1,2,2,4 | 16384 | 8 | True |
 
-`training_loss` is the reconstruction and the codebook's part of the papers' loss. Their perceptual loss (LPIPS) and
-their discriminator are not here, so that a model trained here is blurrier than theirs. A code vector moves only when a
-feature chooses it: codes that nobody chooses are not restarted, unlike the VQ-VAE's (`code_usage` in the log shows it).
+`training_loss` is the reconstruction (squared error, as LlamaGen's; taming's is absolute) and the codebook's part of
+the papers' loss. Stage 1 adds the perceptual and the adversarial part (`ral_gym.stages.image_losses`). A code vector
+moves only when a feature chooses it: codes that nobody chooses are not restarted, unlike the VQ-VAE's (`code_usage` in
+the log shows it).
 
 Group norm and attention look at the whole image: every row of a short image differs from the whole image's, not only
 those at its lower edge.
@@ -298,8 +299,9 @@ class VQGAN(nn.Module):
         vectors = vectors_at(codes, book, self.grid.width).float()  # (B, D, H, W)
         codebook_loss = F.mse_loss(vectors, features.detach())
         commitment = F.mse_loss(features, vectors.detach())
-        error = F.mse_loss(self.paint(features + (vectors - features).detach()).float(), images)
-        logged = {"reconstruction_error": error.detach(), "codes": codes}
+        reconstruction = self.paint(features + (vectors - features).detach()).float()
+        error = F.mse_loss(reconstruction, images)
+        logged = {"reconstruction_error": error.detach(), "codes": codes, "reconstruction": reconstruction}
         return error + codebook_loss + self.beta * commitment, logged
 
     @torch.no_grad()

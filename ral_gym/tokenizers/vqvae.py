@@ -150,7 +150,8 @@ class VQVAE(nn.Module):
         """Mean squared error plus commitment loss of images (B, C, S, S), and the metrics to log."""
         reconstruction, codes, commitment = self(images)
         error = F.mse_loss(reconstruction, images)
-        return error + commitment, {"reconstruction_error": error.detach(), "codes": codes}
+        logged = {"reconstruction_error": error.detach(), "codes": codes, "reconstruction": reconstruction}
+        return error + commitment, logged
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> list[Tensor]:

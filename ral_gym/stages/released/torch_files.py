@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import pickletools
+import re
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,11 +116,9 @@ def _load(path: Path, wanted: str) -> Any:
         raise RunError(damaged.format(_line(error))) from error
     foreign = [name for name in names if not name.startswith(("torch.", "collections.", "__builtin__", "builtins."))]
     strange = [name for name in foreign if name.partition(".")[0] not in HARMLESS]
+    asks = f"{path} asks for {{}}, which no such checkpoint needs: nothing of it was run; give the file with {wanted}"
     if strange:
-        raise RunError(
-            f"{path} asks for {strange[0]}, which no such checkpoint needs: nothing of it was run; give the file with "
-            f"{wanted}"
-        )
+        raise RunError(asks.format(strange[0]))
     stand_ins: list[Any] = [(type("Empty", (_Empty,), {}), name) for name in foreign]
     try:
         with torch.serialization.safe_globals(stand_ins):
@@ -127,7 +126,8 @@ def _load(path: Path, wanted: str) -> Any:
     except OSError:
         raise
     except Exception as error:  # whatever a damaged file makes torch raise
-        raise RunError(damaged.format(_line(error))) from error
+        refused = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
+        raise RunError(asks.format(refused[1]) if refused else damaged.format(_line(error))) from error
 
 
 class _Empty:
