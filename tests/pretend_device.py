@@ -169,6 +169,8 @@ class Python(TorchFunctionMode):
         if name == "__get__":
             return self._get(func, args)
         found = tensors(args, kwargs)
+        if name == "pin_memory":
+            return args[0].clone()
         if name in ("to", "cpu", "cuda") and found:
             return self._move(name, *args, **kwargs)
         here, there = ([x for x in found if on_device(x) == side] for side in (False, True))
@@ -230,6 +232,7 @@ class Python(TorchFunctionMode):
             return x.to(*args, **kwargs)
         if goes != there:
             self.device.cross(to_device=goes, blocking=not non_blocking)
+            self.device.sent[x.dtype] += x.numel() if goes else 0
         out = x if dtype is None else x.to(dtype)
         if goes != there or kwargs.get("memory_format") is not None or copies:
             if out is x:
@@ -272,12 +275,14 @@ class Device:
         counts: `kernels` started one by one, `nodes` and `replays` of graphs, `captures`, `syncs`, the copies `h2d` and
             `d2h`, and `blocking`, those of `h2d` for which the host waits.
         operators: the kernels by operator.
+        sent: how many numbers of a type `Tensor.to` and `Tensor.cuda` have copied to the device.
     """
 
     def __init__(self, tf32: bool = False) -> None:
         self.tf32 = tf32
         self.counts: Counter[str] = Counter()
         self.operators: Counter[str] = Counter()
+        self.sent: Counter[torch.dtype] = Counter()
         self.recording: Graph | None = None
         self.making = False
         self.current = 0  # how many `torch.cuda.device` are entered

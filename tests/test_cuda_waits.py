@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,10 @@ import torch
 from stable_baselines3.common.callbacks import BaseCallback
 
 from ral_gym.agents import ALGORITHMS, algorithm_defaults, make_sb3_env, policy_for
+from ral_gym.commands.cli import main
+from ral_gym.data.images import augment, float_batch, to_float
 from ral_gym.envs.run_world import _load_once
+from ral_gym.presets import SMOKE
 from ral_gym.priors.guidance import PLAIN, Sampling
 from ral_gym.priors.pixelcnn import PixelCNN
 from ral_gym.priors.sampler import make_sampler
@@ -172,3 +176,60 @@ def test_images_from_a_generator_of_the_cpu_make_nobody_wait_and_are_those_of_th
     )
     np.testing.assert_array_equal(drawn.cpu().numpy(), expected.numpy())
     assert torch.equal(after, torch.rand(1, generator=generator))
+
+
+# Stages 1 and 2 ---------------------------------------------------------------------------------------------------
+
+TRAIN = [
+    "train",
+    "--preset",
+    "smoke",
+    "--data.workers",
+    "1",
+    "--quiet",
+    "--device",
+    "cuda",
+    "--prior.evaluate-every",
+    "99",
+]
+
+
+def per_step(
+    folder: Path, stages: list[str], setting: str, more: int = 10
+) -> tuple[Counter[str], Counter[torch.dtype]]:
+    """What `more` steps of the last stage add to the counts and the numbers sent: a longer run less a shorter one."""
+    found = []
+    for steps in (10, 10 + more):
+        given = {"--vqvae.training-steps": "10", "--prior.training-steps": "10"} | {setting: str(steps)}
+        with pretend_cuda() as device:
+            flags = [word for pair in given.items() for word in pair]
+            assert main([*TRAIN, *flags, "--stages", *stages, "--runs", str(folder / str(steps))]) == 0
+        found.append((device.counts, device.sent))
+    (counts, sent), (more_counts, more_sent) = found
+    return more_counts - counts, more_sent - sent
+
+
+def test_a_step_of_stage_1_sends_bytes_and_waits_for_no_copy(tmp_path: Path) -> None:
+    """Its images as uint8, 16 of 32 x 32 grey pixels; what the host waits for is the loss, and the quantiser's."""
+    added, sent = per_step(tmp_path, ["vqvae"], "--vqvae.training-steps")
+    assert added["blocking"] == 0
+    assert sent == {torch.uint8: 10 * SMOKE.vqvae.batch_size * 32 * 32}
+    assert added["syncs"] <= 10 * 7
+
+
+def test_a_step_of_stage_2_waits_for_its_loss_only(tmp_path: Path) -> None:
+    added, sent = per_step(tmp_path, ["vqvae", "prior"], "--prior.training-steps")
+    assert added["blocking"] == 0
+    assert added["syncs"] <= 10 + 1  # and once for the log
+    assert set(sent) == {torch.int64}
+
+
+def test_images_are_converted_and_augmented_on_the_device_as_on_the_cpu(device: Device) -> None:
+    pixels = np.random.default_rng(0).integers(256, size=(5, 3, 8, 8), dtype=np.uint8)
+    expected = augment(to_float(torch.from_numpy(pixels)), torch.Generator().manual_seed(1))
+    device.counts.clear()
+    there = augment(float_batch(pixels, torch.device("cuda")), torch.Generator().manual_seed(1))
+    assert there.is_cuda and device.counts["blocking"] == device.counts["syncs"] == 0
+    assert torch.equal(there.cpu(), expected)
+    here = augment(float_batch(pixels, torch.device("cpu")), torch.Generator().manual_seed(1))
+    assert torch.equal(here, expected)
