@@ -14,6 +14,7 @@ from ral_gym.agents.rewards.co_trained_critic import CoTrainedCritic
 from ral_gym.agents.rewards.composite import CompositeReward
 from ral_gym.agents.rewards.critic_callback import CriticCallback
 from ral_gym.agents.rewards.deliveries import CriticRewardWrapper, StepCriticCallback
+from ral_gym.agents.rewards.monte_carlo import MonteCarloReturns
 from ral_gym.agents.train_ral import Stage, load_run
 from ral_gym.agents.vec_env import CodeVecEnv, make_sb3_env
 
@@ -37,6 +38,7 @@ __all__ = [
     "MaskableEpisodeRolloutBuffer",
     "MaskablePixelCNNPolicy",
     "MaskablePriorPolicy",
+    "MonteCarloReturns",
     "PixelCNNPolicy",
     "PriorKLReward",
     "PriorPolicy",

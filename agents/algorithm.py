@@ -21,6 +21,7 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.vec_env import VecEnv
 
+from ral_gym.agents.algorithms.base import EpisodeAlgorithm
 from ral_gym.agents.episodes import EpisodeRolloutBuffer
 from ral_gym.agents.policy import PriorPolicy, PriorWeights, check_for_trpo
 from ral_gym.agents.regularizers import EntropyTarget, MLEShare, PriorKLReward
@@ -171,6 +172,11 @@ class Algorithm:
                 raise ConfigError(
                     f"ral.{name} is {getattr(config, name)}, but {config.algo} has no such argument: give {default}"
                 )
+        if config.n_rollouts > 1 and not issubclass(self.cls, EpisodeAlgorithm):
+            raise ConfigError(
+                f"ral.n_rollouts is {config.n_rollouts}, but {config.algo} takes its action values from a value "
+                "function: give ral.algo reinforce or grpo, or ral.n_rollouts 1"
+            )
         if self.section == "grpo" and config.reset_mode in ("continue", "mixed"):
             _check_groups(config, "continue the same real one")
         self._check_options(config)

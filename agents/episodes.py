@@ -199,6 +199,22 @@ class EpisodeRolloutBuffer(EpisodeStorage):
         self._advantages[self._slots()] = advantages[mask]
         self._returns[self._slots()] = (advantages + values)[mask]
 
+    def write_image_values(self, values: np.ndarray) -> None:
+        """Let other estimates of each image's reward take the place of the reward itself in returns and advantages.
+
+        Args:
+            values: (n, L) float, what the reward is expected to be after the code at each position; only drawn
+                positions are used. They are discounted as the reward would be.
+        """
+        mask = self.mask
+        paid, nothing = np.zeros(mask.shape, np.float32), np.zeros(mask.shape, np.float32)
+        paid[np.arange(len(paid)), self.stop - 1] = 1
+        ends = self._level if self.per_level_discount else np.zeros_like(self._level)
+        discounts = episode_advantages(paid, nothing, mask, ends, paid.sum(1), self.gamma, 1.0)  # (n, L)
+        returns = (discounts * values).astype(np.float32)[mask]
+        self._returns[self._slots()] = returns
+        self._advantages[self._slots()] = returns - self.values
+
     def _image_rewards(self, rewards: np.ndarray) -> np.ndarray:
         """(n,) rewards of whole images: an episode's last reward if it has no other, else 0 (per-code rewards)."""
         last = rewards[np.arange(len(rewards)), self.stop - 1]

@@ -18,6 +18,7 @@ from ral_gym.agents.policy import PriorPolicy, PriorWeights
 from ral_gym.agents.rewards.co_trained_critic import CoTrainedCritic
 from ral_gym.agents.rewards.composite import CompositeReward
 from ral_gym.agents.rewards.critic_callback import CriticCallback
+from ral_gym.agents.rewards.monte_carlo import MonteCarloReturns
 from ral_gym.agents.vec_env import CodeVecEnv, make_sb3_env
 from ral_gym.config import CriticConfig
 from ral_gym.errors import ConfigError, RunError
@@ -142,7 +143,7 @@ class Stage:
         critic: the critic and its optimizer; None if there is no critic reward.
         reward_callback: writes the rewards.
         run_callback: the weight average, the log, the checkpoints; `run_callback.updates` counts policy updates.
-        regularizers: callbacks for those that the algorithm's loss does not have.
+        regularizers: callbacks for those that the algorithm's loss does not have; first roll-outs, if there are any.
     """
 
     model: OnPolicyAlgorithm
@@ -190,6 +191,10 @@ def make_stage(
     regularizers = find_algorithm(config.algo).callbacks(
         config, PriorWeights.of(prior), lambda: (run_callback.updates + 1) / config.n_updates
     )
+    if config.n_rollouts > 1:
+        seed = run.config.seed * 1000 + 9
+        rollouts = MonteCarloReturns(reward_callback, config.n_rollouts, config.rollout_positions, seed=seed)
+        regularizers.insert(0, rollouts)  # right behind the rewards, whose returns it replaces
     run_callback = RunCallback(
         run,
         reward_callback,

@@ -25,6 +25,12 @@ corrected for the same noise; *variance*, total variance of one estimate divided
 of REINFORCE without baseline on single rewards. Losses here are means over codes, so the reference is the gradient
 of the expected return divided by T.
 
+Lines with N at m of 3 have N Monte-Carlo roll-outs (`MonteCarloReturns`) at m of an image's 3 positions before the last
+one.
+A second table has what roll-outs cost: the time of an update (drawing, rewards, learning) in units of that with N = 1,
+with as many roll-outs at 8 positions, on a grid of 8 x 8. Roll-outs pay at equal cost where the variance falls by more
+than the time grows, since so many more images per update would lower it by as much.
+
 The mean estimates are sharpened by a control variate: the score-function estimate of the same images with a constant
 baseline, whose expectation is a sum over the 256 images. It takes noise away and cannot move an expectation.
 """
@@ -32,14 +38,15 @@ baseline, whose expectation is a sum over the 256 images. It takes noise away an
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 import torch
 import tyro
+from gradient_parts.rollout_cost import PART, rollout_costs
+from gradient_parts.toy import KeepGradient, TableReward, Toy, double_precision
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -48,11 +55,9 @@ from stable_baselines3.common.logger import configure
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from torch import Tensor
 
-from ral_gym.agents import GRPO, CodeVecEnv, EpisodeRolloutBuffer, PriorPolicy, Reinforce
+from ral_gym.agents import GRPO, CodeVecEnv, EpisodeRolloutBuffer, MonteCarloReturns, PriorPolicy, Reinforce
 from ral_gym.agents.algorithms.reinforce import BASELINES
 from ral_gym.envs.worlds import World
-from ral_gym.grid import CodeGrid
-from ral_gym.priors.pixelcnn import PixelCNN
 from ral_gym.priors.sampler import CachedSampler
 from ral_gym.report.tables import plain_table
 
@@ -62,12 +67,14 @@ NO_CLIPPING = 1e12
 
 @dataclass(frozen=True)
 class Estimator:
-    """One line of the table: its name, the algorithm, its constructor's arguments, and which reward table."""
+    """One line of the table: name, algorithm, its constructor's arguments, which reward table, and its roll-outs."""
 
     name: str
     algorithm: type[OnPolicyAlgorithm]
     arguments: dict[str, Any] = field(default_factory=dict)
     rewards: RewardTable = "single"
+    n_rollouts: int = 1
+    positions: int = 8
 
 
 def all_estimators() -> list[Estimator]:
@@ -89,119 +96,19 @@ def all_estimators() -> list[Estimator]:
         Estimator("GRPO", GRPO, grpo),
     ]
     tables: tuple[RewardTable, ...] = ("causal", "whole")
+    for number in (4, 16):
+        for positions in (1, 3):
+            name = f"leave_one_out, N {number:2} at {positions} of 3"
+            lines.append(
+                Estimator(
+                    name, Reinforce, plain | {"baseline": "leave_one_out"}, n_rollouts=number, positions=positions
+                )
+            )
     for rewards in tables:
         for baseline, gamma in (("none", 1.0), ("leave_one_out", 1.0), ("none", 0.99), ("none", 0.9)):
             arguments = plain | {"baseline": baseline, "gamma": gamma}
             lines.append(Estimator(f"REINFORCE {baseline}, gamma {gamma:g}", Reinforce, arguments, rewards))
     return lines
-
-
-class KeepGradient(torch.optim.Optimizer):
-    """An optimizer that leaves the weights alone; their gradients stay where `train()` put them."""
-
-    steps = 0
-
-    def __init__(self, params: Any, lr: float = 0.0, **kwargs: Any) -> None:
-        super().__init__(params, {"lr": lr})
-
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Count, and change nothing."""
-        self.steps += 1
-
-
-@contextmanager
-def double_precision() -> Iterator[None]:
-    """Float64 for every tensor made inside, so that an estimate is exact to the float32 of advantages."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-class Toy:
-    """All images of a small grid, the policy's network, and the reward tables. Made under `double_precision`.
-
-    Args:
-        codebook_size: K.
-        height: H.
-        width: W.
-        seed: of weights and rewards.
-
-    Attributes:
-        images: (K^T, T) int64, every image.
-        prior: the network, warm: its images are far from equally likely.
-        rewards: name -> (K^T, T), the reward of each code of each image; the sums over codes are the same for all.
-    """
-
-    def __init__(self, codebook_size: int = 4, height: int = 2, width: int = 2, seed: int = 0) -> None:
-        self.grid = CodeGrid(height, width, codebook_size)
-        length = self.grid.n_codes
-        axes = [torch.arange(codebook_size)] * length
-        self.images = torch.cartesian_prod(*axes)
-        generator = torch.Generator().manual_seed(seed)
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            sizes: dict[str, Any] = {"hidden_units": 6, "residual_units": 6, "layers": 1, "output_stack_layers": 1}
-            self.prior = PixelCNN(codebook_size, height, width, conv_filter_size=3, position_embedding=True, **sizes)
-            for weights in self.prior.parameters():
-                weights.data *= 2
-            self.prior.output.to_logits.weight.data *= 8
-        self.prior.eval()
-        number = len(self.images)
-        causal = torch.empty(number, length)
-        for t in range(length):
-            after = codebook_size ** (length - t - 1)  # images that share the codes up to t
-            causal[:, t] = torch.randn(number // after, generator=generator).repeat_interleave(after)
-        returns = 1 + causal.sum(1)
-        single = torch.zeros(number, length)
-        single[:, -1] = returns
-        causal[:, -1] += 1
-        noise = torch.randn(number, length, generator=generator)
-        whole = returns[:, None] / length + noise - noise.mean(1, keepdim=True)
-        self.rewards = {"single": single, "causal": causal, "whole": whole}
-
-    def index(self, codes: np.ndarray) -> np.ndarray:
-        """Which of `images` some grids (..., T) are: (...)."""
-        return codes @ self.grid.codebook_size ** np.arange(self.grid.n_codes - 1, -1, -1)
-
-    def log_probs(self) -> Tensor:
-        """(K^T, T) log-probability of every code of every image, with a graph."""
-        return self.prior(self.images).log_softmax(-1).gather(-1, self.images[..., None]).squeeze(-1)
-
-    def probabilities(self) -> Tensor:
-        """(K^T,) of every image."""
-        with torch.no_grad():
-            return self.log_probs().sum(1).exp()
-
-    def flat(self, gradients: Sequence[Tensor | None]) -> Tensor:
-        """Gradients of the prior's weights as one vector (D,)."""
-        parameters = self.prior.parameters()
-        return torch.cat(
-            [
-                torch.zeros_like(p).flatten() if g is None else g.flatten()
-                for p, g in zip(parameters, gradients, strict=True)
-            ]
-        )
-
-    def exact(self) -> Tensor:
-        """(D,) gradient of the loss, minus the expected (undiscounted) return divided by T, by enumeration."""
-        value = (self.log_probs().sum(1).exp() * self.rewards["single"].sum(1)).sum()
-        loss = -value / self.grid.n_codes
-        return self.flat(torch.autograd.grad(loss, list(self.prior.parameters()), allow_unused=True))
-
-    def scores(self) -> Tensor:
-        """(K^T, T, D) gradient of every log-probability."""
-        log_probs = self.log_probs()
-        parameters = list(self.prior.parameters())
-        one_each = torch.eye(log_probs.numel()).view(-1, *log_probs.shape)
-        gradients = torch.autograd.grad(log_probs, parameters, one_each, is_grads_batched=True, allow_unused=True)
-        columns = [
-            torch.zeros(log_probs.numel(), p.numel()) if g is None else g.flatten(1)
-            for p, g in zip(parameters, gradients, strict=True)
-        ]
-        return torch.cat(columns, 1).view(*log_probs.shape, -1)
 
 
 def to_go(rewards: Tensor, gamma: float) -> Tensor:
@@ -237,7 +144,22 @@ def make_model(toy: Toy, estimator: Estimator, n_images: int) -> OnPolicyAlgorit
     return model
 
 
-def estimate(model: OnPolicyAlgorithm, toy: Toy, rewards: RewardTable, codes: Tensor) -> Tensor:
+def make_rollouts(model: OnPolicyAlgorithm, toy: Toy, estimator: Estimator) -> MonteCarloReturns | None:
+    """The estimator's roll-outs, None for one."""
+    if estimator.n_rollouts == 1:
+        return None
+    rollouts = MonteCarloReturns(TableReward(toy), estimator.n_rollouts, estimator.positions)
+    rollouts.init_callback(model)
+    return rollouts
+
+
+def estimate(
+    model: OnPolicyAlgorithm,
+    toy: Toy,
+    rewards: RewardTable,
+    codes: Tensor,
+    rollouts: MonteCarloReturns | None = None,
+) -> Tensor:
     """The gradient (D,) that ``train()`` gives the PixelCNN for the images (n, T), one per environment."""
     policy: PriorPolicy = model.policy  # type: ignore[assignment]
     buffer: EpisodeRolloutBuffer = model.rollout_buffer  # type: ignore[assignment]
@@ -254,6 +176,8 @@ def estimate(model: OnPolicyAlgorithm, toy: Toy, rewards: RewardTable, codes: Te
     fill(values.view_as(codes).numpy(), log_probs.view_as(codes).numpy())
     buffer.write_rewards(table)
     buffer.compute_returns_and_advantage()
+    if rollouts is not None:
+        rollouts.on_rollout_end()
     steps = policy.optimizer.steps  # type: ignore[attr-defined]
     policy.optimizer.zero_grad()
     model.train()
@@ -333,7 +257,8 @@ def measure(toy: Toy, estimators: Iterable[Estimator], n_images: int, repeats: i
     summaries = []
     for estimator in estimators:
         model = make_model(toy, estimator, n_images)
-        estimates = torch.stack([estimate(model, toy, estimator.rewards, codes) for codes in drawn])
+        rollouts = make_rollouts(model, toy, estimator)
+        estimates = torch.stack([estimate(model, toy, estimator.rewards, codes, rollouts) for codes in drawn])
         gamma = estimator.arguments.get("gamma", 1.0)
         control, expected = control_variates(toy, scores, estimator.rewards, gamma, drawn)
         summaries.append(summarise(estimates, control, expected, toy.exact()))
@@ -370,6 +295,8 @@ class Arguments:
     """Estimates per line."""
     quick: bool = False
     """5 estimates per line: shows that everything runs."""
+    cost: bool = True
+    """Also measure the time of roll-outs."""
 
 
 def main(argv: Sequence[str], console: Console) -> None:
@@ -390,6 +317,11 @@ def main(argv: Sequence[str], console: Console) -> None:
         f"{arguments.n_images} images per estimate, {repeats} estimates per line"
     )
     console.print(report(estimators, summaries, caption))
+    if arguments.cost:
+        table = plain_table(("N", "time of an update"), title=f"What roll-outs cost ({PART})")
+        for number, (median, low, high) in rollout_costs(arguments.quick).items():
+            table.add_row(str(number), f"{median:.2f} ({low:.2f} to {high:.2f})")
+        console.print(table)
 
 
 if __name__ == "__main__":

@@ -200,6 +200,8 @@ ELSEWHERE = {
     "ral.reward_reference": "test_reward_reference",
     "critic.class_conditional": "images with classes: test_label_agents",
     "ral.label_draw": "",
+    "ral.n_rollouts": "rewards of images, and these are of codes: test_rollouts",
+    "ral.rollout_positions": "",
     "ral.guidance": "a prior with classes: test_guided_rollouts",
     "ral.guidance_log_probs": "",
     "data.test": "images with classes: test_data_labels",

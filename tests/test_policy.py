@@ -5,16 +5,7 @@ import pytest
 import torch
 from stable_baselines3 import PPO
 
-from ral_gym.agents import (
-    ALGORITHMS,
-    EpisodeRolloutBuffer,
-    PixelCNNPolicy,
-    PriorWeights,
-    Reinforce,
-    algorithm_defaults,
-    make_sb3_env,
-    policy_for,
-)
+from ral_gym.agents import EpisodeRolloutBuffer, PixelCNNPolicy, PriorWeights, Reinforce, make_sb3_env
 from ral_gym.errors import ConfigError
 from ral_gym.priors.pixelcnn import PixelCNN
 
@@ -188,20 +179,3 @@ def test_a_prior_of_another_size_is_refused(prior, message: str) -> None:
     env = make_sb3_env("ral_gym/Toy-v0", 1)
     with pytest.raises(ConfigError, match=message):
         Reinforce(PixelCNNPolicy, env, device="cpu", policy_kwargs={"prior": prior()})
-
-
-@torch.no_grad()
-def test_masked_draws_are_legal_and_their_log_probs_those_of_the_masked_distribution() -> None:
-    env = make_sb3_env("ral_gym/Toy-v0", 6, seed=0)
-    arguments = algorithm_defaults("maskable_ppo", env, prior=tiny_prior()) | {"seed": 0, "device": "cpu"}
-    policy = ALGORITHMS["maskable_ppo"](policy_for("maskable_ppo"), env, **arguments).policy
-    obs = torch.full((200, T), K, dtype=torch.int16)
-    masks = np.random.default_rng(0).random((200, K)) < 0.4
-    masks[:, 3] |= ~masks.any(1)
-    actions, _, log_prob = policy(obs, action_masks=masks)
-    assert masks[np.arange(200), actions.numpy()].all() and len(actions.unique()) == K
-    assert torch.equal(log_prob, policy.get_distribution(obs, masks).log_prob(actions))
-    assert (log_prob - policy.get_distribution(obs).log_prob(actions) > 0.1).any()
-    masks[7] = False
-    with pytest.raises(ValueError, match="forbid every code"):
-        policy(obs, action_masks=masks)

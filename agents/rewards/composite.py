@@ -113,6 +113,7 @@ class CompositeReward(RolloutReward):
             if name != "critic"
         ]
         self._references: dict[int, View] = {}
+        self._scales: dict[str, tuple[dict[int, float], float]] = {}  # of the last rollout: shift by rows, and divisor
 
     def _init_callback(self) -> None:
         super()._init_callback()
@@ -236,13 +237,55 @@ class CompositeReward(RolloutReward):
         return self.statistics
 
     def _normalise(self, name: str, rewards: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """Normalised rewards (n,)."""
+        """Normalised rewards (n,); keeps the scale for `score`."""
         kind = self.normalization[name]
-        if kind == "none":
-            return rewards
-        _, group = np.unique(rows, return_inverse=True)
-        centred = rewards - (np.bincount(group, rewards) / np.bincount(group))[group]
-        return centred / _spread(centred) if kind == "standard" else centred
+        heights, group = np.unique(rows, return_inverse=True)
+        means = np.zeros(len(heights)) if kind == "none" else np.bincount(group, rewards) / np.bincount(group)
+        centred = rewards - means[group]
+        scale = _spread(centred) if kind == "standard" else 1.0
+        self._scales[name] = (dict(zip(heights.tolist(), means.tolist(), strict=True)), scale)
+        return centred / scale
+
+    def check_alone(self) -> None:
+        """See `RolloutReward.check_alone`.
+
+        Raises:
+            ConfigError: a term compares the images of a rollout, or the critic rewards codes.
+        """
+        if self.critic is not None:
+            self.critic.check_alone()
+        for term in self.terms:
+            if term.compares:
+                raise ConfigError(
+                    f"roll-outs need rewards of single images, but {term.name} compares sets of them: leave it out of "
+                    "ral.reward_weights, or give ral.n_rollouts 1"
+                )
+
+    def score(self, codes: Tensor) -> np.ndarray:
+        """See `RolloutReward.score`: every term with the last rollout's normalisation.
+
+        Raises:
+            ConfigError: a term gives rewards to codes.
+        """
+        images, totals = self._finished(codes), np.zeros(len(codes))
+        for name, weight in self.weights.items():
+            earned = self._earned_alone(name, images)
+            means, scale = self._scales[name]
+            shift = np.vectorize(means.__getitem__, otypes=[float])(images.image_rows.numpy())
+            totals += weight * (earned - shift) / scale
+        return totals
+
+    def _earned_alone(self, name: str, images: FinishedImages) -> np.ndarray:
+        """One term's rewards (m,) of images that are not compared with any others."""
+        if name == "critic" and self.critic is not None:
+            return self.critic.score_images(images)
+        earned, term = np.zeros(len(images)), next(term for term in self.terms if term.name == name)
+        for height in images.heights:
+            given = term(images.view(height), height).numpy()
+            if given.ndim != 1:
+                raise ConfigError(f"{name} rewards every code, roll-outs need one per image: give ral.n_rollouts 1")
+            earned[images.rows(height).numpy()] = given
+        return earned
 
     def _record(self, name: str, rewards: np.ndarray) -> None:
         if not np.isfinite(rewards).all():

@@ -89,6 +89,31 @@ class CriticCallback(RolloutReward):
         self._report(rewards, metrics)
         return rewards
 
+    def check_alone(self) -> None:
+        """See `RolloutReward.check_alone`.
+
+        Raises:
+            ConfigError: the critic rewards codes.
+        """
+        if self.critic.scorer.dense:
+            raise ConfigError(
+                "roll-outs estimate the reward of a whole image, but this critic rewards every code: give ral.reward "
+                "single, or ral.n_rollouts 1"
+            )
+
+    def score(self, codes: Tensor) -> np.ndarray:
+        """See `RolloutReward.score`: the critic and the normalisation of the last rollout."""
+        return self.score_images(self.critic.finished(codes))
+
+    def score_images(self, images: FinishedImages) -> np.ndarray:
+        """As `score`, of images that other rewards share."""
+        critic = self.critic
+        totals = torch.zeros(len(images), dtype=torch.float64)
+        for height in images.heights:
+            scores = critic.normalizer(critic.score_map(images.view(height)))
+            totals[images.rows(height)] = critic.scorer.rewards(scores, height).detach().double().cpu().sum(1)
+        return totals.numpy()
+
     def _train_critic(self) -> None:
         config = self.critic.config
         if self.critic.n_updates == 0:
@@ -116,7 +141,7 @@ class CriticCallback(RolloutReward):
         elif grid.classes:
             labels = env.core.labels.draw_many(self.rng, env.num_envs)
             codes[:, -1] = grid.first_label + torch.from_numpy(labels)
-        drawn, _, _ = policy.draw_round(codes, with_values=False)
+        drawn, _, _ = policy.draw_round(codes.to(policy.device), with_values=False)
         return FinishedImages(drawn.cpu(), grid)
 
     def _report(self, rewards: np.ndarray, metrics: dict[str, float]) -> None:

@@ -91,6 +91,25 @@ class RolloutReward(BaseCallback):
             (n,) each episode's total reward.
         """
 
+    def check_alone(self) -> None:
+        """Refuse rewards that an image has not by itself and as a whole, as `score` must give them.
+
+        Raises:
+            ConfigError: here always; rewards that can be given to any image override both methods.
+        """
+        raise ConfigError(f"{type(self).__name__} has no reward for images outside of the rollout: leave roll-outs out")
+
+    def score(self, codes: Tensor) -> np.ndarray:
+        """The rewards that other images would have had in the last rollout, on the same scale; nothing is trained.
+
+        Args:
+            codes: (m, L) int64, as `write` takes them.
+
+        Returns:
+            (m,) float64.
+        """
+        raise NotImplementedError
+
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint, at the start of a rollout."""

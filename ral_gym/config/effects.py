@@ -135,6 +135,7 @@ EFFECTS = (
         "no ral.grpo.scale_advantage, which GRPO has in its place",
         lambda config: config.ral.algo != "grpo" or config.ral.grpo.scale_advantage is None,
     ),
+    Effect("ral.rollout_positions", "ral.n_rollouts above 1", lambda config: config.ral.n_rollouts > 1),
     Effect("ral.guidance_log_probs", "ral.guidance other than 1", lambda config: config.ral.guidance != 1),
     Effect("data.grey", "images in colour, and faces are grey", lambda config: config.data.source != "faces"),
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ral_gym.config.effects import FEATURE_TERMS
 from ral_gym.errors import ConfigError
 
 LITE0_PIXELS = 16
@@ -21,6 +22,7 @@ def check_fits(config: Any) -> None:
     _check_attention(config)
     _check_image_losses(config)
     _check_rewards(config)
+    _check_rollouts(config.ral)
 
 
 def _check_sides(config: Any) -> None:
@@ -120,4 +122,20 @@ def _check_rewards(config: Any) -> None:
         raise ConfigError(
             f"ral.reward_reference has statistics of whole images, but ral.reset_mode is {ral.reset_mode}, which stops "
             "some early: give ral.reset_mode full or continue"
+        )
+
+
+def _check_rollouts(ral: Any) -> None:
+    """Refuse roll-outs of rewards that no single image has as a whole."""
+    if ral.n_rollouts == 1:
+        return
+    if ral.reward == "intermediate" and ral.uses_critic:
+        raise ConfigError(
+            f"ral.n_rollouts is {ral.n_rollouts}, but ral.reward intermediate pays every code: give ral.reward single, "
+            "or ral.n_rollouts 1"
+        )
+    if compared := [name for name in ral.reward_weights if name in FEATURE_TERMS]:
+        raise ConfigError(
+            f"ral.n_rollouts is {ral.n_rollouts}, but the reward {compared[0]} compares sets of images, and a "
+            "completion is one image: leave it out, or give ral.n_rollouts 1"
         )

@@ -23,6 +23,7 @@ _NAMES: dict[_Rule, str] = {
         evaluation.held_out
         data.crop data.limit data.max_megapixels data.max_file_mb data.max_files
         critic.hidden_units critic.layers critic.batch_size ral.n_envs ral.n_updates ral.checkpoint_every
+        ral.n_rollouts ral.rollout_positions
         ral.grpo.n_epochs ral.ppo.n_epochs ral.maskable_ppo.n_epochs ral.reinforce.batch_size ral.grpo.batch_size
         ral.trpo.n_critic_updates ral.trpo.cg_max_steps ral.trpo.line_search_max_iter ral.trpo.sub_sampling_factor
         """,
@@ -91,6 +92,7 @@ SIZES: dict[int, str] = {
     255: "vqvae.encoder_filter_size vqvae.decoder_filter_size prior.conv_filter_size",
     1_000_000: """
         vqvae.batch_size prior.batch_size critic.batch_size ral.n_envs critic.n_critic evaluation.n_samples
+        ral.n_rollouts ral.rollout_positions
         ral.grpo.group_size ral.grpo.n_epochs ral.ppo.n_epochs ral.maskable_ppo.n_epochs ral.trpo.n_critic_updates
         ral.trpo.cg_max_steps ral.trpo.line_search_max_iter ral.trpo.sub_sampling_factor
         vqvae.threshold_ema_dead_code

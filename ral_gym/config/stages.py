@@ -100,6 +100,12 @@ class RALConfig:
     """HPS_v2.1_compressed.pt, for the reward hps."""
     prompt: str = "a photo of a {name}"
     """The text of an image for the rewards clip and hps; {name} is the name of its class."""
+    n_rollouts: int = 1
+    """Monte-Carlo roll-outs N behind a code, whose mean reward is its action value, as in SeqGAN (Yu et al., 2017,
+    Eq. 4): the episode's own end and N - 1 more completions by the policy. 1: the own end alone, as in the paper."""
+    rollout_positions: int = 8
+    """With n_rollouts above 1: codes per image, evenly spread from a random place on, behind which completions are
+    drawn. A code between two of them has the value of the next, whose expectation is the same."""
     reset_mode: Literal["full", "continue", "scratch", "mixed"] = "mixed"
     """Partial generation (Section 4.3): full grids, continue real rows, stop early, or a random mix of both."""
     label_draw: Literal["uniform", "data"] = "uniform"

@@ -335,11 +335,10 @@ def split_label(sequence: Tensor, codebook_size: int, largest: int) -> tuple[Ten
     """
     first = codebook_size + 2
     labels = sequence[:, -1:] - first  # (B, 1)
-    least, most = torch.stack(labels.aminmax()).tolist() if len(labels) else (0, 0)
-    if not 0 <= least <= most <= largest:
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) <= largest:
         raise ConfigError(
             f"the last entry of a sequence is its label, {first}..{first + largest}: found "
-            f"{least + first}..{most + first}"
+            f"{int(labels.min()) + first}..{int(labels.max()) + first}"
         )
     return sequence[:, :-1], labels
 

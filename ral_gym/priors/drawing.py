@@ -13,7 +13,6 @@ from torch import Tensor
 from ral_gym.errors import ConfigError
 from ral_gym.priors.base import Prior, check_condition, given_codes
 from ral_gym.priors.guidance import PLAIN, Sampling, check_guidance, guided_logits
-from ral_gym.priors.transfer import on_device
 
 
 def likeliest(logits: Tensor, top_k: int, top_p: float) -> Tensor:
@@ -108,30 +107,21 @@ class Request:
         self.generator = generator
         self.condition = condition
         self.uniforms = uniforms
-        if uniforms is None and generator is not None and generator.device != like.device:
-            self.uniforms = self._all_uniforms(like.device)
         # Batch rows that start later are drawn along with the others, but keep their given codes up to their start.
-        self.starts = None if (starts == starts[0]).all() else on_device(starts, like.device)
+        self.starts = None if (starts == starts[0]).all() else torch.as_tensor(starts, device=like.device)
         self.codes = codes[:, :stop].clamp(max=prior.codebook_size - 1)  # (B, stop)
         self.drawn: list[Tensor] = []  # (B,) per position
         self.log_probs: list[Tensor] = []
         self.dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-
-    def _all_uniforms(self, device: torch.device) -> Tensor:
-        """The uniforms (B, stop) that drawing position by position takes from another device's generator."""
-        generator, rows = self.generator, max(self.stop - self.begin, 0)
-        assert generator is not None
-        drawn = torch.rand(rows, self.batch_size, generator=generator, device=generator.device, dtype=torch.float32)
-        uniforms = torch.zeros(self.batch_size, self.stop, dtype=torch.float32, device=device)
-        uniforms[:, self.begin :] = drawn.T.to(device, non_blocking=True)
-        return uniforms
 
     def draw(self, logits: Tensor, position: int) -> Tensor:
         """Draw every batch row's code at the next position from logits (B, K); returns (B,) int64."""
         if self.uniforms is not None:
             uniforms = self.uniforms[:, position]
         else:
-            uniforms = torch.rand(self.batch_size, generator=self.generator, device=logits.device, dtype=torch.float32)
+            device = logits.device if self.generator is None else self.generator.device
+            uniforms = torch.rand(self.batch_size, generator=self.generator, device=device, dtype=torch.float32)
+            uniforms = uniforms.to(logits.device)
         codes, log_probs = draw(logits, uniforms, self.temperature, self.sampling.top_k, self.sampling.top_p)
         if self.starts is not None:
             given = self.starts > position  # (B,)

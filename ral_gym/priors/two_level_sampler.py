@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +15,6 @@ from ral_gym.errors import ConfigError
 from ral_gym.priors.drawing import host_positions
 from ral_gym.priors.guidance import PLAIN, Sampling
 from ral_gym.priors.sampler import CachedSampler
-from ral_gym.priors.transfer import indices_on, on_device
 
 
 def above(top: Tensor, labels: Tensor | None) -> Tensor:
@@ -69,6 +68,7 @@ class TwoLevelSampler:
         temperature: float = 1.0,
         generator: torch.Generator | None = None,
         uniforms: Tensor | None = None,
+        starts: Sequence[Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Draw whole images, or continue given ones. Ends any drawing that `begin` started.
 
@@ -81,6 +81,7 @@ class TwoLevelSampler:
             temperature: divides the logits.
             generator: source of the uniforms, one `torch.rand(B)` in float32 per position that any image draws.
             uniforms: (B, T') in [0, 1], used instead.
+            starts: first position to draw in each level, (B,) int64 each, in place of `prefix_rows`.
 
         Returns:
             codes (B, codes_of(stop_rows)) int64, and as many log-probabilities of those drawn, at `temperature`; 0
@@ -116,7 +117,7 @@ class TwoLevelSampler:
             result = sampler.sample(
                 batch_size,
                 codes=given,
-                start=prefix_rows * per_row,
+                start=prefix_rows * per_row if starts is None else starts[level],
                 stop=stop_rows * per_row,
                 uniforms=own[level],
                 condition=above(drawn[0], labels) if level else labels,
@@ -180,9 +181,8 @@ class TwoLevelSampler:
         active = np.flatnonzero(positions < length)
         if len(active) == 0:
             return
-        now = positions[active]
-        at, places = indices_on(codes.device, active, now)
-        self._codes[at, places] = codes[at]
+        now, at = positions[active], torch.as_tensor(active, device=codes.device)
+        self._codes[at, torch.as_tensor(now, device=codes.device)] = codes[at]
         after = self._next[active, now + 1]
         in_top = now < self._n_top
         leaving = (after != now + 1) | (in_top & (after >= self._n_top))  # rows that skip positions or change level
@@ -198,7 +198,7 @@ class TwoLevelSampler:
     @property
     def position(self) -> Tensor:
         """(B,) int64, the next position of each batch row in its sequence; T' when it is finished."""
-        return on_device(self._begun().copy(), self._device())
+        return torch.as_tensor(self._begun().copy(), device=self._device())
 
     def _device(self) -> torch.device:
         return self.top.weights.device
@@ -219,7 +219,7 @@ class TwoLevelSampler:
         following = np.minimum.accumulate(following[:, ::-1], axis=1)[:, ::-1]
         self._next[rows] = following
         self._begun()[rows] = following[:, 0] if starts is None else starts
-        at = on_device(rows, codes.device)
+        at = torch.as_tensor(rows, device=codes.device)
         self._codes[at] = codes
         if self._labels is not None and labels is not None:
             self._labels[at] = labels
@@ -232,15 +232,14 @@ class TwoLevelSampler:
         positions, length, n_top = self._begun(), self._codes.shape[1], self._n_top
         in_top = rows[positions[rows] < n_top]
         if len(in_top):
-            at = on_device(in_top, self._codes.device)
+            at = torch.as_tensor(in_top, device=self._codes.device)
             starts = torch.as_tensor(positions[in_top])
-            self.top.rebuild(torch.from_numpy(in_top), self._codes[at, :n_top], starts, condition=self._labels_of(at))
+            self.top.rebuild(at, self._codes[at, :n_top], starts, condition=self._labels_of(at))
         in_bottom = rows[(positions[rows] >= n_top) & (positions[rows] < length)]
         if len(in_bottom):
-            at = on_device(in_bottom, self._codes.device)
+            at = torch.as_tensor(in_bottom, device=self._codes.device)
             codes, own = self._codes[at], torch.as_tensor(positions[in_bottom] - n_top)
-            condition = above(codes[:, :n_top], self._labels_of(at))
-            self.bottom.rebuild(torch.from_numpy(in_bottom), codes[:, n_top:], own, condition=condition)
+            self.bottom.rebuild(at, codes[:, n_top:], own, condition=above(codes[:, :n_top], self._labels_of(at)))
 
     def _labels_of(self, rows: Tensor) -> Tensor | None:
         """The labels (n, 1) of batch rows (n,)."""
@@ -257,4 +256,4 @@ class TwoLevelSampler:
         top, bottom = read(self.top), read(self.bottom)
         channels = max(top.shape[1], bottom.shape[1])
         top, bottom = (F.pad(x, (0, channels - x.shape[1])) for x in (top, bottom))
-        return torch.where(on_device(in_top, top.device)[:, None], top, bottom)
+        return torch.where(torch.as_tensor(in_top, device=top.device)[:, None], top, bottom)

@@ -114,6 +114,12 @@ class RewardTerm:
         """Whether it compares with real images."""
         return isinstance(self.part, type) and "reference" in _parameters(self.part)
 
+    @property
+    def compares(self) -> bool:
+        """Whether an image's reward depends on the others it is given with, or on earlier ones."""
+        part, batch = self.part, getattr(self.part, "minimum_batch", 1)
+        return not self.is_network and (hasattr(part, "distance") or hasattr(part, "state_dict") or batch != 1)
+
     def __call__(self, view: View, rows: int) -> Tensor:
         """The rewards of images of `rows` rows: (B,), or (B, codes_of(rows)) of a reward that sees codes; float64.
 

@@ -1,0 +1,1 @@
+"""What `gradient.py` measures with: the toy, and what roll-outs cost."""
