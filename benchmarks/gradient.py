@@ -318,10 +318,11 @@ def main(argv: Sequence[str], console: Console) -> None:
     )
     console.print(report(estimators, summaries, caption))
     if arguments.cost:
-        table = plain_table(("N", "time of an update"), title=f"What roll-outs cost ({PART})")
+        table = plain_table(("N", "time of an update"), title="What roll-outs cost")
         for number, (median, low, high) in rollout_costs(arguments.quick).items():
             table.add_row(str(number), f"{median:.2f} ({low:.2f} to {high:.2f})")
         console.print(table)
+        console.print(f"{PART}; median and range of ratios")
 
 
 if __name__ == "__main__":

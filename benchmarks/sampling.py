@@ -43,6 +43,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "width": 8,
         "layers": 5,
     },
+    "16x16, K=256, transformer 128 x 4": {
+        "kind": "transformer",
+        "codebook_size": 256,
+        "height": 16,
+        "width": 16,
+        "layers": 4,
+    },
     "16x16, K=512, 128 units x 8 layers": {"codebook_size": 512, "height": 16, "width": 16, "layers": 8},
     "the same with 2 attention layers": {
         "codebook_size": 512,

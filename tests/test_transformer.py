@@ -273,4 +273,21 @@ def test_the_cache_holds_a_key_and_a_value_per_slot() -> None:
     cache = CachedSampler(transformer().float()).weights.make_cache(7)
     assert isinstance(cache, KVCache)
     held = 4 * 2 * 3 * 7 * T * 16  # float32, keys and values, layers, batch, slots, units
-    assert held <= cache.nbytes <= held + 8 * 7 * (T + 2) + 8 * T + 4 * 7 * (16 + K)
+    turns = 8 * T * 16 // 2 // 2 + 4  # complex, at most half of a head's units for each slot; and an empty sum
+    assert held <= cache.nbytes <= held + 8 * 7 * (T + 2) + 8 * T + 4 * 7 * (16 + K) + turns
+
+
+def test_half_precision_turns_without_complex_numbers_also_at_places_of_their_own() -> None:
+    wide = transformer().float().eval()
+    narrow = transformer().eval()
+    narrow.load_state_dict(wide.state_dict())
+    narrow = narrow.bfloat16()
+    codes = torch.randint(K, (3, T), generator=torch.Generator().manual_seed(0))
+    found = []
+    for prior in (wide, narrow):
+        sampler = CachedSampler(prior)
+        sampler.begin(codes, torch.tensor([0, 5, T - 1]))
+        found.append(sampler.logits().float())
+        assert (sampler._cache._turns is None) == (prior is narrow)
+    scale = found[0].abs().max()
+    assert scale > 0.01 and (found[0] - found[1]).abs().max() < 0.1 * scale

@@ -50,9 +50,21 @@ class SelfAttention(nn.Module):
         )
         return (queries, keys, values) if turn is None else (rotate(queries, *turn), rotate(keys, *turn), values)
 
-    def output(self, attended: Tensor) -> Tensor:
-        """(B, heads, S, h) -> (B, S, C)."""
-        return self.wo(attended.transpose(1, 2).flatten(2))
+    def one_slot(self, x: Tensor, turn: Turn | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As `qkv`, of one slot: x (B, C) -> (B, heads, h) each.
+
+        Args:
+            x: the slot's input.
+            turn: cosine and sine (h / 2) or (B, 1, h / 2); or cosine + i sine (h / 2) or (B, 1, 1, h / 2), complex;
+                None.
+        """
+        parts = self.wqkv(x).unflatten(-1, (3, self.heads, -1))  # (B, 3, heads, h)
+        if isinstance(turn, Tensor):  # one product turns queries and keys: a tenth of the operations
+            pairs = torch.view_as_complex(parts[:, :2].unflatten(-1, (-1, 2)))  # (B, 2, heads, h / 2)
+            queries, keys = torch.view_as_real(pairs * turn).flatten(-2).unbind(1)
+            return queries, keys, parts[:, 2]
+        queries, keys, values = parts.unbind(1)
+        return (queries, keys, values) if turn is None else (rotate(queries, *turn), rotate(keys, *turn), values)
 
 
 class Block(nn.Module):
@@ -77,7 +89,11 @@ class Block(nn.Module):
 
     def finish(self, x: Tensor, attended: Tensor, dropout: float = 0.0) -> Tensor:
         """The rest of the block: x (B, S, C) and what its heads have attended to (B, heads, S, h) -> (B, S, C)."""
-        x = x + F.dropout(self.attention.output(attended), dropout)
+        return self.rest(x, attended.transpose(1, 2).flatten(2), dropout)
+
+    def rest(self, x: Tensor, joined: Tensor, dropout: float = 0.0) -> Tensor:
+        """As `finish`, of heads side by side: (..., C) each -> (..., C)."""
+        x = x + F.dropout(self.attention.wo(joined), dropout)
         return x + F.dropout(self.feed_forward(self.ffn_norm(x)), dropout)
 
 

@@ -76,6 +76,10 @@ class KVCache:
         self._labels = torch.full((batch,), max(0, prior.largest_label), dtype=torch.int64, device=like.device)
         self._rows = torch.arange(batch, device=like.device)
         self._slots = torch.arange(slots, device=like.device)
+        self._nothing = like.new_zeros(1, 1, 1)
+        # Turning a pair is a complex product; there are none in half precision.
+        turns = prior.turns(slice(0, slots)) if like.dtype in (torch.float32, torch.float64) else None
+        self._turns = None if turns is None else torch.complex(*turns)  # (T, h / 2)
         self.features = like.new_zeros(batch, prior.hidden_units)
         self.logits = like.new_zeros(batch, prior.codebook_size)
 
@@ -130,7 +134,7 @@ class KVCache:
             cache[:, :, slot] = new
             return cache[:, :, seen]
 
-        self._run(x, self.prior.turns(slot), write, None)
+        self._run(x, self.prior.turns(slot) if self._turns is None else self._turns[slot], write, None)
 
     def step_at(self, grid_rows: np.ndarray, columns: np.ndarray) -> None:
         """Features and logits of the batch rows, each at a position of its own (B,)."""
@@ -144,7 +148,12 @@ class KVCache:
             cache[self._rows, :, slots] = new
             return cache[:, :, : last + 1]
 
-        self._run(x, self.prior.turns(slots), write, behind)
+        if self._turns is not None:
+            turn: Any = self._turns[slots][:, None, None]  # (B, 1, 1, h / 2)
+        else:
+            turn = self.prior.turns(slots)
+            turn = None if turn is None else tuple(part[:, 0] for part in turn)  # (B, 1, h / 2) each
+        self._run(x, turn, write, behind)
 
     def _run(
         self,
@@ -157,21 +166,21 @@ class KVCache:
 
         Args:
             x: its input (B, C).
-            turn: what the prior's `turns` gives for it.
+            turn: see `SelfAttention.one_slot`.
             write: enters keys or values (B, N, h) into a layer's cache (B, N, T, h), and returns those to attend to.
             behind: (B, 1, 1, S) bool, of these the slots that a row must not see; None: it sees all.
         """
-        x = x[:, None]  # (B, 1, C)
         scale = (self.prior.hidden_units // self.prior.attention_heads) ** -0.5
         for layer, block in enumerate(self.prior.layers):
-            queries, new_keys, new_values = block.qkv(x, turn)  # (B, N, 1, h)
-            keys = write(self._keys[layer], new_keys[:, :, 0])  # (B, N, S, h)
-            values = write(self._values[layer], new_values[:, :, 0])
-            scores = queries @ keys.mT * scale  # (B, N, 1, S)
+            queries, new_keys, new_values = block.attention.one_slot(block.attention_norm(x), turn)  # (B, N, h)
+            keys = write(self._keys[layer], new_keys).flatten(0, 1)  # (B N, S, h), a view
+            values = write(self._values[layer], new_values).flatten(0, 1)
+            queries = queries.reshape(len(keys), 1, -1)  # (B N, 1, h)
+            scores = torch.baddbmm(self._nothing, queries, keys.mT, beta=0, alpha=scale)  # (B N, 1, S)
             if behind is not None:
-                scores = scores.masked_fill(behind, -torch.inf)
-            x = block.finish(x, scores.softmax(-1) @ values)
-        self.features.copy_(self.prior.norm(x[:, 0]))
+                scores = scores.view(self.batch, -1, *scores.shape[1:]).masked_fill(behind, -torch.inf).flatten(0, 1)
+            x = block.rest(x, torch.bmm(scores.softmax(-1), values).view(self.batch, -1))  # (B, C)
+        self.features.copy_(self.prior.norm(x))
         self.logits.copy_(self.prior.logits(self.features))
 
     def put(self, codes: Tensor, row: int, column: int) -> None:
