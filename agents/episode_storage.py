@@ -82,11 +82,13 @@ class EpisodeStorage(RolloutBuffer):
         self._start_envs: list[np.ndarray] = []
         self._start_slots: list[np.ndarray] = []
         self._start_grids: list[np.ndarray] = []
+        self._late: list[tuple[np.ndarray, Tensor]] = []  # of every step: slots (E,), values and log-probs (2, E)
         super().__init__(buffer_size, observation_space, action_space, device, gae_lambda, gamma, n_envs)
 
     def reset(self) -> None:
         """Begin a rollout: forget the finished episodes, keep the unfinished ones."""
         self._after_stop, self._complete = not self._complete, False
+        self._receive()
         kept = self._open_episodes()
         envs, slots, grids = kept
         BaseBuffer.reset(self)
@@ -144,12 +146,21 @@ class EpisodeStorage(RolloutBuffer):
         at = (self._fill, rows)
         self._actions[at] = codes
         self._rewards[at] = reward
-        both = torch.stack([value.detach().flatten(), log_prob.detach().flatten()])  # one transfer from the device
-        self._values[at], self._log_probs[at] = both.cpu().numpy()
+        both = torch.stack([value.detach().flatten(), log_prob.detach().flatten()])  # (2, E)
+        self._late.append((self._fill.copy(), both))
         self._fill += 1
         self._table = self._flat = None
         self.pos += 1
         self.full = self.pos == self.buffer_size
+
+    def _receive(self) -> None:
+        """Write the values and log-probabilities of all steps since the last call, in one transfer from the device."""
+        if self._late:
+            late = torch.stack([both for _, both in self._late]).cpu().numpy()  # (S, 2, E)
+            for (slots, _), (values, log_probs) in zip(self._late, late, strict=True):
+                at = (slots, np.arange(self.n_envs))
+                self._values[at], self._log_probs[at] = values, log_probs
+            self._late = []
 
     def _resynchronise(self, obs: np.ndarray, starts: np.ndarray, begins: np.ndarray) -> None:
         """Handle rows that restart before their episode has ended: allowed only at the beginning of a rollout.
@@ -190,7 +201,7 @@ class EpisodeStorage(RolloutBuffer):
             log_probs: (E, L) log-probabilities of the codes.
         """
         drawn = np.flatnonzero(obs[0] == self.not_drawn)  # (L,)
-        self._fill[:] = 0  # no episode is unfinished
+        self._fill[:], self._late = 0, []  # no episode is unfinished
         self._start_envs, self._start_slots, self._start_grids = [], [], []
         self._begin(np.arange(self.n_envs), obs)
         slots = np.arange(len(drawn))
@@ -254,6 +265,7 @@ class EpisodeStorage(RolloutBuffer):
 
     def _slots(self) -> tuple[np.ndarray, np.ndarray]:
         """Slot and environment of every finished transition, (N,) each; if there are none, of the unfinished ones."""
+        self._receive()
         if self._flat is None:
             envs, slots, mask, *_ = self._finished()
             if not len(envs):
@@ -274,6 +286,7 @@ class EpisodeStorage(RolloutBuffer):
 
     def state_dict(self) -> dict[str, Any]:
         """The unfinished episodes at the beginning of a rollout, for a checkpoint."""
+        self._receive()
         longest = int(self._fill.max(initial=0))
         arrays = {name: getattr(self, name)[:longest] for name in self._columns}
         envs, slots, grids = self._open_episodes()
@@ -298,6 +311,7 @@ class EpisodeStorage(RolloutBuffer):
             name: array_of(state["arrays"][name], name, shape, getattr(self, name).dtype, 0, self.not_drawn - 1)
             for name in self._columns
         }
+        self._late = []
         for name, values in arrays.items():
             getattr(self, name)[:longest] = values
         self._fill, self._start_envs, self._start_slots, self._start_grids = fill, [envs], [slots], [grids]

@@ -23,6 +23,20 @@ from ral_gym.priors.sampler import draw
 from ral_gym.runs.checked_state import array_of
 
 Masks = np.ndarray | Tensor | None
+FORBIDDEN = -1e8
+"""The logit of an illegal code, sb3-contrib's."""
+
+
+def _checked(action_masks: np.ndarray | Tensor, logits: Tensor) -> Tensor:
+    """Masks (N, K) or (K,) on the device of the logits (N, K), looked at where they are.
+
+    Raises:
+        ValueError: a row forbids every code.
+    """
+    masks = torch.as_tensor(action_masks, dtype=torch.bool).reshape(-1, logits.shape[1])
+    if not bool(masks.any(1).all()):
+        raise ValueError("action_masks forbid every code: leave at least one legal")
+    return masks.to(logits.device, non_blocking=True)
 
 
 class MaskablePriorPolicy(PriorPolicy):
@@ -35,28 +49,31 @@ class MaskablePriorPolicy(PriorPolicy):
     def _masked(self, logits: Tensor, action_masks: Masks) -> MaskableCategoricalDistribution:
         distribution = MaskableCategoricalDistribution(self.prior.codebook_size).proba_distribution(logits)
         if action_masks is not None:
-            masks = torch.as_tensor(action_masks, dtype=torch.bool, device=logits.device)
-            masks = masks.reshape(-1, logits.shape[1])
-            if not bool(masks.any(1).all()):
-                raise ValueError("action_masks forbid every code: leave at least one legal")
-            distribution.apply_masking(masks.expand(logits.shape))
+            distribution.apply_masking(_checked(action_masks, logits).expand(logits.shape))
         return distribution
+
+    def _masked_logits(self, logits: Tensor, action_masks: Masks) -> Tensor:
+        """The logits of `_masked`, number for number, but without a distribution's checks, for which a GPU waits."""
+        logits = logits - logits.logsumexp(1, keepdim=True)
+        if action_masks is not None:
+            logits = logits.masked_fill(~_checked(action_masks, logits), FORBIDDEN)
+        return logits - logits.logsumexp(1, keepdim=True)
 
     def forward(
         self, obs: Tensor, deterministic: bool = False, action_masks: Masks = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Act in a rollout, like `PriorPolicy.forward`, with legal codes only."""
         features, logits, position, stop = self._look(obs, "rollout")
-        distribution = self._masked(logits, action_masks)
-        actions = self._choose(distribution, deterministic)
+        masked = self._masked_logits(logits, action_masks)
+        actions = self._choose(masked, deterministic)
         if self.use_cache and not torch.is_grad_enabled():
             self.cache.draw(actions)
         if self.plain_log_probs:
-            distribution = self._masked(self.prior.logits(features, position), action_masks)
-        return actions, self._values(features, position, stop), distribution.log_prob(actions)
+            masked = self._masked_logits(self.prior.logits(features, position), action_masks)
+        log_prob = masked.gather(1, actions[:, None])[:, 0]
+        return actions, self._values(features, position, stop), log_prob
 
-    def _choose(self, distribution: MaskableCategoricalDistribution, deterministic: bool) -> Tensor:
-        logits = distribution.distribution.logits
+    def _choose(self, logits: Tensor, deterministic: bool) -> Tensor:
         if deterministic:
             return logits.argmax(1)
         return draw(logits, torch.rand(len(logits), device=logits.device, dtype=torch.float32))[0]
@@ -97,7 +114,8 @@ class MaskablePriorPolicy(PriorPolicy):
     _predict_masks: Masks = None
 
     def _predict(self, observation: Tensor, deterministic: bool = False) -> Tensor:  # type: ignore[override]
-        actions = self._choose(self.get_distribution(observation, self._predict_masks), deterministic)
+        distribution = self.get_distribution(observation, self._predict_masks)
+        actions = self._choose(distribution.distribution.logits, deterministic)
         if self.use_cache and not torch.is_grad_enabled():
             self._caches["predict"].draw(actions)
         return actions

@@ -30,6 +30,7 @@ from ral_gym.errors import ConfigError
 from ral_gym.priors.base import Prior
 from ral_gym.priors.guidance import Sampling, check_guidance
 from ral_gym.priors.sampler import CachedSampler, draw
+from ral_gym.priors.transfer import indices_on, on_device
 
 __all__ = ["PixelCNNPolicy", "PriorPolicy", "PriorWeights", "ValueHead", "check_for_trpo"]
 
@@ -161,7 +162,13 @@ class PriorPolicy(ActorCriticPolicy):
         frozen = f"prior.{getattr(self.prior, 'frozen', None)}."
         trained = [weight for name, weight in self.named_parameters() if not name.startswith(frozen)]
         self.optimizer = self.optimizer_class(trained, lr=lr_schedule(1), **self.optimizer_kwargs)  # type: ignore[call-arg]
+        # A fused optimizer does not raise its parameters' versions, by which the caches notice new weights.
+        self.optimizer.register_step_post_hook(lambda *_: self._forget())
         self.set_training_mode(False)
+
+    def _forget(self) -> None:
+        for cache in self._caches.values():
+            cache.forget()
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         return {
@@ -185,8 +192,7 @@ class PriorPolicy(ActorCriticPolicy):
         super().set_training_mode(mode)
         self.prior.eval()
         if mode:
-            for cache in self._caches.values():
-                cache.forget()
+            self._forget()
 
     @property
     def cache(self) -> StepCache:
@@ -279,26 +285,26 @@ class PriorPolicy(ActorCriticPolicy):
         """All codes of lockstep episodes at once, as `forward` would draw them step by step from the same random state.
 
         Args:
-            obs: (E, L) observations that share start and stop, but may differ in their labels.
+            obs: (E, L) observations that share start and stop, but may differ in their labels; best on the host, where
+                they are looked at.
             with_values: also compute values (one pass more).
 
         Returns:
             sequences (E, L) int64 with the tokens K + 1 where nothing is drawn, values (E, L), log-probabilities
             (E, L); both are 0 at given and never drawn positions, and at the label.
         """
-        codes = obs.long()
-        grid = self.prior.grid
-        given = first_not_drawn(codes[:1], self.prior.codebook_size)
-        length = int(self._stop(codes[:1]))
+        seen, grid = obs.cpu().long(), self.prior.grid
+        given, length = int(first_not_drawn(seen[:1], self.prior.codebook_size)), int(self._stop(seen[:1]))
         rows = grid.rows_of(length)
-        image = torch.from_numpy(grid.mask(0, rows)).to(codes.device)  # (L,)
-        to_draw = codes == self.prior.codebook_size  # (E, L)
+        image = on_device(np.flatnonzero(grid.mask(0, rows)), self.device)  # (T',)
+        to_draw = seen == self.prior.codebook_size  # (E, L), on the host
+        codes = seen.to(self.device, non_blocking=True)
         sampler = self.cache.sampler()
         if grid.levels == 1:  # episodes may begin inside a row
-            drawn, drawn_log_probs = cast(CachedSampler, sampler).sample(codes=codes, start=int(given), stop=length)
+            drawn, drawn_log_probs = cast(CachedSampler, sampler).sample(codes=codes, start=given, stop=length)
         else:
-            given_rows = int(given) // grid.width
-            if not np.array_equal(to_draw[0].cpu().numpy(), grid.mask(given_rows, rows)):
+            given_rows = given // grid.width
+            if not np.array_equal(to_draw[0].numpy(), grid.mask(given_rows, rows)):
                 raise ConfigError("draw_round draws whole rows: episodes that begin inside one need fast_path=False")
             drawn, drawn_log_probs = sampler.sample(codes=codes, prefix_rows=given_rows, stop_rows=rows)
         self.cache.forget()
@@ -306,14 +312,14 @@ class PriorPolicy(ActorCriticPolicy):
         grids[:, image], log_probs[:, image] = drawn, drawn_log_probs.float()
         values = torch.zeros(codes.shape, dtype=torch.float32, device=codes.device)
         if with_values or self.plain_log_probs:
-            row, position = to_draw.nonzero(as_tuple=True)
+            row, position = indices_on(self.device, *np.nonzero(to_draw.numpy()))
             episodes = Episodes(grids, row, position, length)
             features, position, stops = self._features(episodes)
             if with_values:
-                values[to_draw] = self._values(features, position, stops).flatten().float()
+                values[row, position] = self._values(features, position, stops).flatten().float()
             if self.plain_log_probs:
                 logits = self.episode_logits(episodes, features)
-                log_probs[to_draw] = _log_prob(logits, grids[to_draw]).float()
+                log_probs[row, position] = _log_prob(logits, grids[row, position]).float()
         return grids, values, log_probs
 
     def evaluate_actions(self, obs: Tensor | Episodes, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]

@@ -66,15 +66,17 @@ class StepCache:
         """
         sampler = self.sampler()
         position = first_not_drawn(codes, self.prior.codebook_size)  # (B,)
-        stale = torch.ones(len(codes), dtype=torch.bool)  # (B,)
+        stale = torch.ones_like(position)  # (B,)
         if self._expected is not None and self._expected.shape == codes.shape:
-            stale = (codes != self._expected).any(1)
-        misses = int(stale.sum())  # the one transfer from the device
+            stale = (codes != self._expected).any(1).long()
+        seen, at = torch.stack([stale, position]).cpu()  # the one transfer from the device
+        misses = int(seen.sum())
         if misses == len(codes):
-            sampler.begin(codes, position)
+            sampler.begin(codes, at)
         elif misses:
-            rows = stale.nonzero().squeeze(1)
-            sampler.rebuild(rows, codes[rows], position[rows])
+            rows = seen.nonzero().squeeze(1)  # on the host
+            there = rows.to(codes.device, non_blocking=True)
+            sampler.rebuild(rows, codes[there], at[rows])
         self.misses += misses
         self.hits += len(codes) - misses
         self._expected = codes.clone()

@@ -341,7 +341,7 @@ class GenerationCore:
     def _score(self, sequences: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Sequences of n codes (m, n) or (m, n + 1) -> score map (m, r, w), step rewards (m, n), in one transfer."""
         assert self.world.scorer is not None
-        given = torch.from_numpy(sequences).to(self.device).long()
+        given = torch.from_numpy(sequences).to(self.device, non_blocking=True).long()
         codes, labels = self.grid.without_labels(given), self.grid.labels_of(given)
         score_map, step_rewards = self.world.scorer(codes) if labels is None else self.world.scorer(codes, labels)
         flat = torch.cat([score_map.flatten(1), step_rewards], 1).float().cpu().numpy()  # (m, r * w + n)

@@ -6,7 +6,8 @@
     print(device.counts)                                # kernels, nodes, captures, replays, syncs, h2d, d2h
 
 What is raised as a real device would: tensors of both devices in one call, a generator of the other device, `numpy()`
-of a CUDA tensor. Whatever waits for the device is counted as `syncs`. `torch.cuda.graph` records operations on the
+of a CUDA tensor. Whatever waits for the device is counted as `syncs`, and a copy to the device that is not
+`non_blocking`, for which PyTorch waits too, as `blocking`. `torch.cuda.graph` records operations on the
 tensors they were called with, leaves memory as it was, and refuses what cannot be captured: anything that waits, copies
 between the devices, boolean masks, other generators. `replay` does the recorded operations again, on the same memory
 and with the same numbers: a result that follows a Python variable, or a tensor put in another's place, shows.
@@ -168,19 +169,23 @@ class Python(TorchFunctionMode):
         if name == "__get__":
             return self._get(func, args)
         found = tensors(args, kwargs)
+        if name == "pin_memory":
+            return args[0].clone()
         if name in ("to", "cpu", "cuda") and found:
             return self._move(name, *args, **kwargs)
         here, there = ([x for x in found if on_device(x) == side] for side in (False, True))
         if name in ("numpy", "__array__") and there:
             raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first")
         if there and name in READS:
-            return func(*args, **kwargs)  # counted below, by its operator
+            if name == "tolist":  # C++ reads all of it at once
+                device.cross(to_device=False)
+            return func(*args, **kwargs)  # others are counted below, by their operator
         if there and [x for x in here if x.dim()] and name not in SHARED:
             raise RuntimeError(f"{name}: {MIXED}")
         if name in ("__getitem__", "__setitem__") and found:
             self._index(name, args)
         if name == "copy_" and len(found) == 2 and on_device(found[0]) != on_device(found[1]):
-            device.cross(to_device=on_device(found[0]))
+            device.cross(to_device=on_device(found[0]), blocking=not (kwargs.get("non_blocking") or True in args[2:]))
         target = torch.device(kwargs["device"]) if kwargs.get("device") is not None else None
         if target is None or target.type not in ("cuda", "cpu"):
             target = CUDA if there and target is None else target
@@ -217,16 +222,17 @@ class Python(TorchFunctionMode):
         other = tensors(args, kwargs)
         copies = bool(kwargs.pop("copy", False))
         if name == "to":
-            target, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
+            target, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
             target = target if not other else CUDA if on_device(other[0]) else CPU
         else:
-            target, dtype = (CPU if name == "cpu" else CUDA), None
+            target, dtype, non_blocking = (CPU if name == "cpu" else CUDA), None, bool(kwargs.get("non_blocking"))
         there = on_device(x)
         goes = there if target is None else target.type == "cuda"
         if target is not None and target.type not in ("cpu", "cuda"):
             return x.to(*args, **kwargs)
         if goes != there:
-            self.device.cross(to_device=goes)
+            self.device.cross(to_device=goes, blocking=not non_blocking)
+            self.device.sent[x.dtype] += x.numel() if goes else 0
         out = x if dtype is None else x.to(dtype)
         if goes != there or kwargs.get("memory_format") is not None or copies:
             if out is x:
@@ -266,14 +272,17 @@ class Device:
     """The pretended device.
 
     Attributes:
-        counts: `kernels` started one by one, `nodes` and `replays` of graphs, `captures`, `syncs`, `h2d`, `d2h`.
+        counts: `kernels` started one by one, `nodes` and `replays` of graphs, `captures`, `syncs`, the copies `h2d` and
+            `d2h`, and `blocking`, those of `h2d` for which the host waits.
         operators: the kernels by operator.
+        sent: how many numbers of a type `Tensor.to` and `Tensor.cuda` have copied to the device.
     """
 
     def __init__(self, tf32: bool = False) -> None:
         self.tf32 = tf32
         self.counts: Counter[str] = Counter()
         self.operators: Counter[str] = Counter()
+        self.sent: Counter[torch.dtype] = Counter()
         self.recording: Graph | None = None
         self.making = False
         self.current = 0  # how many `torch.cuda.device` are entered
@@ -286,16 +295,14 @@ class Device:
             self.refuse(what)
         self.counts["syncs"] += 1
 
-    def cross(self, to_device: bool) -> None:
-        """A copy between the devices; the host waits for its result, but not for a copy to the device.
-
-        CUDA takes up to 64 KiB of pageable memory without waiting, and what tests copy is small.
-        """
+    def cross(self, to_device: bool, blocking: bool = True) -> None:
+        """A copy between the devices; the host waits, except for a copy to the device that is not `blocking`."""
         if self.recording is not None:
             self.refuse("a copy between the devices")
         if not to_device:
             self.wait("a copy to the host")
         self.counts["h2d" if to_device else "d2h"] += 1
+        self.counts["blocking"] += to_device and blocking
 
     @contextmanager
     def entered(self, device: Any) -> Iterator[None]:
@@ -344,6 +351,8 @@ def pretend_cuda(tf32: bool = False) -> Iterator[Device]:
         "get_device_name": lambda device=None: "pretended",
         "synchronize": lambda of=None: device.wait("synchronize"),
         "empty_cache": lambda: None,
+        "mem_get_info": lambda device=None: (80 * 2**30, 80 * 2**30),
+        "memory_reserved": lambda device=None: 0,
         "max_memory_allocated": lambda device=None: 0,
         "reset_peak_memory_stats": lambda device=None: None,
         "manual_seed": lambda seed: None,  # the CPU's generator stands in, and is seeded already

@@ -318,7 +318,7 @@ def at_call(number: int, function: Callable[..., Any]) -> Callable[..., Any]:
 
 CRITIC, REINFORCE = "ral_gym.agents.rewards.co_trained_critic", "ral_gym.agents.algorithms.reinforce.Reinforce"
 NOT_A_NUMBER = [
-    ("vqvae", "ral_gym.stages.train_vqvae.to_float", 15, "the loss is nan at step 15; ", 14),
+    ("vqvae", "ral_gym.stages.train_vqvae.float_batch", 15, "the loss is nan at step 15; ", 14),
     ("prior", "ral_gym.stages.scheduled_sampling.maximum_likelihood_loss", 15, "the loss is nan at step 15; ", 14),
     (
         "ral",

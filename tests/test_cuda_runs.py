@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -106,3 +107,24 @@ def test_a_stage_3_that_was_stopped_goes_on(tmp_path: Path, settings: list[str])
         shutil.copy(kept, checkpoint)
         assert main(command) == 0
     assert (tmp_path / "run/policy.safetensors").read_bytes() == whole
+
+
+@pytest.mark.parametrize(("stages", "needs"), [(["vqvae"], "stage 1 "), (["vqvae", "prior"], "stage [12] ")])
+def test_a_device_with_too_little_memory_is_refused_before_anything_is_trained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], stages: list[str], needs: str
+) -> None:
+    command = ["train", *SMALL, "--stages", *stages, "--runs", str(tmp_path), "--gradient-accumulation", "2"]
+    with pretend_cuda(), mock.patch.object(torch.cuda, "mem_get_info", lambda device=None: (2**16, 2**30)):
+        assert main(command) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert re.search(needs + r".*needs 0\.\d GiB, but device 'cuda' has 0\.0 GiB free", said)
+    assert "--gradient-accumulation 4 or --mixed-precision bf16" in said and "batch-size" in said
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_memory_counts_for_stages_that_are_still_to_be_trained(tmp_path: Path) -> None:
+    command = ["train", *SMALL, "--stages", "vqvae", "--vqvae.training-steps", "2", "--runs", str(tmp_path)]
+    with pretend_cuda():
+        assert main(command) == 0
+        with mock.patch.object(torch.cuda, "mem_get_info", lambda device=None: (0, 2**30)):
+            assert main(command) == 0

@@ -5,7 +5,16 @@ import pytest
 import torch
 from stable_baselines3 import PPO
 
-from ral_gym.agents import EpisodeRolloutBuffer, PixelCNNPolicy, PriorWeights, Reinforce, make_sb3_env
+from ral_gym.agents import (
+    ALGORITHMS,
+    EpisodeRolloutBuffer,
+    PixelCNNPolicy,
+    PriorWeights,
+    Reinforce,
+    algorithm_defaults,
+    make_sb3_env,
+    policy_for,
+)
 from ral_gym.errors import ConfigError
 from ral_gym.priors.pixelcnn import PixelCNN
 
@@ -179,3 +188,42 @@ def test_a_prior_of_another_size_is_refused(prior, message: str) -> None:
     env = make_sb3_env("ral_gym/Toy-v0", 1)
     with pytest.raises(ConfigError, match=message):
         Reinforce(PixelCNNPolicy, env, device="cpu", policy_kwargs={"prior": prior()})
+
+
+@torch.no_grad()
+def test_masked_draws_are_legal_and_their_log_probs_those_of_the_masked_distribution() -> None:
+    env = make_sb3_env("ral_gym/Toy-v0", 6, seed=0)
+    arguments = algorithm_defaults("maskable_ppo", env, prior=tiny_prior()) | {"seed": 0, "device": "cpu"}
+    policy = ALGORITHMS["maskable_ppo"](policy_for("maskable_ppo"), env, **arguments).policy
+    obs = torch.full((200, T), K, dtype=torch.int16)
+    masks = np.random.default_rng(0).random((200, K)) < 0.4
+    masks[:, 3] |= ~masks.any(1)
+    actions, _, log_prob = policy(obs, action_masks=masks)
+    assert masks[np.arange(200), actions.numpy()].all() and len(actions.unique()) == K
+    assert torch.equal(log_prob, policy.get_distribution(obs, masks).log_prob(actions))
+    assert (log_prob - policy.get_distribution(obs).log_prob(actions) > 0.1).any()
+    masks[7] = False
+    with pytest.raises(ValueError, match="forbid every code"):
+        policy(obs, action_masks=masks)
+
+
+def test_the_cache_notices_the_step_of_a_fused_optimizer() -> None:
+    """Which does not raise its parameters' versions."""
+    model = make_ppo()
+    policy = model.policy
+    obs = torch.full((3, T), K, dtype=torch.int16)
+    with torch.no_grad():
+        policy(obs)
+    for weight in policy.parameters():
+        weight.grad = torch.ones_like(weight)
+    versions = [weight._version for weight in policy.parameters()]
+    with torch.no_grad():
+        policy.optimizer.step(lambda: None)
+        for weight, version in zip(policy.parameters(), versions, strict=True):
+            torch._C._autograd._unsafe_set_version_counter((weight,), (version,))
+        found = policy.get_distribution(obs).distribution.logits
+        again = policy(obs)[1]
+    policy.use_cache = False
+    with torch.no_grad():
+        torch.testing.assert_close(found, policy.get_distribution(obs).distribution.logits, rtol=0, atol=1e-5)
+        torch.testing.assert_close(again, policy(obs)[1], rtol=0, atol=1e-5)

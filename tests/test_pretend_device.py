@@ -49,6 +49,7 @@ def test_what_a_real_device_refuses_is_refused(
         (lambda x: x.item() if x.dim() == 0 else x[0].item(), 1),
         (lambda x: bool((x > 0).all()), 1),
         (lambda x: x.cpu(), 1),
+        (lambda x: x.tolist(), 1),
         (lambda x: x[x > 0], 1),
         (lambda x: (x > 0).nonzero(), 1),
         (lambda x: x + torch.tensor([1.0, 2.0, 3.0]).to("cuda"), 0),
@@ -59,6 +60,26 @@ def test_waits_are_counted(device: Device, work: Callable[[Tensor], Any], waits:
     device.counts.clear()
     work(x)
     assert device.counts["syncs"] == waits
+
+
+@pytest.mark.parametrize(
+    ("copy", "blocking"),
+    [
+        (lambda host, there: torch.as_tensor(host, device="cuda"), 1),
+        (lambda host, there: host.to("cuda"), 1),
+        (lambda host, there: host.to("cuda", non_blocking=True), 0),
+        (lambda host, there: host.cuda(non_blocking=True), 0),
+        (lambda host, there: there.copy_(host), 1),
+        (lambda host, there: there.copy_(host, non_blocking=True), 0),
+    ],
+)
+def test_copies_to_the_device_that_wait_are_counted(
+    device: Device, copy: Callable[[Tensor, Tensor], Any], blocking: int
+) -> None:
+    host, there = torch.ones(3), torch.zeros(3, device="cuda")
+    device.counts.clear()
+    copy(host, there)
+    assert (device.counts["h2d"], device.counts["blocking"], device.counts["syncs"]) == (1, blocking, 0)
 
 
 def recorded(device: Device, work: Callable[[], Any]) -> Any:

@@ -203,10 +203,11 @@ class EpisodeAlgorithm(OnPolicyAlgorithm):
         rollout_buffer.reset()
         callback.on_rollout_start()
         obs: np.ndarray = self._last_obs  # type: ignore[assignment]
-        codes, values, log_probs = self.policy.draw_round(
-            torch.as_tensor(obs, device=self.device), with_values=self.needs_values
-        )
-        new_obs, rewards, dones, infos = env.step_round(codes.to(env.core.device))
+        drawn = self.policy.draw_round(torch.from_numpy(obs), with_values=self.needs_values)
+        # One transfer for everything: codes are whole numbers below 2**15, which float32 holds exactly.
+        codes, values, log_probs = torch.stack([part.float() for part in drawn]).cpu().numpy()  # (E, L) each
+        codes = codes.astype(np.int64)
+        new_obs, rewards, dones, infos = env.step_round(codes)
         self.num_timesteps += int((obs == rollout_buffer.not_drawn).sum())
         callback.update_locals(locals())
         if not callback.on_step():
@@ -214,7 +215,7 @@ class EpisodeAlgorithm(OnPolicyAlgorithm):
         self._update_info_buffer(infos, dones)
         if env.world.oracle is not None:  # every code got its reward when it was drawn
             rewards = np.stack([info["step_rewards"] for info in infos])  # (E, T)
-        rollout_buffer.add_round(obs, codes.cpu().numpy(), rewards, values.cpu().numpy(), log_probs.cpu().numpy())
+        rollout_buffer.add_round(obs, codes, rewards, values, log_probs)
         self._last_obs, self._last_episode_starts = new_obs, dones
         rollout_buffer.compute_returns_and_advantage()
         callback.update_locals(locals())

@@ -141,7 +141,7 @@ class CriticCallback(RolloutReward):
         elif grid.classes:
             labels = env.core.labels.draw_many(self.rng, env.num_envs)
             codes[:, -1] = grid.first_label + torch.from_numpy(labels)
-        drawn, _, _ = policy.draw_round(codes.to(policy.device), with_values=False)
+        drawn, _, _ = policy.draw_round(codes, with_values=False)
         return FinishedImages(drawn.cpu(), grid)
 
     def _report(self, rewards: np.ndarray, metrics: dict[str, float]) -> None:

@@ -45,6 +45,7 @@ def train(arguments: TrainArguments, console: Console) -> dict[str, Any]:
     """
     from ral_gym.agents.algorithm import check_stage
     from ral_gym.commands.extras import check_extras
+    from ral_gym.commands.memory import check_memory
     from ral_gym.rewards.making import check_rewards
     from ral_gym.rewards.options import judge_notes
     from ral_gym.rewards.provenance import check_reward_files
@@ -85,8 +86,10 @@ def train(arguments: TrainArguments, console: Console) -> dict[str, Any]:
             check_measuring(run)
         if main and config.preset in PRESETS.builtin:
             _say(console, effect_notes(config, PRESETS[config.preset]))
+        pipeline = Pipeline(run, device, arguments, console)
+        check_memory(run, stages, device, pipeline.compute)
         with run.locked() if main else nullcontext():
-            return _run_stages(Pipeline(run, device, arguments, console), stages, console)
+            return _run_stages(pipeline, stages, console)
     except (RalGymError, OSError):
         if main:
             run.discard_if_empty()

@@ -335,10 +335,11 @@ def split_label(sequence: Tensor, codebook_size: int, largest: int) -> tuple[Ten
     """
     first = codebook_size + 2
     labels = sequence[:, -1:] - first  # (B, 1)
-    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) <= largest:
+    least, most = torch.stack(labels.aminmax()).tolist() if len(labels) else (0, 0)
+    if not 0 <= least <= most <= largest:
         raise ConfigError(
             f"the last entry of a sequence is its label, {first}..{first + largest}: found "
-            f"{int(labels.min()) + first}..{int(labels.max()) + first}"
+            f"{least + first}..{most + first}"
         )
     return sequence[:, :-1], labels
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from ral_gym.errors import ConfigError
 from ral_gym.priors.base import Prior, check_condition, given_codes
 from ral_gym.priors.guidance import PLAIN, Sampling, check_guidance, guided_logits
+from ral_gym.priors.transfer import on_device
 
 
 def likeliest(logits: Tensor, top_k: int, top_p: float) -> Tensor:
@@ -28,12 +29,26 @@ def likeliest(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     if top_p < 1:
         ordered, order = logits.sort(dim=1, descending=True, stable=True)
         probs = ordered.softmax(1)
-        before = probs.cumsum(1) - probs  # (B, K), of the codes that are likelier
+        before = running_sum(probs) - probs  # (B, K), of the codes that are likelier
         before[:, 0] = 0  # rounding must not drop the likeliest
         logits = logits.masked_fill(
             torch.zeros_like(before, dtype=torch.bool).scatter(1, order, before >= top_p), -torch.inf
         )
     return logits
+
+
+def running_sum(x: Tensor) -> Tensor:
+    """`cumsum` over the columns of (B, K); by repeatable additions where `torch.use_deterministic_algorithms` asks so.
+
+    CUDA's `cumsum` refuses to run then.
+    """
+    if not (x.is_cuda and torch.are_deterministic_algorithms_enabled()):
+        return x.cumsum(1)
+    shift = 1
+    while shift < x.shape[1]:
+        x = torch.cat([x[:, :shift], x[:, shift:] + x[:, :-shift]], 1)
+        shift *= 2
+    return x
 
 
 def draw(
@@ -58,7 +73,8 @@ def draw(
     if top_k or top_p < 1:
         logits = likeliest(logits, top_k, top_p)
     probs = torch.softmax(logits, dim=1)  # (B, K)
-    cumulative = probs.cumsum(dim=1)  # (B, K)
+    # CUDA may sum in another order from code to code: the sum must not step where there is no probability.
+    cumulative = running_sum(probs).masked_fill(probs == 0, 0).cummax(1).values  # (B, K)
     # Rounding leaves the total near 1; the last code of positive probability is just below, whatever the uniform.
     uniforms = uniforms.to(logits.dtype) * (1 - torch.finfo(logits.dtype).eps)
     codes = torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True)  # (B, 1)
@@ -107,21 +123,30 @@ class Request:
         self.generator = generator
         self.condition = condition
         self.uniforms = uniforms
+        if uniforms is None and generator is not None and generator.device != like.device:
+            self.uniforms = self._all_uniforms(like.device)
         # Batch rows that start later are drawn along with the others, but keep their given codes up to their start.
-        self.starts = None if (starts == starts[0]).all() else torch.as_tensor(starts, device=like.device)
+        self.starts = None if (starts == starts[0]).all() else on_device(starts, like.device)
         self.codes = codes[:, :stop].clamp(max=prior.codebook_size - 1)  # (B, stop)
         self.drawn: list[Tensor] = []  # (B,) per position
         self.log_probs: list[Tensor] = []
         self.dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+
+    def _all_uniforms(self, device: torch.device) -> Tensor:
+        """The uniforms (B, stop) that drawing position by position takes from another device's generator."""
+        generator, rows = self.generator, max(self.stop - self.begin, 0)
+        assert generator is not None
+        drawn = torch.rand(rows, self.batch_size, generator=generator, device=generator.device, dtype=torch.float32)
+        uniforms = torch.zeros(self.batch_size, self.stop, dtype=torch.float32, device=device)
+        uniforms[:, self.begin :] = drawn.T.to(device, non_blocking=True)
+        return uniforms
 
     def draw(self, logits: Tensor, position: int) -> Tensor:
         """Draw every batch row's code at the next position from logits (B, K); returns (B,) int64."""
         if self.uniforms is not None:
             uniforms = self.uniforms[:, position]
         else:
-            device = logits.device if self.generator is None else self.generator.device
-            uniforms = torch.rand(self.batch_size, generator=self.generator, device=device, dtype=torch.float32)
-            uniforms = uniforms.to(logits.device)
+            uniforms = torch.rand(self.batch_size, generator=self.generator, device=logits.device, dtype=torch.float32)
         codes, log_probs = draw(logits, uniforms, self.temperature, self.sampling.top_k, self.sampling.top_p)
         if self.starts is not None:
             given = self.starts > position  # (B,)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ral_gym.priors.base import Prior
+from ral_gym.priors.transfer import indices_on, on_device
 
 logger = logging.getLogger("ral_gym")
 _told: set[type] = set()
@@ -72,7 +73,7 @@ class FullPassCache:
     def fill(self, rows: Tensor | slice, codes: Tensor, positions: np.ndarray, condition: Tensor | None = None) -> None:
         """Enter the codes (n, T') before positions (n,); the others are 0 until they are drawn."""
         length = codes.shape[1]
-        given = torch.arange(length, device=codes.device) < torch.as_tensor(positions, device=codes.device)[:, None]
+        given = torch.arange(length, device=codes.device) < on_device(positions, codes.device)[:, None]
         filled = codes.clamp(max=self.prior.codebook_size - 1).masked_fill(~given, 0)  # (n, T')
         self._codes[rows] = torch.nn.functional.pad(filled, (0, self._codes.shape[1] - length))
         if condition is not None:
@@ -86,7 +87,7 @@ class FullPassCache:
 
     def step_at(self, grid_rows: np.ndarray, columns: np.ndarray) -> None:
         """Features and logits of the batch rows, each at a position of its own (B,)."""
-        position = torch.as_tensor(grid_rows * self.prior.width + columns, device=self._rows.device)
+        position = on_device(grid_rows * self.prior.width + columns, self._rows.device)
         self._look(position, int(grid_rows.max()) + 1)
 
     def _look(self, position: Tensor, rows: int) -> None:
@@ -107,7 +108,7 @@ class FullPassCache:
 
     def put_at(self, rows: np.ndarray, codes: Tensor, grid_rows: np.ndarray, columns: np.ndarray) -> None:
         """Enter the codes (n,) of some batch rows (n,), each at a position of its own."""
-        at, position = (torch.as_tensor(x, device=codes.device) for x in (rows, grid_rows * self.prior.width + columns))
+        at, position = indices_on(codes.device, rows, grid_rows * self.prior.width + columns)
         self._codes[at, position] = codes
 
     def next_row(self, row: int) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ral_gym.errors import ConfigError
 from ral_gym.priors.base import Cache, Packed, logits_of
+from ral_gym.priors.transfer import on_device
 
 
 @dataclass(frozen=True)
@@ -193,18 +194,18 @@ class GuidedCache:
     def step(self, row: int, column: int) -> None:
         """Features and logits of all batch rows at one position."""
         self._cache.step(row, column)
-        self._read(torch.tensor(row * self.prior.width + column >= self._last))
+        self._read(np.full((1, 1), row * self.prior.width + column >= self._last))
 
     def step_at(self, grid_rows: np.ndarray, columns: np.ndarray) -> None:
         """Features and logits of the batch rows, each at a position of its own (B,)."""
         self._cache.step_at(np.tile(grid_rows, 2), np.tile(columns, 2))
-        self._read(torch.as_tensor(grid_rows * self.prior.width + columns >= self._last)[:, None])
+        self._read((grid_rows * self.prior.width + columns >= self._last)[:, None])
 
-    def _read(self, plain: Tensor) -> None:
-        """Mix the inner cache's logits where (B, 1) or () is False."""
+    def _read(self, plain: np.ndarray) -> None:
+        """Mix the inner cache's logits where (B, 1) or (1, 1) is False."""
         self.features = self._cache.features[: self.batch]
         of_class, of_none = self._cache.logits.split(self.batch)
-        self.logits = torch.where(plain.to(of_class.device), of_class, mix(of_class, of_none, self._scale))
+        self.logits = torch.where(on_device(plain, of_class.device), of_class, mix(of_class, of_none, self._scale))
 
     def put(self, codes: Tensor, row: int, column: int) -> None:
         """Enter the codes (B,) of all batch rows at one position."""

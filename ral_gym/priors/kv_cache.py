@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ral_gym.errors import ConfigError
+from ral_gym.priors.transfer import indices_on, on_device
 
 Transformer = Any
 """`ral_gym.priors.causal.CausalTransformer`, which imports this file."""
@@ -97,7 +98,7 @@ class KVCache:
             positions: (n,) int64 on the host, 0..T'.
             condition: (n, 1) int64, labels, for a network with classes.
         """
-        given = torch.as_tensor(positions, device=codes.device)[:, None] > self._slots[: codes.shape[1]]  # (n, T')
+        given = on_device(positions, codes.device)[:, None] > self._slots[: codes.shape[1]]  # (n, T')
         codes = codes.clamp(max=self.prior.codebook_size - 1).masked_fill(~given, 0)
         self._codes[rows, : codes.shape[1]] = codes
         labels = self._unlabelled(len(codes)) if condition is None else condition[:, 0]
@@ -138,7 +139,7 @@ class KVCache:
 
     def step_at(self, grid_rows: np.ndarray, columns: np.ndarray) -> None:
         """Features and logits of the batch rows, each at a position of its own (B,)."""
-        slots = torch.as_tensor(grid_rows * self.prior.width + columns, device=self._codes.device)  # (B,)
+        slots = on_device(grid_rows * self.prior.width + columns, self._codes.device)  # (B,)
         last = int((grid_rows * self.prior.width + columns).max())
         before = self._codes[self._rows, (slots - 1).clamp(min=0)]  # (B,)
         x = self.prior.embed_at(before, self._labels, slots)  # (B, C)
@@ -189,7 +190,7 @@ class KVCache:
 
     def put_at(self, rows: np.ndarray, codes: Tensor, grid_rows: np.ndarray, columns: np.ndarray) -> None:
         """Enter the codes (n,) of some batch rows (n,), each at a position of its own."""
-        at, slots = (torch.as_tensor(x, device=codes.device) for x in (rows, grid_rows * self.prior.width + columns))
+        at, slots = indices_on(codes.device, rows, grid_rows * self.prior.width + columns)
         self._codes[at, slots] = codes
 
     def next_row(self, row: int) -> None:

@@ -26,6 +26,7 @@ from ral_gym.priors.condition import upsample
 from ral_gym.priors.cuda_graphs import CudaGraphs
 from ral_gym.priors.layers import gate
 from ral_gym.priors.packed_weights import PackedWeights
+from ral_gym.priors.transfer import indices_on, on_device
 
 
 class SamplingCache:
@@ -125,7 +126,7 @@ class SamplingCache:
         count, length = codes.shape
         grid_rows = np.minimum(positions, length - 1) // self.width
         last, reach = int(grid_rows.max()), self.reach
-        given = torch.arange(length, device=codes.device) < torch.as_tensor(positions, device=codes.device)[:, None]
+        given = torch.arange(length, device=codes.device) < on_device(positions, codes.device)[:, None]
         codes = codes.clamp(max=self._nothing - 1).masked_fill(~given, self._nothing)
         tokens = self._tokens.new_full((count, *self._tokens.shape[1:]), self._nothing)
         tokens[:, reach : reach + length // self.width, reach:-reach] = codes.view(count, -1, self.width)
@@ -148,7 +149,7 @@ class SamplingCache:
         whole = bool(weights.attention_of) and bool(positions.any())  # all grid rows of the horizontal stack are needed
         at = torch.arange(len(tokens), device=tokens.device)
         # The grid rows from grid_row - p to grid_row are those that end with the position's own.
-        recent = torch.as_tensor(grid_rows[:, None] + np.arange(-reach, 1), device=tokens.device)
+        recent = on_device(grid_rows[:, None] + np.arange(-reach, 1), tokens.device)
         current = recent[:, -1]
         count = tokens.shape[1] - reach
         own = at * count + current if whole else at  # the positions' own grid rows among the lines
@@ -242,7 +243,7 @@ class SamplingCache:
     def next_row_of(self, rows: np.ndarray, grid_rows: np.ndarray) -> None:
         """Run the vertical stack for grid rows (n,) of some batch rows (n,)."""
         weights, device = self.weights, self._tokens.device
-        at, current = torch.as_tensor(rows, device=device), torch.as_tensor(grid_rows, device=device)
+        at, current = indices_on(device, rows, grid_rows)
         tokens = self._tokens[at[:, None], current[:, None] + torch.arange(self.reach, device=device)]
         above, terms = self._above[:, at], self._terms[:, at]
         guide = None
@@ -303,9 +304,7 @@ class SamplingCache:
         """Features and logits of the batch rows, each at a position of its own (B,)."""
         rows = np.arange(self.batch)
         first, positions = rows * self._line.shape[2] + columns, grid_rows * self.width + columns
-        # One copy to the device for all indices.
-        indices = np.stack([first, rows * self.width + columns, positions])
-        first, at, now = torch.as_tensor(indices, device=self._tokens.device)
+        first, at, now = indices_on(self._tokens.device, first, rows * self.width + columns, positions)
         windows = (first[:, None] + self._reaches).flatten()  # (B (p + 1),)
         torch.index_select(self._line.flatten(1, 2), 1, windows, out=self._mixed_line.flatten(1, 2))
         torch.index_select(self._terms.flatten(1, 2), 1, at, out=self._mixed_terms)
@@ -358,7 +357,7 @@ class SamplingCache:
 
     def put_at(self, rows: np.ndarray, codes: Tensor, grid_rows: np.ndarray, columns: np.ndarray) -> None:
         """Enter the codes (n,) of some batch rows (n,), each at a position of its own."""
-        at, row, column = torch.as_tensor(np.stack([rows, grid_rows, columns]), device=codes.device)
+        at, row, column = indices_on(codes.device, rows, grid_rows, columns)
         self._tokens[at, row + self.reach, column + self.reach] = codes
         first = at * self._line.shape[2] + column + self.reach + 1
         right = first[:, None] + self._reaches[:-1]  # (n, p)

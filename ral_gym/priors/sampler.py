@@ -25,6 +25,7 @@ from ral_gym.priors.base import Cache, Packed, Prior, given_codes
 from ral_gym.priors.drawing import Request, check_length, draw, host_positions, sample_naive
 from ral_gym.priors.full_pass import FullPass
 from ral_gym.priors.guidance import PLAIN, GuidedWeights, Sampling
+from ral_gym.priors.transfer import on_device
 
 __all__ = ["CachedSampler", "Sampler", "draw", "make_sampler", "sample_naive"]
 
@@ -179,7 +180,7 @@ class CachedSampler:
         """Restart some rows of the batch from other prefixes.
 
         Args:
-            rows: (n,) int64, their indices, without repeats.
+            rows: (n,) int64, their indices, without repeats, best on the host.
             codes: (n, T) int64, their grids, given before `position`; T as in `begin`.
             position: next position to draw, one for all or (n,) int64.
             condition: (n, T') int64, their condition, for a conditional network.
@@ -197,12 +198,13 @@ class CachedSampler:
         """Put rows at positions (n,), and fill the cache for those that have something left to draw."""
         cache, positions = self._begun()
         positions[rows.cpu().numpy() if isinstance(rows, Tensor) else rows] = starts
+        rows = rows.to(codes.device, non_blocking=True) if isinstance(rows, Tensor) else rows
         self._stepped = False
         active = np.flatnonzero(starts < self._length)
         if len(active) == 0:
             return
         if len(active) < len(starts):
-            at = torch.as_tensor(active, device=codes.device)
+            at = on_device(active, codes.device)
             rows = rows[at] if isinstance(rows, Tensor) else at
             codes, condition = codes[at], None if condition is None else condition[at]
         cache.fill(rows, codes, starts[active], condition)
@@ -234,7 +236,7 @@ class CachedSampler:
             if column[0] + 1 == width and positions[0] < self._length:
                 cache.next_row(int(row[0]) + 1)
             return
-        at = torch.as_tensor(active, device=codes.device)
+        at = on_device(active, codes.device)
         cache.put_at(active, codes[at], row, column)
         crossing = (column + 1 == width) & (positions[active] < self._length)
         if crossing.any():
@@ -243,7 +245,7 @@ class CachedSampler:
     @property
     def position(self) -> Tensor:
         """(B,) int64, the next position of each batch row; T when it is finished."""
-        return torch.as_tensor(self._begun()[1].copy(), device=self.weights.device)
+        return on_device(self._begun()[1].copy(), self.weights.device)
 
     def _cache_for(self, batch: int) -> Cache:
         if self._cache is None or self._cache.batch != batch:

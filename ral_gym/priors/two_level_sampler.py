@@ -15,6 +15,7 @@ from ral_gym.errors import ConfigError
 from ral_gym.priors.drawing import host_positions
 from ral_gym.priors.guidance import PLAIN, Sampling
 from ral_gym.priors.sampler import CachedSampler
+from ral_gym.priors.transfer import indices_on, on_device
 
 
 def above(top: Tensor, labels: Tensor | None) -> Tensor:
@@ -181,8 +182,9 @@ class TwoLevelSampler:
         active = np.flatnonzero(positions < length)
         if len(active) == 0:
             return
-        now, at = positions[active], torch.as_tensor(active, device=codes.device)
-        self._codes[at, torch.as_tensor(now, device=codes.device)] = codes[at]
+        now = positions[active]
+        at, places = indices_on(codes.device, active, now)
+        self._codes[at, places] = codes[at]
         after = self._next[active, now + 1]
         in_top = now < self._n_top
         leaving = (after != now + 1) | (in_top & (after >= self._n_top))  # rows that skip positions or change level
@@ -198,7 +200,7 @@ class TwoLevelSampler:
     @property
     def position(self) -> Tensor:
         """(B,) int64, the next position of each batch row in its sequence; T' when it is finished."""
-        return torch.as_tensor(self._begun().copy(), device=self._device())
+        return on_device(self._begun().copy(), self._device())
 
     def _device(self) -> torch.device:
         return self.top.weights.device
@@ -219,7 +221,7 @@ class TwoLevelSampler:
         following = np.minimum.accumulate(following[:, ::-1], axis=1)[:, ::-1]
         self._next[rows] = following
         self._begun()[rows] = following[:, 0] if starts is None else starts
-        at = torch.as_tensor(rows, device=codes.device)
+        at = on_device(rows, codes.device)
         self._codes[at] = codes
         if self._labels is not None and labels is not None:
             self._labels[at] = labels
@@ -232,14 +234,15 @@ class TwoLevelSampler:
         positions, length, n_top = self._begun(), self._codes.shape[1], self._n_top
         in_top = rows[positions[rows] < n_top]
         if len(in_top):
-            at = torch.as_tensor(in_top, device=self._codes.device)
+            at = on_device(in_top, self._codes.device)
             starts = torch.as_tensor(positions[in_top])
-            self.top.rebuild(at, self._codes[at, :n_top], starts, condition=self._labels_of(at))
+            self.top.rebuild(torch.from_numpy(in_top), self._codes[at, :n_top], starts, condition=self._labels_of(at))
         in_bottom = rows[(positions[rows] >= n_top) & (positions[rows] < length)]
         if len(in_bottom):
-            at = torch.as_tensor(in_bottom, device=self._codes.device)
+            at = on_device(in_bottom, self._codes.device)
             codes, own = self._codes[at], torch.as_tensor(positions[in_bottom] - n_top)
-            self.bottom.rebuild(at, codes[:, n_top:], own, condition=above(codes[:, :n_top], self._labels_of(at)))
+            condition = above(codes[:, :n_top], self._labels_of(at))
+            self.bottom.rebuild(torch.from_numpy(in_bottom), codes[:, n_top:], own, condition=condition)
 
     def _labels_of(self, rows: Tensor) -> Tensor | None:
         """The labels (n, 1) of batch rows (n,)."""
@@ -256,4 +259,4 @@ class TwoLevelSampler:
         top, bottom = read(self.top), read(self.bottom)
         channels = max(top.shape[1], bottom.shape[1])
         top, bottom = (F.pad(x, (0, channels - x.shape[1])) for x in (top, bottom))
-        return torch.where(torch.as_tensor(in_top, device=top.device)[:, None], top, bottom)
+        return torch.where(on_device(in_top, top.device)[:, None], top, bottom)

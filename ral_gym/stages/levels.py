@@ -143,10 +143,10 @@ class LevelCodes:
         return LevelCodes(self.codes[rows], None if self.condition is None else self.condition[rows])
 
     def to(self, device: torch.device) -> LevelCodes:
-        """As int64 on a device."""
-        return LevelCodes(
-            self.codes.long().to(device), None if self.condition is None else self.condition.long().to(device)
-        )
+        """As int64 on a device; the host does not wait for it."""
+        parts = [None if x is None else x.long().to(device, non_blocking=True) for x in (self.codes, self.condition)]
+        assert parts[0] is not None
+        return LevelCodes(parts[0], parts[1])
 
 
 def held_out_nll(prior: Any, data: LevelCodes) -> float:

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ral_gym.data.images import ImageSet, augment, to_float
+from ral_gym.data.images import ImageSet, augment, float_batch
 from ral_gym.grid import CodeGrid
 from ral_gym.metrics import perplexity
 from ral_gym.runs.event_log import open_event_log
@@ -88,10 +88,9 @@ def train_vqvae(
         optimizer.zero_grad()
         parts: list[tuple[Tensor, dict[str, Tensor]]] = []
         for number, rows in enumerate(batches.draw()):
-            batch = to_float(torch.from_numpy(images.train[rows.numpy()]))  # (B, C, S, S)
+            batch = float_batch(images.train[rows.numpy()], accelerator.device)  # (B, C, S, S)
             if config.augment:
                 batch = augment(batch, torch.default_generator)
-            batch = batch.to(accelerator.device)
             with batches.part(model, number):
                 loss, logged, painted = model(batch, step)
                 check_finite(loss, STAGE, step, REMEDY)

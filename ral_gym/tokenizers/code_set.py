@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ral_gym.data.images import ImageSet, Labels, augment, to_float, to_uint8
+from ral_gym.data.images import ImageSet, Labels, augment, float_batch, to_uint8
 from ral_gym.errors import RunError
 from ral_gym.grid import CodeGrid
 from ral_gym.runs.storage import load_tensors, save_tensors
@@ -179,11 +179,11 @@ def encode_images(
     generator = torch.Generator().manual_seed(seed)
     starts = [(p, i) for p in range(passes) for i in range(0, len(images), batch_size)]
     for number, start in tqdm(starts, desc=label, unit="batch", disable=not progress, leave=False):
-        batch = to_float(torch.from_numpy(np.array(images[start : start + batch_size])))  # (B, C, S, S)
+        batch = float_batch(np.array(images[start : start + batch_size]), device)  # (B, C, S, S)
         if number:
             batch = augment(batch, generator)
         row = number * len(images) + start
-        codes[row : row + len(batch)] = torch.cat(vqvae.encode(batch.to(device)), 1).cpu().numpy()
+        codes[row : row + len(batch)] = torch.cat(vqvae.encode(batch), 1).cpu().numpy()
     return codes
 
 

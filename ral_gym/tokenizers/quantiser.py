@@ -9,13 +9,15 @@ codes; below, the library's own code runs.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from vector_quantize_pytorch import VectorQuantize
+
+from ral_gym.errors import ConfigError
 
 PIECE = 2**25
 """Most distances computed at once, 4 bytes each; whole batches of all of the paper's tables stay below it."""
@@ -144,6 +146,20 @@ def nearest(features: Tensor, vectors: Tensor) -> Tensor:
     if math.prod(flat.shape[:2]) * len(vectors) > PIECE:
         return _nearest(flat.flatten(0, 1), vectors.float()).view(flat.shape[:2])
     return torch.cdist(flat, vectors.float()).argmin(-1)  # (B, h w)
+
+
+def check_codes(levels: Sequence[Tensor], codebook_size: int) -> None:
+    """Refuse codes (B, T) outside 0..K-1, which on CUDA would end the process's use of the device.
+
+    All levels are looked at in one transfer; codes on the meta device, as of the dry run, have no values to look at.
+
+    Raises:
+        ConfigError: the lowest and highest code, and what is allowed.
+    """
+    ends = [end for codes in levels if codes.numel() and not codes.is_meta for end in codes.aminmax()]
+    found = torch.stack(ends).tolist() if ends else [0]
+    if min(found) < 0 or max(found) >= codebook_size:
+        raise ConfigError(f"codes in {min(found)}..{max(found)}: they must lie in 0..{codebook_size - 1}")
 
 
 def vectors_at(codes: Tensor, vectors: Tensor, width: int) -> Tensor:

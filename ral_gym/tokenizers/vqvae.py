@@ -18,7 +18,7 @@ from vector_quantize_pytorch import VectorQuantize
 
 from ral_gym.errors import ConfigError
 from ral_gym.grid import CodeGrid
-from ral_gym.tokenizers.quantiser import Quantiser, nearest, quantise, vectors_at
+from ral_gym.tokenizers.quantiser import Quantiser, check_codes, nearest, quantise, vectors_at
 from ral_gym.tokenizers.residual import ResidualBlock, present_names
 
 
@@ -182,10 +182,7 @@ class VQVAE(nn.Module):
             ConfigError: the number of levels or of codes is not that of 1..H rows, or a code lies outside 0..K-1.
         """
         levels = self._levels_of(codes)
-        for level in levels:
-            lowest, highest = map(int, level.aminmax()) if level.numel() else (0, 0)
-            if lowest < 0 or highest >= self.codebook_size:
-                raise ConfigError(f"codes in {lowest}..{highest}: they must lie in 0..{self.codebook_size - 1}")
+        check_codes(levels, self.codebook_size)
         return self.paint(self.lookup(levels)).clamp(-1, 1)
 
     def _levels_of(self, codes: Tensor | Sequence[Tensor]) -> list[Tensor]:
