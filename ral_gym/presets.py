@@ -23,6 +23,7 @@ from ral_gym.config import (
     RALConfig,
     VQVAEConfig,
 )
+from ral_gym.config.modern import LLAMAGEN_B, LLAMAGEN_GRPO, LLAMAGEN_L, LLAMAGEN_L_384, LLAMAGEN_XL_384
 from ral_gym.config.modern import VQ_8_RUN as VQ_8
 from ral_gym.config.modern import VQ_16_RUN as VQ_16
 from ral_gym.config.modern import VQGAN_F16_RUN as VQGAN_F16
@@ -53,6 +54,11 @@ __all__ = [
     "DEMO_2LEVEL",
     "DEMO_ATTENTION",
     "DEMO_CLASSES",
+    "LLAMAGEN_B",
+    "LLAMAGEN_GRPO",
+    "LLAMAGEN_L",
+    "LLAMAGEN_L_384",
+    "LLAMAGEN_XL_384",
     "LSUN64_8X8",
     "LSUN64_16X16",
     "LSUN128",

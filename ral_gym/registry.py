@@ -313,7 +313,8 @@ _PRESET_NAMES = [
     *("demo", "demo-2level", "demo-attention", "demo-classes", "celeba64", "celeba64-oracle"),
     *("lsun64-8x8", "lsun64-16x16"),
     *("celeba128-16x16", "lsun128-16x16", "celeba128", "lsun128", "celeba256", "celebahq512"),
-    *("vqgan-f16", "vq-16", "vq-8", "smoke"),
+    *("vqgan-f16", "vq-16", "vq-8"),
+    *("llamagen-b", "llamagen-l", "llamagen-l-384", "llamagen-xl-384", "llamagen-grpo", "smoke"),
 ]
 PRESETS = Registry(
     "preset",

@@ -27,6 +27,7 @@ GRPO_SECTION = GRPOConfig(
     target_kl=0.7,
     scale_advantage="batch",
     batch_size=37,
+    mixed_precision="bf16",
     **BONUS,
 )
 ODD = Config(
@@ -84,6 +85,9 @@ ODD = Config(
         batch_size=9,
         training_steps=4,
         learning_rate=0.0031,
+        adam_beta1=0.83,
+        adam_beta2=0.93,
+        weight_decay=0.013,
         learning_rate_schedule="cosine",
         decay_share=0.43,
         patience=41,
@@ -109,6 +113,9 @@ ODD = Config(
         batch_size=8,
         training_steps=2,
         learning_rate=0.0041,
+        adam_beta1=0.84,
+        adam_beta2=0.94,
+        weight_decay=0.014,
         learning_rate_schedule="linear",
         decay_share=0.47,
         patience=42,
@@ -164,7 +171,7 @@ ODD = Config(
     seed=3,
 )
 OTHERS: dict[str, Any] = {
-    "reinforce": ReinforceConfig(baseline="value", vf_coef=0.23, batch_size=29, **BONUS),
+    "reinforce": ReinforceConfig(baseline="value", vf_coef=0.23, batch_size=29, mixed_precision="bf16", **BONUS),
     "ppo": PPOConfig(n_epochs=3, batch_size=32, clip_range=0.19, target_kl=0.9, gae_lambda=0.83, vf_coef=0.29, **BONUS),
     "maskable_ppo": MaskablePPOConfig(
         n_epochs=4, batch_size=64, clip_range=0.18, target_kl=0.8, gae_lambda=0.81, vf_coef=0.28, **BONUS

@@ -100,6 +100,7 @@ def _prior(choose: Choose) -> PriorConfig:
         position_embedding=choose((False, True)),
         batch_size=choose((1, 9)),
         training_steps=choose((1, 2)),
+        weight_decay=choose((0.0, 0.0, 0.1)),
         learning_rate_schedule=choose(("constant", "linear", "cosine")),
         decay_share=choose((0.1, 0.5, 1.0)),
         patience=choose((None, 1)),
@@ -126,6 +127,7 @@ def _ral(choose: Choose) -> RALConfig:
             "group_size": choose((None, 2, 3)),
             "ratio": choose(("sequence", "token")),
             "scale_advantage": choose((None, "batch", "none")),
+            "mixed_precision": choose(("no", "no", "bf16")),
         }
     if algo == "trpo":
         own |= {"cg_max_steps": 2, "line_search_max_iter": 2, "sub_sampling_factor": choose((1, 2, 7))}

@@ -8,7 +8,7 @@ from ral_gym.errors import DeviceError, DivergedError
 from ral_gym.presets import SMOKE
 from ral_gym.runs.run import Run
 from ral_gym.stages import common
-from ral_gym.stages.common import Clock, WeightAverage, check_finite, check_weights
+from ral_gym.stages.common import Clock, WeightAverage, check_finite, check_weights, make_adam
 from ral_gym.stages.device import resolve_device
 
 
@@ -106,3 +106,18 @@ def test_the_clock_books_what_has_passed(tmp_path, monkeypatch) -> None:
     now[0] += 5.0
     clock.book()
     assert run.seconds() == {"prior": 35.0}
+
+
+def test_weight_decay_is_adamws_and_of_matrices_only() -> None:
+    network = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.LayerNorm(2))
+    assert type(make_adam(network, 0.1, (0.8, 0.9))) is torch.optim.Adam
+    optimizer = make_adam(network, 0.1, (0.8, 0.9), weight_decay=0.5)
+    before = [weight.detach().clone() for weight in network.parameters()]
+    for weight in network.parameters():
+        weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    assert isinstance(optimizer, torch.optim.AdamW) and {group["betas"] for group in optimizer.param_groups} == {
+        (0.8, 0.9)
+    }
+    for weight, old in zip(network.parameters(), before, strict=True):
+        torch.testing.assert_close(weight.detach(), old * (1 - 0.1 * 0.5) if weight.ndim == 2 else old)

@@ -9,7 +9,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from ral_gym.commands.dry_run import PENALTY_PASSES, StageCost, dry_run
+from ral_gym.commands.cost_of_ral import PENALTY_PASSES, ral_cost
+from ral_gym.commands.counting import StageCost
+from ral_gym.commands.dry_run import dry_run
 from ral_gym.config import Config
 from ral_gym.errors import ConfigError
 from ral_gym.presets import PRESETS, SMOKE, get_preset
@@ -201,3 +203,64 @@ def test_what_is_for_a_cpu_fits_one(name) -> None:
     costs = dry_run(PRESETS[name]).stages
     assert max(cost.memory for cost in costs) < 2**30
     assert sum(cost.flops_per_step * cost.steps for cost in costs) < 60e12
+
+
+def stage_3(config: Config) -> StageCost:
+    """Stage 3 alone: the networks of stages 1 and 2 take seconds to count."""
+    with torch.device("meta"):
+        tokenizer = tokenizer_of(config, config.data.image_size, 3)
+        prior = prior_of(config, tokenizer.grid)
+    return ral_cost(config, tokenizer, [prior], tokenizer.grid)
+
+
+def recipe(layers: int = 12, ral: dict[str, Any] | None = None, grpo: dict[str, Any] | None = None) -> Config:
+    """LlamaGen-B and the recipe, with changes."""
+    base = get_preset("llamagen-b")
+    grpo_section = dataclasses.replace(base.ral.grpo, **(grpo or {}))
+    changed = dataclasses.replace(base.ral, grpo=grpo_section, **(ral or {}))
+    return dataclasses.replace(base, prior=dataclasses.replace(base.prior, layers=layers), ral=changed)
+
+
+def test_stage_3_of_the_recipe_counts_its_passes_and_its_reward_networks() -> None:
+    """Drawing, log-probabilities before the update, two epochs, the reference, CLIP, HPS, Inception."""
+    n, whole = 144, stage_3(recipe())
+    matrices = 12 * (4 * 768**2 + 3 * 768 * 2048) + 768 * 16_384  # blocks and output
+    forward = 256 * 2 * matrices + 12 * 4 * 256**2 * 768  # and attention, all pairs
+    assert whole.parts["drawing"] == pytest.approx(forward, rel=0.01)
+    assert whole.parts["clip"] == pytest.approx(162e9, rel=0.01)
+    assert whole.parts["hps"] == pytest.approx(335e9, rel=0.01)
+    per_image = forward * (1 + 1 + 2 * 3 + 2) + sum(whole.parts.values()) - whole.parts["drawing"]
+    assert whole.flops_per_step == pytest.approx(n * per_image, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("changes", "passes"),
+    [
+        ({"grpo": {"mixed_precision": "no"}}, -1),
+        ({"grpo": {"n_epochs": 1}}, -4),
+        ({"ral": {"kl_coef": 0.0}}, -2),
+        ({"ral": {"guidance": 2.0}}, 1 + 9),
+        ({"ral": {"guidance": 2.0, "guidance_log_probs": "plain"}}, 1),
+    ],
+)
+def test_each_setting_of_stage_3_has_its_passes(changes: dict[str, Any], passes: int) -> None:
+    before, after = stage_3(recipe(1)), stage_3(recipe(1, **changes))
+    change = passes * 144 * before.parts["drawing"]
+    assert after.flops_per_step - before.flops_per_step == pytest.approx(change, rel=0.02)
+
+
+def test_memory_of_stage_3_has_the_cache_and_the_parts_of_a_batch() -> None:
+    plain = {"reward_weights": {"kid": 1.0}, "reward_features": "encoder"}
+    one, sixteen, all_at_once = (stage_3(recipe(ral=plain, grpo={"batch_size": b})) for b in (256, 4096, 36_864))
+    cache = 144 * 2 * 12 * 256 * 768 * 4  # keys and values in float32
+    weights, tokenizer = 110_120_448 * 4, 71_883_403 * 4
+    assert one.memory == pytest.approx(7 * weights + tokenizer + cache, rel=0.01)  # twice frozen, five times trained
+    assert one.memory == sixteen.memory < all_at_once.memory  # a part needs less than the cache, the whole batch more
+    rewarded = stage_3(recipe(ral={"reward_weights": {"clip": 1.0}}))
+    assert rewarded.memory - sixteen.memory > 4 * 303_000_000  # CLIP's image tower
+
+
+def test_fresh_fakes_are_drawn_too() -> None:
+    fresh = dataclasses.replace(SMOKE, critic=dataclasses.replace(SMOKE.critic, fakes="fresh"))
+    costs = [stage(config, -1) for config in (SMOKE, fresh)]
+    assert costs[1].flops_per_step - costs[0].flops_per_step == SMOKE.ral.n_envs * costs[0].parts["drawing"]

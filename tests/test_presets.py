@@ -7,7 +7,10 @@ import pytest
 import torch
 
 from ral_gym.config import Config, PriorConfig
+from ral_gym.errors import ConfigError
+from ral_gym.grid import CodeGrid
 from ral_gym.presets import PRESETS, get_preset
+from ral_gym.stages.levels import prior_of
 from ral_gym.tokenizers.base import tokenizer_of
 
 # (a), (b): PixelCNNs. (c) or the last part: VQ-VAE. Rows and numbers as printed.
@@ -65,6 +68,14 @@ TABLES = {
 SMALL = {"demo", "demo-classes", "demo-2level", "demo-attention", "smoke"}
 TOKENIZERS = {"vqgan-f16": (1024, 256, 16), "vq-16": (16_384, 8, 16), "vq-8": (16_384, 8, 32)}
 """K, dimension of a code vector, side of the grid."""
+LLAMAGEN = {
+    "llamagen-b": (16, 12, 768, 2048, 110_888_448),
+    "llamagen-l": (16, 24, 1024, 2816, 342_910_976),
+    "llamagen-l-384": (24, 24, 1024, 2816, 342_910_976),
+    "llamagen-xl-384": (24, 36, 1280, 3584, 774_699_520),
+    "llamagen-grpo": (16, 24, 1024, 2816, 342_910_976),
+}
+"""Side of the grid, layers, width, width of SwiGLU, weights with 1000 classes: the tables of LlamaGen."""
 
 
 def cells(text: str) -> list[str]:
@@ -107,7 +118,7 @@ def test_a_preset_is_its_table(name) -> None:
 
 
 def test_every_table_and_every_small_kind_has_a_preset() -> None:
-    assert set(PRESETS) == set(TABLES) | set(TOKENIZERS) | SMALL
+    assert set(PRESETS) == set(TABLES) | set(TOKENIZERS) | set(LLAMAGEN) | SMALL
     assert get_preset("demo-2level").vqvae.levels == 2 and get_preset("demo-2level").grid_size == 8
     assert get_preset("demo-attention").prior.attention_layers == 2
 
@@ -115,7 +126,7 @@ def test_every_table_and_every_small_kind_has_a_preset() -> None:
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_a_tokenizer_preset_is_the_released_network(name: str) -> None:
     config, (size, dim, side) = get_preset(name), TOKENIZERS[name]
-    config.check()
+    config.check(files=False)
     with torch.device("meta"):
         model = tokenizer_of(config, config.data.image_size, 3)
     parameters = {"vqgan-f16": 72_141_699, "vq-16": 71_883_403, "vq-8": 70_109_835}[name]
@@ -127,6 +138,33 @@ def test_a_tokenizer_preset_is_the_released_network(name: str) -> None:
         side,
     )
     assert model.codebook_l2_norm is (name != "vqgan-f16")
+
+
+@pytest.mark.parametrize("name", LLAMAGEN)
+def test_a_preset_of_llamagen_is_the_released_network(name: str) -> None:
+    config, (side, layers, width, inner, weights) = get_preset(name), LLAMAGEN[name]
+    config.check(files=False)
+    with pytest.raises(ConfigError, match=r"the reward clip needs ral\.clip_path"):
+        config.check()
+    assert config.vqvae == get_preset("vq-16").vqvae and config.grid_size == side
+    with torch.device("meta"):
+        prior = prior_of(config, CodeGrid(side, side, 16_384, classes=1000))
+    assert (len(prior.layers), prior.hidden_units) == (layers, width)
+    assert prior.layers[0].feed_forward.w1.out_features == inner
+    assert prior.hidden_units // prior.attention_heads == 64
+    assert sum(weight.numel() for weight in prior.parameters()) == weights
+    prior_settings = config.prior
+    assert (prior_settings.learning_rate, prior_settings.adam_beta1, prior_settings.adam_beta2) == (1e-4, 0.9, 0.95)
+    assert (prior_settings.batch_size, prior_settings.weight_decay, prior_settings.class_dropout) == (256, 0.05, 0.1)
+
+
+def test_the_recipe_is_that_of_the_released_code() -> None:
+    ral = get_preset("llamagen-grpo").ral
+    assert (ral.algo, ral.n_envs, ral.grpo.group_size, ral.grpo.n_epochs, ral.n_updates) == ("grpo", 144, 12, 2, 600)
+    assert (ral.grpo.ratio, ral.grpo.clip_range, ral.max_grad_norm, ral.reward_ema) == ("sequence", 0.2, 1.0, 0.5)
+    assert (ral.grpo.ent_coef, ral.grpo.entropy_target, ral.grpo.entropy_schedule) == (2.2e-3, 0.78, True)
+    assert ral.reward_weights == {"loo_fd_diagonal": 2.0, "clip": 1.0, "hps": 1.0} and ral.kl_coef > 0
+    assert (ral.guidance, ral.grpo.mixed_precision) == (1.0, "bf16")
 
 
 @pytest.mark.parametrize("name", TABLES)

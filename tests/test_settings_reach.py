@@ -98,6 +98,7 @@ SPIED = [
     (train_prior, "ScheduledSampling"),
     (train_prior, "Task"),
     (train_prior, "LearningRate"),
+    (train_prior, "make_adam"),
     (controls, "Task"),
     (controls, "WeightAverage"),
     (train_ral, "make_stage"),
@@ -122,10 +123,12 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seen]:
             patch.setattr(module, name, spied(found, name, getattr(module, name)))
         made = torch.optim.Adam.__init__
 
-        def adam(self: Any, params: Any, **keywords: Any) -> None:
+        def adam(self: Any, params: Any, *given: Any, **keywords: Any) -> None:
             params = list(params)
-            found.calls.setdefault("Adam", []).append({**keywords, "n": sum(p.numel() for p in params)})
-            made(self, params, **keywords)
+            weights = [w for one in params for w in (one["params"] if isinstance(one, dict) else [one])]
+            named = dict(zip(("lr", "betas", "eps", "weight_decay"), given, strict=False)) | keywords
+            found.calls.setdefault("Adam", []).append({**named, "n": sum(weight.numel() for weight in weights)})
+            made(self, params, *given, **keywords)
 
         patch.setattr(torch.optim.Adam, "__init__", adam)
         arguments = TrainArguments(config, name="run", runs=str(path), device="cpu", quiet=True)
@@ -172,6 +175,9 @@ def of_prior(section: str, level: int) -> dict[str, Callable[[Seen], Any]]:
         "batch_size": lambda seen: seen.one("Task", level)["batch_size"],
         "training_steps": lambda seen: seen.one("Task", level)["steps"],
         "learning_rate": lambda seen: seen.calls["Adam"][2 + level]["lr"],
+        "adam_beta1": lambda seen: seen.calls["Adam"][2 + level]["betas"][0],
+        "adam_beta2": lambda seen: seen.calls["Adam"][2 + level]["betas"][1],
+        "weight_decay": lambda seen: seen.one("make_adam", level)["weight_decay"],
         "learning_rate_schedule": lambda seen: seen.one("LearningRate", level)["kind"],
         "decay_share": lambda seen: seen.one("LearningRate", level)["decay_share"],
         "patience": lambda seen: seen.one("LearningRate", level)["patience"],

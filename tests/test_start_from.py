@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from ral_gym.commands.arguments import parse_train
 from ral_gym.commands.cli import main, train_main
+from ral_gym.presets import DEMO
 from ral_gym.runs.run import read_config
 from ral_gym.runs.storage import load_tensors
 
@@ -21,10 +23,20 @@ def test_a_run_starts_from_anothers_prior(smoke_run: Path, tmp_path: Path, capsy
     assert any(not torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+def test_a_preset_beside_it_gives_stage_3(smoke_run: Path, tmp_path: Path) -> None:
+    flags = ["--start-from", str(smoke_run), "--preset", "demo", "--runs", str(tmp_path), "--name", "x", "--seed", "0"]
+    config, theirs = parse_train(flags).config, read_config(smoke_run)
+    assert (config.critic, config.ral) == (DEMO.critic, DEMO.ral)
+    assert (config.prior, config.vqvae, config.data, config.preset) == (
+        *(theirs.prior, theirs.vqvae, theirs.data),
+        theirs.preset,
+    )
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--name", "x", "--preset", "smoke"], "brings its own settings"),
+        (["--name", "x", "--preset", "nothing"], "preset 'nothing' is unknown"),
         ([], "name it with --name"),
         (["--name", "x", "--prior.layers", "3"], r"prior.layers: 2 there, 3 here"),
         (["--name", "x", "--seed", "5"], "seed: 0 there, 5 here"),

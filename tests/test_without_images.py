@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -14,16 +15,19 @@ import torch
 from torch import Tensor
 
 from ral_gym import registry
+from ral_gym.agents import GRPO
 from ral_gym.agents.train_ral import load_run
 from ral_gym.commands.cli import main
 from ral_gym.envs.run_world import run_world
 from ral_gym.errors import RunError
 from ral_gym.metrics import PyramidFeatures, extract
+from ral_gym.presets import get_preset
 from ral_gym.rewards.moments import Moments
 from ral_gym.rewards.reference import save_reference
 from ral_gym.runs.run import Run, read_config
 from ral_gym.stages.fork import fork_run
 from ral_gym.stages.levels import load_generator
+from tests.kills import killed_after
 from tests.released_files import N, gpt, llamagen_files, taming_file, taming_state
 
 SHORT = ["--ral.n-envs", "10", "--ral.n-updates", "2", "--quiet", "--ral.learning-rate", "1e-3"]
@@ -83,6 +87,44 @@ def test_a_frechet_reward_compares_to_statistics(imported: Path, tmp_path: Path)
     given += ["--ral.reward-reference", str(tmp_path / "stats.npz")]
     assert main(start_from(imported / "unconditional", "frechet", "--stages", "ral", *given)) == 0
     assert Run(imported / "frechet", read_config(imported / "frechet")).has("policy.safetensors")
+
+
+def test_the_recipe_tunes_an_imported_prior_and_goes_on_bit_for_bit(imported: Path, tmp_path: Path) -> None:
+    """`--preset llamagen-grpo` after --start-from: its stage 3, with the model of the run."""
+    images = torch.randint(0, 256, (300, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    save_reference(tmp_path / "stats.npz", Moments.of(extract(PyramidFeatures(), images), PyramidFeatures()))
+    recipe = get_preset("llamagen-grpo").ral
+    flags = ["--preset", "llamagen-grpo", "--ral.reward-weights", "loo_fd_diagonal", "1", "--ral.n-envs", "12"]
+    flags += ["--ral.reward-features", "pyramid", "--ral.reward-reference", str(tmp_path / "stats.npz")]
+    flags += ["--ral.grpo.group-size", "4", "--ral.grpo.batch-size", "64", "--ral.checkpoint-every", "2"]
+    flags += ["--ral.learning-rate", "1e-3", "--ral.n-updates", "6", "--stages", "ral", "--quiet"]
+    runs = ["train", "--start-from", str(imported / "llamagen"), "--runs", str(imported)]
+    labels: list[np.ndarray] = []
+    update = GRPO.train
+
+    def noted(model: GRPO) -> None:
+        labels.append(model.rollout_buffer.codes[:, -1].copy())
+        update(model)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GRPO, "train", noted)
+        assert main([*runs, "--name", "whole", *flags]) == 0
+    assert len(labels) == 6
+    for drawn in labels:  # four images of each of three classes
+        groups = drawn.reshape(3, 4)
+        assert (groups == groups[:, :1]).all()
+    assert len({tuple(drawn) for drawn in labels}) > 1
+    whole = Run(imported / "whole", read_config(imported / "whole"))
+    assert whole.config.ral.grpo == replace(recipe.grpo, group_size=4, batch_size=64)
+    assert whole.config.ral.kl_coef == recipe.kl_coef and whole.config.prior.kind == "transformer"
+    bonus = [line["train/ent_coef"] for line in whole.metrics("ral")]
+    assert len(bonus) == 6 and len(set(bonus)) > 3
+    with killed_after(3):
+        main([*runs, "--name", "broken", *flags])
+    assert main([*runs, "--name", "broken", *flags]) == 0
+    for name in ("policy", "policy_ema"):
+        files = [(imported / run / f"{name}.safetensors").read_bytes() for run in ("whole", "broken")]
+        assert files[0] == files[1]
 
 
 def test_the_world_has_classes_and_names_and_no_real_codes(imported: Path) -> None:

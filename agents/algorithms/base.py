@@ -6,7 +6,6 @@ Stable-Baselines3 algorithms: callbacks, loggers, save and load work as they do 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any, ClassVar, Self, TypedDict
 
 import numpy as np
@@ -20,6 +19,7 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedul
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
+from ral_gym.agents.algorithms.passes import Precision, autocast, check_policy, checked_precision, in_32_bits, look
 from ral_gym.agents.episodes import EpisodeRolloutBuffer
 from ral_gym.agents.policy import PriorPolicy, PriorWeights
 from ral_gym.agents.spaces import sequence_shape
@@ -39,6 +39,7 @@ class EpisodeArguments(TypedDict, total=False):
     ent_coef: float
     max_grad_norm: float
     batch_size: int | None
+    mixed_precision: Precision
     fast_path: bool
     rollout_buffer_class: type[EpisodeRolloutBuffer] | None
     rollout_buffer_kwargs: dict[str, Any] | None
@@ -69,6 +70,9 @@ class EpisodeAlgorithm(OnPolicyAlgorithm):
         vf_coef: weight of the value loss, if the algorithm has one.
         max_grad_norm: gradient clipping.
         batch_size: transitions per forward and backward pass; gradients are summed over passes. None: all at once.
+        mixed_precision: `bf16`: the passes of updates run under autocast. Weights, optimizer, log-softmax and drawing
+            stay in 32 bits. The ratio compares passes of one kind: the drawn codes' log-probabilities are computed
+            again, so that it starts at 1.
         fast_path: draw whole images at once if all environments are at the same position; False: step by step. Both
             give the same codes, rewards and update from the same seed.
         rollout_buffer_class: `EpisodeRolloutBuffer`.
@@ -105,6 +109,7 @@ class EpisodeAlgorithm(OnPolicyAlgorithm):
         vf_coef: float = 0.0,
         max_grad_norm: float = 1.0,
         batch_size: int | None = None,
+        mixed_precision: Precision = "no",
         fast_path: bool = True,
         rollout_buffer_class: type[EpisodeRolloutBuffer] | None = None,
         rollout_buffer_kwargs: dict[str, Any] | None = None,
@@ -118,9 +123,10 @@ class EpisodeAlgorithm(OnPolicyAlgorithm):
     ) -> None:
         if isinstance(env, VectorEnv):
             raise ConfigError(f"{type(env).__name__} is not a Stable-Baselines3 VecEnv: use make_sb3_env(id, n_envs)")
-        _check_policy(policy, self.policy_aliases, type(self).__name__)
+        check_policy(policy, self.policy_aliases, type(self).__name__)
         self.mle_coef, self.kl_coef = mle_coef, kl_coef
         self.batch_size, self.fast_path = batch_size, fast_path
+        self.mixed_precision = checked_precision(mixed_precision)
         self._reference: Prior | None = None
         super().__init__(
             policy,
@@ -272,10 +278,10 @@ class EpisodeAlgorithm(OnPolicyAlgorithm):
         """An update from the finished episodes of the round: one optimizer step per epoch."""
         self.policy.set_training_mode(True)
         self._update_learning_rate(self.policy.optimizer)
-        advantages = self.advantages()
+        advantages, old_log_probs = self.advantages(), self._old_log_probs()
         epochs: list[Metrics] = []
         for _ in range(self.n_epochs):
-            epochs.append(self._epoch(advantages))
+            epochs.append(self._epoch(advantages, old_log_probs))
             self._n_updates += 1
             if self._stop_early(epochs[-1]):
                 break
@@ -297,11 +303,20 @@ class EpisodeAlgorithm(OnPolicyAlgorithm):
         name = tb_log_name or type(self).__name__
         return super().learn(total_timesteps, callback, log_interval, name, reset_num_timesteps, progress_bar)
 
-    def _epoch(self, advantages: np.ndarray) -> Metrics:
+    def _old_log_probs(self) -> np.ndarray:
+        """Log-probabilities (N,) of the round's codes before its update, as the update's own passes compute them."""
+        buffer = self.rollout_buffer
+        if self.mixed_precision == "no":
+            return buffer.log_probs
+        with torch.no_grad():
+            parts = [buffer.episodes(rows) for rows in self._chunks(buffer.lengths)]
+            found = [look(self.policy, episodes, self.mixed_precision).log_prob for episodes in parts]
+        return torch.cat(found).cpu().numpy()
+
+    def _epoch(self, advantages: np.ndarray, old_log_probs: np.ndarray) -> Metrics:
         """One optimizer step on all episodes; gradients are summed over chunks of them."""
         buffer = self.rollout_buffer
-        returns, old_log_probs = buffer.returns, buffer.log_probs
-        lengths = buffer.lengths
+        returns, lengths = buffer.returns, buffer.lengths
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         self.policy.optimizer.zero_grad()
         sums: Metrics = {}
@@ -329,10 +344,7 @@ class EpisodeAlgorithm(OnPolicyAlgorithm):
     ) -> tuple[Tensor, Metrics]:
         """The share of some episodes in the loss, and in the logged means over all `total` transitions."""
         episodes = self.rollout_buffer.episodes(rows)
-        features, position, stop = self.policy._features(episodes)
-        log_probs = self.policy.episode_logits(episodes, features).log_softmax(1)  # (N, K)
-        actions = episodes.codes[episodes.row, episodes.pos]
-        log_prob = log_probs.gather(1, actions[:, None]).squeeze(1)  # (N,)
+        features, position, stop, log_probs, log_prob, actions = look(self.policy, episodes, self.mixed_precision)
         entropy = -(log_probs.exp() * log_probs).sum(1)  # (N,)
         old_log_prob = torch.as_tensor(old_log_probs, device=self.device)
         losses, metrics = self.policy_loss(
@@ -351,8 +363,9 @@ class EpisodeAlgorithm(OnPolicyAlgorithm):
             loss = loss + self.vf_coef * value_loss
             metrics["value_loss"] = value_loss.item()
         if self._reference is not None:
-            with torch.no_grad():
-                reference = self.policy.episode_logits(episodes, network=self._reference).log_softmax(1)
+            with torch.no_grad(), autocast(self.policy, self.mixed_precision):
+                reference = self.policy.episode_logits(episodes, network=self._reference)
+            reference = in_32_bits(reference).log_softmax(1)  # (N, K)
             divergence = self._prior_kl(log_probs, log_prob, reference, actions).sum() / total
             loss = loss + self.kl_coef * divergence
             metrics["kl_to_prior"] = divergence.item()
@@ -364,18 +377,7 @@ class EpisodeAlgorithm(OnPolicyAlgorithm):
         assert self._real_codes is not None
         rows = np.random.randint(len(self._real_codes), size=n_images)
         codes = torch.as_tensor(self._real_codes[rows].astype(np.int64), device=self.device)  # (B, L)
-        loss = maximum_likelihood_loss(self.policy.prior, codes)
+        with autocast(self.policy, self.mixed_precision):
+            loss = maximum_likelihood_loss(self.policy.prior, codes)
         (self.mle_coef * loss).backward()
         return loss.item()
-
-
-def _check_policy(policy: Any, names: Iterable[str], algorithm: str) -> None:
-    """Refuse a policy that draws no whole images.
-
-    Raises:
-        ConfigError: neither one of the names nor a `PriorPolicy`.
-    """
-    fits = policy in names if isinstance(policy, str) else issubclass(policy, PriorPolicy)
-    if not fits:
-        name = repr(policy) if isinstance(policy, str) else policy.__name__
-        raise ConfigError(f"{algorithm} draws whole images, which policy {name} cannot: give PriorPolicy")

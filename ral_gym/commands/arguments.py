@@ -266,10 +266,10 @@ def _load_plugins(argv: Sequence[str]) -> None:
 
 
 def _preset(argv: Sequence[str]) -> Config:
-    """The settings that the arguments start from: a preset's, or another run's.
+    """The settings that the arguments start from: a preset's, or another run's, with stage 3 of a preset that is given.
 
     Raises:
-        ConfigError: an unknown preset, or both a preset and another run are given.
+        ConfigError: an unknown preset.
         RunError: not a run folder.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -278,11 +278,13 @@ def _preset(argv: Sequence[str]) -> Config:
     given = first.parse_known_args(argv)[0]
     if given.start_from is None:
         return get_preset(given.preset or "demo")
-    if given.preset is not None:
-        raise ConfigError(f"--start-from {given.start_from} brings its own settings: leave --preset out")
     from ral_gym.runs.run import read_config  # imports torch
 
-    return read_config(given.start_from)
+    config = read_config(given.start_from)
+    if given.preset is None:
+        return config
+    recipe = get_preset(given.preset)
+    return dataclasses.replace(config, critic=recipe.critic, ral=recipe.ral)
 
 
 def _training_help() -> str:
@@ -296,7 +298,7 @@ def _complete(arguments: TrainArguments, base: Config) -> TrainArguments:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, source=arguments.data))
     if arguments.algo is not None:
         config = dataclasses.replace(config, ral=dataclasses.replace(config.ral, algo=arguments.algo))
-    config.check()
+    config.check(files=not arguments.dry_run)
     config = dataclasses.replace(config, ral=_own_section(config.ral, base.ral))
     EXTRACTORS.check(config.evaluation.extractor)
     for name in config.evaluation.metrics:

@@ -101,7 +101,7 @@ def show_dry_run(arguments: TrainArguments, console: Console) -> None:
         console.print(f"{stage.stage}: forward, per image: {parts}", highlight=False, soft_wrap=True)
     console.print(
         "Estimates: products and convolutions only; memory per process, without a framework's own; stage 3 as whole "
-        "images with one pass over each. Nothing was trained.",
+        "images; without the tables of classes. Nothing was trained.",
         highlight=False,
         soft_wrap=True,
     )

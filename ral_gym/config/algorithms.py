@@ -38,6 +38,8 @@ class ReinforceConfig(EntropyConfig):
     """Weight of the value head's loss; baseline `value` only."""
     batch_size: int | None = None
     """Codes per forward and backward pass, in whole images; gradients are summed over passes. None: all at once."""
+    mixed_precision: Literal["no", "bf16"] = "no"
+    """`bf16`: the passes of updates compute in 16 bits where autocast does; weights and drawing stay in 32."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,8 @@ class GRPOConfig(EntropyConfig):
     """Divide advantages by their standard deviation over the batch. None: the value of ral.normalize_advantage."""
     batch_size: int | None = None
     """Codes per forward and backward pass, in whole images; gradients are summed over passes. None: all at once."""
+    mixed_precision: Literal["no", "bf16"] = "no"
+    """`bf16`: the passes of updates compute in 16 bits where autocast does; weights and drawing stay in 32."""
 
 
 @dataclass(frozen=True)

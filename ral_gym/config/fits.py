@@ -111,13 +111,21 @@ def lpips_files(network: str) -> list[str]:
     return [file for file in files.split(",") if file.strip()] if kind == "lpips" else []
 
 
-def _check_rewards(config: Any) -> None:
-    """Refuse rewards without the files that they need, and statistics of whole images where episodes stop early."""
-    ral = config.ral
+def check_reward_files(ral: Any) -> None:
+    """Refuse rewards without the files that they need.
+
+    Raises:
+        ConfigError: the setting that names the file.
+    """
     for reward, names in (("clip", ("clip_path",)), ("hps", ("clip_path", "hps_path"))):
         for name in names:
             if reward in ral.reward_weights and getattr(ral, name) is None:
                 raise ConfigError(f"the reward {reward} needs ral.{name}: give --ral.{name.replace('_', '-')}")
+
+
+def _check_rewards(config: Any) -> None:
+    """Refuse statistics of whole images where episodes stop early."""
+    ral = config.ral
     if ral.reward_reference is not None and ral.reset_mode in ("scratch", "mixed"):
         raise ConfigError(
             f"ral.reward_reference has statistics of whole images, but ral.reset_mode is {ral.reset_mode}, which stops "

@@ -154,6 +154,12 @@ class PriorConfig:
     """Optimizer steps."""
     learning_rate: float = 3e-4
     """Adam's learning rate (not stated in the paper)."""
+    adam_beta1: float = 0.9
+    """Adam's first moment decay."""
+    adam_beta2: float = 0.999
+    """Adam's second moment decay."""
+    weight_decay: float = 0.0
+    """AdamW's weight decay, of matrices only: not of biases, norms and other vectors."""
     learning_rate_schedule: Literal["constant", "linear", "cosine"] = "constant"
     """How the learning rate ends: as it is, or falling to 0 (not in the paper; lowers held-out NLL and FD)."""
     decay_share: float = 1.0

@@ -31,7 +31,7 @@ _NAMES: dict[_Rule, str] = {
         data.test_limit data.workers data.memory_budget_mb data.cache_mb
         vqvae.residual_blocks vqvae.beta vqvae.threshold_ema_dead_code prior.output_stack_layers
         vqvae.perceptual_weight vqvae.adversarial_weight vqvae.adversarial_start
-        prior.attention_layers prior.conditioning_stack_layers
+        prior.attention_layers prior.conditioning_stack_layers prior.weight_decay
         critic.gradient_penalty critic.warmup_steps critic.n_critic critic.held_out ral.mle_coef ral.kl_coef
         ral.guidance
         ral.reinforce.ent_coef ral.grpo.ent_coef ral.ppo.ent_coef ral.a2c.ent_coef ral.maskable_ppo.ent_coef
@@ -46,7 +46,8 @@ _NAMES: dict[_Rule, str] = {
         """,
     _SHARE: """
         vqvae.decay vqvae.adam_beta1 vqvae.adam_beta2
-        prior.dropout prior.class_dropout prior.ema_decay critic.adam_beta1 critic.adam_beta2
+        prior.dropout prior.class_dropout prior.adam_beta1 prior.adam_beta2 prior.ema_decay
+        critic.adam_beta1 critic.adam_beta2
         ral.adam_beta1 ral.adam_beta2 ral.ema_decay ral.reward_ema
         """,
     ("above 0 and at most 1", lambda value: 0 < value <= 1): "prior.decay_share",

@@ -18,7 +18,7 @@ from ral_gym.config.algorithms import (
     check_section,
     upgraded,
 )
-from ral_gym.config.fits import check_fits
+from ral_gym.config.fits import check_fits, check_reward_files
 from ral_gym.config.models import DataConfig, PriorConfig, VQVAEConfig
 from ral_gym.config.ranges import check_ranges, check_sizes
 from ral_gym.errors import ConfigError
@@ -226,8 +226,11 @@ class Config:
             return str(self.vqvae.options.get("multipliers", "1,1,2,2,4")).count(",")
         return self.vqvae.layers + self.vqvae.levels - 1
 
-    def check(self) -> None:
+    def check(self, files: bool = True) -> None:
         """Refuse settings that would only fail later, perhaps after hours; `load_images` checks the rest of `data`.
+
+        Args:
+            files: also refuse rewards without the files that they need; False for a dry run.
 
         Raises:
             ConfigError: a setting is of another type or out of range, or does not fit another one.
@@ -240,6 +243,8 @@ class Config:
         for name in SECTIONS:
             check_section(name, getattr(self.ral, name))
         check_fits(self)
+        if files:
+            check_reward_files(self.ral)
 
     def to_json(self) -> str:
         """The configuration as indented JSON."""

@@ -63,6 +63,20 @@ def step_of(state: dict[str, Any], steps: int) -> int:
     return step
 
 
+def make_adam(
+    module: nn.Module, learning_rate: float, betas: tuple[float, float], weight_decay: float = 0.0
+) -> torch.optim.Adam:
+    """Adam; with weight decay AdamW (Loshchilov & Hutter, 2019), which decays weights of two dimensions or more."""
+    if not weight_decay:
+        return torch.optim.Adam(module.parameters(), lr=learning_rate, betas=betas)
+    weights = list(module.parameters())
+    groups = [
+        {"params": [weight for weight in weights if weight.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [weight for weight in weights if weight.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=learning_rate, betas=betas)
+
+
 def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Load an optimizer's state from a checkpoint, with this run's settings and tensors of the parameters' shapes.
 

@@ -31,7 +31,7 @@ SECTIONS = ("prior", "bottom")
 """The settings of each level's prior."""
 NLL_BATCH = 256
 TRAINING = (
-    *("learning_rate_schedule", "decay_share", "patience"),
+    *("learning_rate_schedule", "decay_share", "patience", "adam_beta1", "adam_beta2", "weight_decay"),
     *("batch_size", "training_steps", "learning_rate", "ema_decay", "augmented_passes", "evaluate_every", "held_out"),
     *("scheduled_sampling", "scheduled_sampling_schedule", "scheduled_sampling_share"),
 )

@@ -26,7 +26,15 @@ from ral_gym.priors.two_level import SUFFIXES, join_priors
 from ral_gym.runs.event_log import open_event_log
 from ral_gym.runs.run import Run, seed_everything
 from ral_gym.stages.boards import due
-from ral_gym.stages.common import Clock, WeightAverage, check_finite, check_weights, restore_optimizer, step_of
+from ral_gym.stages.common import (
+    Clock,
+    WeightAverage,
+    check_finite,
+    check_weights,
+    make_adam,
+    restore_optimizer,
+    step_of,
+)
 from ral_gym.stages.learning_rate import LearningRate
 from ral_gym.stages.levels import SECTIONS, LevelCodes, label_nlls, prior_of
 from ral_gym.stages.prior_measurements import Board, HeldOut
@@ -99,7 +107,8 @@ def _train_level(
     seed_everything(run.config.seed * 1000 + 2 + 20 * level)
     accelerator = make_accelerator(device, compute)
     prior = prior_of(run.config, grid, level).to(accelerator.device)
-    optimizer = torch.optim.Adam(prior.parameters(), lr=config.learning_rate)
+    betas = (config.adam_beta1, config.adam_beta2)
+    optimizer = make_adam(prior, config.learning_rate, betas, config.weight_decay)
     average = WeightAverage(prior, config.ema_decay, warm_up=True)
     new_people = None if codes.new_people is None or grid.classes else LevelCodes.of(codes.new_people, grid, level)
     held_out = HeldOut(

@@ -1,0 +1,154 @@
+"""The cost of stage 3: whole images drawn, rewarded, and passes of the policy gradient over them.
+
+| what | FLOPs per update | memory |
+|---|---|---|
+| drawing | one forward pass of each image (two with guidance), again for a critic's fresh fakes | the sampler's cache |
+| the update | forward and backward of each image per epoch | weights, gradients, Adam, averages; a part's activations |
+| bf16 | one forward pass more, for the log-probabilities before the update | half the activations |
+| the KL's reference | a forward pass per epoch | its weights |
+| rewards | decoding, and their networks | those networks, and the features' |
+| the critic | its steps, with the images shown | weights, gradients, Adam, one step's activations |
+
+A single pass covers `batch_size` codes where the algorithm has that setting, else the whole round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ral_gym.commands.counting import (
+    META,
+    Count,
+    StageCost,
+    bytes_of,
+    count,
+    decoding_flops,
+    image_shape,
+    logits_on_meta,
+    parameters_of,
+    sum_of,
+    trained_bytes,
+)
+from ral_gym.config import Config
+from ral_gym.grid import CodeGrid
+from ral_gym.priors.two_level import join_priors
+from ral_gym.rewards.cost import FeatureCost, feature_cost, reward_cost
+from ral_gym.rewards.making import build_critic, critic_class
+from ral_gym.rewards.scorer import CriticScorer, find_features
+
+PENALTY_PASSES = 6
+"""Cost of a gradient penalty in forward passes: one forward, one to the image, and twice each for their gradients."""
+
+
+def ral_cost(config: Config, vqvae: Any, priors: list[nn.Module], grid: CodeGrid) -> StageCost:
+    """Stage 3 of a configuration; its networks are on the meta device."""
+    ral = config.ral
+    wanted = {"both": range(grid.levels), "top": [0], "bottom": [grid.levels - 1]}[ral.train_levels]
+    drawn = count(lambda: [logits_on_meta(p, grid, i, 1) for i, p in enumerate(priors)], backward=False).flops
+    drawn *= 1 if ral.guidance == 1 else 2
+    flops, kept = _update(config, priors, grid, wanted)
+    decoded, n = decoding_flops(vqvae), ral.n_envs
+    frozen = sum(bytes_of(module.parameters()) for module in [vqvae, *priors])
+    trained = sum(trained_bytes(priors[level], averages=1) for level in wanted)
+    parts = {"drawing": drawn, "decoder": decoded}
+    if ral.kl_coef:
+        frozen += sum(bytes_of(priors[level].parameters()) for level in wanted)
+    for reward in _reward_networks(config):
+        parts[reward.reward] = reward.flops
+        flops, frozen = flops + n * reward.flops, frozen + reward.memory
+    flops += n * (drawn + decoded)
+    if ral.uses_critic:
+        steps, scored, memory, most = _critic(config, vqvae, priors, decoded)
+        fresh = n * drawn if config.critic.fakes == "fresh" else 0
+        flops, trained, kept = flops + steps + n * scored + fresh, trained + memory, max(kept, most)
+        parts["critic"] = scored
+    return StageCost(
+        stage=f"3 RAL ({ral.algo})",
+        parameters=sum(parameters_of(priors[level]) for level in wanted),
+        batch_size=n,
+        steps=ral.n_updates,
+        flops_per_step=flops,
+        memory=frozen + trained + max(kept, _cache_bytes(priors, n if ral.guidance == 1 else 2 * n)),
+        parts=parts,
+    )
+
+
+def _update(config: Config, priors: list[nn.Module], grid: CodeGrid, wanted: Any) -> tuple[int, int]:
+    """FLOPs of an update's passes over all images, and the bytes that one part of them keeps."""
+    ral = config.ral
+    section = getattr(ral, ral.algo, None)
+    epochs, half = getattr(section, "n_epochs", 1), getattr(section, "mixed_precision", "no") == "bf16"
+    codes = getattr(section, "batch_size", None)
+    part = ral.n_envs if codes is None else min(ral.n_envs, max(1, codes // grid.n_codes))
+    passes = 1 if ral.guidance == 1 or ral.guidance_log_probs == "plain" else 2
+    both = count(lambda: sum_of(*(logits_on_meta(priors[level], grid, level, part) for level in wanted)))
+    forward = count(lambda: [logits_on_meta(priors[i], grid, i, 1) for i in wanted], backward=False).flops
+    once_more = int(half) + (epochs if ral.kl_coef else 0)
+    flops = passes * (epochs * both.flops * ral.n_envs // part + once_more * forward * ral.n_envs)
+    return flops, passes * both.kept // (2 if half else 1)
+
+
+def _reward_networks(config: Config) -> list[FeatureCost]:
+    """The networks behind the rewards of `ral.reward_weights`, one image's cost each."""
+    found = [FeatureCost(cost.reward, cost.flops, cost.memory) for cost in reward_cost(config)]
+    features = feature_cost(config)
+    return found if features is None else [*found, features]
+
+
+def _critic(config: Config, vqvae: Any, priors: list[nn.Module], decoded: int) -> tuple[int, int, int, int]:
+    """FLOPs of the critic's steps of an update, of scoring an image; bytes that it holds, and that a step keeps."""
+    settings = config.critic
+    sees_features = getattr(critic_class(settings.kind), "sees", "pixels") == "features"
+    features = find_features(config.ral.reward_features, None) if sees_features else None
+    networks: Any = priors
+    with META:
+        critic = build_critic(
+            settings,
+            vqvae,
+            extractor=features,
+            make_prior=lambda: join_priors(networks),
+            untouched=(settings,),
+        )
+    scorer = CriticScorer(vqvae, critic, extractor=features)
+    step = _critic_count(lambda: sum_of(critic(_seen(scorer, 2 * settings.batch_size))))
+    once = _critic_count(lambda: critic(_seen(scorer, settings.batch_size)), backward=False)
+    penalised = settings.loss == "wgan_gp" and not hasattr(critic, "loss")
+    flops = step.flops + (PENALTY_PASSES * once.flops if penalised else 0)
+    flops += 0 if scorer.sees == "codes" else 2 * settings.batch_size * decoded
+    scored = _critic_count(lambda: critic(_seen(scorer, 1)), backward=False).flops
+    return settings.n_critic * flops, scored, trained_bytes(critic), step.kept
+
+
+def _seen(scorer: CriticScorer, n: int) -> Tensor:
+    """A critic's input for n images, on the meta device."""
+    if scorer.sees == "codes":
+        return torch.zeros(n, scorer.grid.n_codes, dtype=torch.int64, device=META)
+    if scorer.sees == "features":
+        assert scorer.extractor is not None
+        return torch.empty(n, scorer.extractor.num_features, device=META)
+    return torch.empty(n, *image_shape(scorer.vqvae), device=META)
+
+
+def _critic_count(run: Callable[[], Any], backward: bool = True) -> Count:
+    """Like `count`, but zero for a critic of your own that does not run on the meta device."""
+    try:
+        return count(run, backward)
+    except (NotImplementedError, RuntimeError, TypeError, ValueError):
+        return Count()
+
+
+def _cache_bytes(priors: list[nn.Module], n: int) -> int:
+    """What a sampler keeps for n images: of the level that keeps most; 0 where the meta device has no such cache."""
+    most, networks = 0, list[Any](priors)
+    for prior in networks:
+        if hasattr(prior, "pack"):
+            try:
+                cache = prior.pack().make_cache(n)
+            except (NotImplementedError, RuntimeError, TypeError, ValueError):
+                continue
+            most = max(most, bytes_of(value for value in vars(cache).values() if isinstance(value, Tensor)))
+    return most
