@@ -290,3 +290,15 @@ def test_the_command_line_refuses_roll_outs_of_codes_in_one_line(tmp_path: Path,
     for more in (["--ral.reward", "intermediate"], ["--algo", "ppo"]):
         assert main(["train", "--preset", "smoke", "--runs", str(tmp_path), "--ral.n-rollouts", "4", *more]) != 0
         assert "ral.n_rollouts is 4" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_the_own_end_is_one_of_the_roll_outs_and_random_numbers_are_their_own() -> None:
+    codes = np.array([[0, 1, 2, 3], [3, 3, 0, 1], [2, 0, 0, 2], [1, 1, 1, 1]])
+    with bench().double_precision():
+        toy, model, rollouts = made("N 3", n_rollouts=3)
+        rollouts.reward.score = lambda completed: np.zeros(len(completed))
+        own = toy.rewards["single"].sum(1).numpy()[toy.index(codes)]
+        before = torch.get_rng_state()
+        returns = filled(toy, model, rollouts, codes)
+        assert torch.equal(before, torch.get_rng_state())
+    np.testing.assert_allclose(returns, own[:, None] * [1 / 3, 1 / 3, 1 / 3, 1], rtol=1e-6)
