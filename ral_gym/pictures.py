@@ -146,7 +146,7 @@ def save_class_grid(
     each = len(next(iter(blocks.values()))) // len(names)
     scale = _scale(next(iter(blocks.values())).shape[-1], each * len(blocks))
     panels = [_Panel(label, _tile(array[: each * len(names)], each, scale)) for label, array in blocks.items()]
-    tall, short = panels[0].canvas.shape[0] / len(names), [textwrap.shorten(n, 14, placeholder="..") for n in names]
+    tall, short = panels[0].canvas.shape[0] / len(names), [n if len(n) <= 16 else f"{n[:14]}.." for n in names]
     panels[0] = panels[0]._replace(rows=[((row + 0.5) * tall, name) for row, name in enumerate(short)])
     _write_panels(path, panels, title, caption)
 

@@ -348,3 +348,11 @@ def test_the_table_shows_what_matters_most_and_the_rest_where_there_is_room():
     assert "memory: how often" in text and "cost" not in text
     (line,) = [words for words in map(str.split, shown({"ral": row}).splitlines()) if words[:1] == ["ral"]]
     assert len(line) == 14 and line[3] == "7.92"
+
+
+def test_long_names_of_classes_keep_their_beginning(tmp_path, monkeypatch) -> None:
+    seen = []
+    monkeypatch.setattr(figures, "_write_panels", lambda path, panels, *words: seen.extend(panels))
+    names = ["cat", "golden_retriever", "a_very_long_class_name"]
+    figures.save_class_grid(tmp_path / "x.png", {"mle": plain(0, 1, 2)}, names, title="t")
+    assert [label for _, label in seen[0].rows] == ["cat", "golden_retriever", "a_very_long_cl.."]
