@@ -84,6 +84,7 @@ def grid(ablation: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> tupl
     return runs, run(ablation, *flags(runs))
 
 
+@pytest.mark.commands
 def test_every_variant_is_trained_from_one_prior_and_changes_one_thing(grid: tuple[Path, str]) -> None:
     seed = grid[0] / "ablation" / "seed0"
     reference = json.loads(read_config(seed / "reference").to_json())
@@ -102,6 +103,7 @@ def test_every_variant_is_trained_from_one_prior_and_changes_one_thing(grid: tup
     assert tuned == ["top", "bottom"]
 
 
+@pytest.mark.commands
 def test_table_figure_and_results_hold_every_variant(grid: tuple[Path, str]) -> None:
     folder = grid[0] / "ablation"
     results = load_json(folder / "results.json")
@@ -124,6 +126,7 @@ def test_table_figure_and_results_hold_every_variant(grid: tuple[Path, str]) -> 
     assert "updates fit (--partial-updates)" in grid[1] and "Two levels: FD by the codes that RAL tunes" in grid[1]
 
 
+@pytest.mark.commands
 def test_a_finished_grid_is_read_and_a_lost_row_made_from_its_run(
     ablation: ModuleType, grid: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -142,10 +145,12 @@ def _kept_row(self: Any, name: str, label: str, prior: object, temperature: floa
     return load_json(self.folder / name / "rows.json")["rows"][f"{label} at {temperature:g}"]
 
 
+@pytest.mark.commands
 def test_a_part_alone_leaves_the_others_in_the_table(ablation: ModuleType, grid: tuple[Path, str]) -> None:
     assert "top level only" in run(ablation, *flags(grid[0], "--groups", "gamma"))
 
 
+@pytest.mark.commands
 def test_other_settings_are_refused(ablation: ModuleType, grid: tuple[Path, str]) -> None:
     with pytest.raises(RunError, match=r"updates: 2 there, 3 here.*choose another --name"):
         run(ablation, *flags(grid[0], "--updates", "3"))

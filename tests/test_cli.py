@@ -264,6 +264,7 @@ def test_ctrl_c_from_outside_stops_the_script(tmp_path) -> None:
 # The script as a whole, on other data ---------------------------------------------------------------------------------
 
 
+@pytest.mark.commands
 def test_the_script_runs_without_a_warning_on_a_folder_with_a_bad_image(tmp_path) -> None:
     photos = tmp_path / "photos"
     photos.mkdir()

@@ -45,6 +45,7 @@ def lesson(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, dict[st
     return " ".join(result.stdout.split()), folder, json.loads((folder / "exposure.json").read_text(encoding="utf-8"))
 
 
+@pytest.mark.commands
 def test_writes_every_file(lesson: tuple[str, Path, dict[str, Any]]) -> None:
     _, folder, _ = lesson
     assert sorted(path.name for path in folder.iterdir()) == [
@@ -63,6 +64,7 @@ def test_writes_every_file(lesson: tuple[str, Path, dict[str, Any]]) -> None:
             assert min(picture.size) > 400
 
 
+@pytest.mark.commands
 def test_the_table_holds_the_numbers(lesson: tuple[str, Path, dict[str, Any]]) -> None:
     _, folder, numbers = lesson
     table = (folder / "table.md").read_text(encoding="utf-8")
@@ -75,6 +77,7 @@ def test_the_table_holds_the_numbers(lesson: tuple[str, Path, dict[str, Any]]) -
     assert "Reward of `ral`: a co-trained critic's scores; of `true_reward`: log o - log p" in table
 
 
+@pytest.mark.commands
 def test_the_same_command_again_trains_and_measures_nothing(
     lesson: tuple[str, Path, dict[str, Any]], example: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -102,6 +105,7 @@ def test_several_seeds_have_a_mean_and_an_interval_over_them() -> None:
     assert "| mle | +1.000, +3.000 | +1.0, +3.0 |" in text and text.count("| small |") == 1
 
 
+@pytest.mark.commands
 def test_the_animation_has_a_frame_per_code(lesson: tuple[str, Path, dict[str, Any]]) -> None:
     _, folder, numbers = lesson
     with Image.open(folder / "exposure.gif") as animation:
@@ -117,6 +121,7 @@ def test_the_animation_has_a_frame_per_code(lesson: tuple[str, Path, dict[str, A
             assert bool((pixels == (220, 0, 0)).all(-1).any()) == (frame > first)
 
 
+@pytest.mark.commands
 def test_the_first_wrong_code_is_the_first_one_below_the_threshold(lesson: tuple[str, Path, dict[str, Any]]) -> None:
     text, _, numbers = lesson
     for name, episode in numbers["episodes"].items():
@@ -133,6 +138,7 @@ def both(episode: dict[str, Any]) -> tuple[list[float], list[float]]:
     return episode["rewards"], episode["rarity"]
 
 
+@pytest.mark.commands
 def test_the_verdict_is_that_of_the_numbers(lesson: tuple[str, Path, dict[str, Any]]) -> None:
     text, _, numbers = lesson
     for name, model in numbers["seeds"]["0"].items():

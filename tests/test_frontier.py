@@ -76,6 +76,7 @@ def test_the_figure_has_a_column_per_seed(tmp_path: Path) -> None:
     assert three[0] == one[0] and three[1] > 1.5 * one[1]
 
 
+@pytest.mark.commands
 def test_quick_run_from_nothing_then_again_from_what_is_kept(
     frontier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -200,6 +200,7 @@ def test_summary_of_estimates_with_a_known_bias() -> None:
     assert unbiased.scale == pytest.approx(1, abs=4 * unbiased.scale_error)
 
 
+@pytest.mark.commands
 def test_the_whole_bench_runs_and_agrees_with_the_exact_gradient(capsys) -> None:
     """Monte Carlo on 81 images: unbiased lines lie within four standard errors."""
     estimators = [e for e in bench().all_estimators() if e.name in ("REINFORCE leave_one_out", "PPO")]
