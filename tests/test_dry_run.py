@@ -215,7 +215,7 @@ def stage_3(config: Config) -> StageCost:
 
 def recipe(layers: int = 12, ral: dict[str, Any] | None = None, grpo: dict[str, Any] | None = None) -> Config:
     """LlamaGen-B and the recipe, with changes."""
-    base = get_preset("llamagen-b")
+    base = dataclasses.replace(get_preset("llamagen-b"), ral=get_preset("llamagen-grpo").ral)
     grpo_section = dataclasses.replace(base.ral.grpo, **(grpo or {}))
     changed = dataclasses.replace(base.ral, grpo=grpo_section, **(ral or {}))
     return dataclasses.replace(base, prior=dataclasses.replace(base.prior, layers=layers), ral=changed)

@@ -50,6 +50,10 @@ def values(hint: Any, name: str) -> st.SearchStrategy[Any]:
     return {bool: st.booleans(), int: st.sampled_from([0, 1, 2, 3, 4, 8, 16, 32, 100]), float: NUMBERS, str: TEXT}[hint]
 
 
+NAMED = ("preset", "ral.algo", "ral.reward_features", "evaluation.extractor", "evaluation.metrics")
+"""Settings that name parts: other text is no part's name."""
+
+
 def names(config: Config) -> list[tuple[str, Any]]:
     """Every setting but names of parts, which must be known ones; of the algorithms' sections the own one's."""
 
@@ -59,7 +63,7 @@ def names(config: Config) -> list[tuple[str, Any]]:
             if dataclasses.is_dataclass(getattr(section, name)):
                 if full.removeprefix("ral.") not in SECTIONS or full == f"ral.{config.ral.algo}":
                     yield from walk(getattr(section, name), f"{full}.")
-            elif name != "kind" and full not in ("preset", "ral.algo", "evaluation.extractor", "evaluation.metrics"):
+            elif name != "kind" and full not in NAMED:
                 yield full, hint
 
     return list(walk(config, ""))

@@ -55,7 +55,7 @@ def test_the_class_paths_that_saved_models_hold_exist() -> None:
 def test_the_generators_of_an_old_run_load(old_run: Path) -> None:
     run = Run(old_run, read_config(old_run))
     assert load_vqvae(run).grid == load_generator(run, "prior").grid
-    for name in GENERATORS:
+    for name in GENERATORS.keys() - {"prior_equal_time"}:  # a control that it did not know
         assert load_generator(run, name).config == load_generator(run, "prior").config
 
 

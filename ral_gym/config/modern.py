@@ -63,9 +63,10 @@ VQ_8 = replace(VQ_16, options={"multipliers": "1,2,2,4", "z_channels": 256, "cod
 # * advantages are divided by the deviation of the batch, not of each group, and the surrogate is the pessimistic one;
 # * the weight of the KL: theirs, 3, is of k3 of an image's mean log-ratio, which is smaller than the mean k3 of codes;
 # * no weight decay: 0.01 at this rate takes 2 millionths of a weight per hundred updates.
+OF_IMAGES = {"loo_fd_diagonal": 2.0}
 RECIPE = RALConfig(
     algo="grpo",
-    reward_weights={"loo_fd_diagonal": 2.0, "clip": 1.0, "hps": 1.0},
+    reward_weights=OF_IMAGES | {"clip": 1.0, "hps": 1.0},
     reward_features="inception",
     reward_ema=0.5,
     reset_mode="full",
@@ -115,9 +116,9 @@ def _gpt(layers: int, width: int, heads: int) -> PriorConfig:
 
 
 def _run(name: str, vqvae: VQVAEConfig, prior: PriorConfig, image_size: int = 256) -> Config:
-    """A preset of a tokenizer and a prior, with the recipe as its stage 3."""
+    """A preset of a tokenizer and a prior; its stage 3 is the recipe without the rewards that need files."""
     data = DataConfig(source="folder:", image_size=image_size)
-    return Config(preset=name, data=data, vqvae=vqvae, prior=prior, ral=RECIPE)
+    return Config(preset=name, data=data, vqvae=vqvae, prior=prior, ral=replace(RECIPE, reward_weights=OF_IMAGES))
 
 
 # Taming's `configs/faceshq_transformer.yaml`.
@@ -131,5 +132,5 @@ LLAMAGEN_B = _run("llamagen-b", VQ_16, _GPT_B)
 LLAMAGEN_L = _run("llamagen-l", VQ_16, _GPT_L)
 LLAMAGEN_L_384 = _run("llamagen-l-384", VQ_16, _GPT_L, 384)
 LLAMAGEN_XL_384 = _run("llamagen-xl-384", VQ_16, _GPT_XL, 384)
-LLAMAGEN_GRPO = replace(LLAMAGEN_L, preset="llamagen-grpo")
-"""For `--start-from` a run of `ral-gym import llamagen`: LlamaGen-L, and the recipe."""
+LLAMAGEN_GRPO = replace(LLAMAGEN_L, preset="llamagen-grpo", ral=RECIPE)
+"""For `--start-from` a run of `ral-gym import llamagen`: LlamaGen-L, and the whole recipe."""

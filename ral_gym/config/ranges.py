@@ -101,7 +101,7 @@ SIZES: dict[int, str] = {
     1_000_000_000: """
         vqvae.training_steps vqvae.adversarial_start
         prior.training_steps prior.evaluate_every ral.n_updates ral.checkpoint_every
-        prior.held_out evaluation.held_out
+        prior.patience prior.held_out evaluation.held_out
         critic.warmup_steps critic.held_out data.limit data.test_limit data.memory_budget_mb data.cache_mb
         data.max_megapixels data.max_file_mb data.max_files
         ral.reinforce.batch_size ral.grpo.batch_size ral.ppo.batch_size ral.maskable_ppo.batch_size ral.trpo.batch_size
