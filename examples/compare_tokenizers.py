@@ -51,7 +51,7 @@ PERCEPTUAL: dict[str, Any] = {"perceptual_weight": 1.0}
 ADVERSARIAL: dict[str, Any] = {"adversarial_weight": 0.1, "discriminator_units": 32, "discriminator_layers": 3}
 NETWORK: dict[str, Any] = {
     "kind": "vqgan",
-    "options": {"multipliers": "1,1,2,2", "z_channels": 32, "norm_groups": 8},
+    "options": {"multipliers": "1,1,2,2", "z_channels": 32, "norm_groups": 8, "codebook_l2_norm": True},
     "hidden_units": 24,
     "residual_blocks": 1,
 }
