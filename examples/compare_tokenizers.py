@@ -1,6 +1,6 @@
 """Tokenizers side by side, trained for the same time: what a perceptual and an adversarial loss do to the pictures.
 
-    python examples/compare_tokenizers.py                        # the demo's faces, about ten minutes on one core
+    python examples/compare_tokenizers.py                        # the demo's faces, about five CPU minutes
     python examples/compare_tokenizers.py --preset demo-classes  # another preset's images and tokenizer
     python examples/compare_tokenizers.py --only vqvae perceptual --minutes 1
 

@@ -14,6 +14,7 @@ from ral_gym.commands.counting import StageCost
 from ral_gym.commands.dry_run import dry_run
 from ral_gym.config import Config
 from ral_gym.errors import ConfigError
+from ral_gym.metrics.features import make_extractor
 from ral_gym.presets import PRESETS, SMOKE, get_preset
 from ral_gym.rewards.critic import PatchCritic, gradient_penalty
 from ral_gym.stages.levels import prior_of
@@ -264,3 +265,22 @@ def test_fresh_fakes_are_drawn_too() -> None:
     fresh = dataclasses.replace(SMOKE, critic=dataclasses.replace(SMOKE.critic, fakes="fresh"))
     costs = [stage(config, -1) for config in (SMOKE, fresh)]
     assert costs[1].flops_per_step - costs[0].flops_per_step == SMOKE.ral.n_envs * costs[0].parts["drawing"]
+
+
+def test_roll_outs_are_drawn_by_half_and_scored() -> None:
+    ral = dataclasses.replace(SMOKE.ral, reward="single")
+    one, four = (dataclasses.replace(ral, n_rollouts=number, rollout_positions=5) for number in (1, 4))
+    before, after = (stage(dataclasses.replace(SMOKE, ral=settings), -1) for settings in (one, four))
+    parts = before.parts
+    each = parts["drawing"] // 2 + parts["decoder"] + parts["critic"]
+    assert after.flops_per_step - before.flops_per_step == SMOKE.ral.n_envs * 3 * 5 * each
+
+
+def test_lite0_counts_the_layers_that_it_runs() -> None:
+    """Half of the network: what is behind block 10 is left out."""
+    ral = dataclasses.replace(SMOKE.ral, reward_weights={"loo_fd": 1.0}, reward_features="lite0")
+    cost = stage(dataclasses.replace(SMOKE, ral=ral), -1)
+    counter = FlopCounterMode(display=False)
+    with counter:
+        make_extractor("lite0")(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+    assert cost.parts["lite0"] == counter.get_total_flops()

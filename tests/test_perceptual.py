@@ -201,6 +201,12 @@ def test_a_file_that_is_something_else_is_refused_in_one_line(
     assert not (tmp_path / "runs" / "smoke" / "vqvae.safetensors").exists()
 
 
+def test_a_path_with_braces_is_named_as_it_is(tmp_path: Path) -> None:
+    torch.save(torch.nn.Linear(1, 1), tmp_path / "{vgg}.pth")
+    with pytest.raises(ConfigError, match=r"\{vgg\}\.pth asks for torch\.nn\.modules\.linear\.Linear"):
+        make_perceptual(f"lpips:{tmp_path / '{vgg}.pth'}")
+
+
 def test_a_pickle_and_swapped_files_are_refused(files: Path, tmp_path: Path) -> None:
     (tmp_path / "evil.pth").write_bytes(pickle.dumps(Evil()))
     with pytest.raises(ConfigError, match=r"damaged or not a checkpoint|asks for"):

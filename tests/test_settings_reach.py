@@ -173,7 +173,7 @@ def of_prior(section: str, level: int) -> dict[str, Callable[[Seen], Any]]:
 
     found |= {
         "batch_size": lambda seen: seen.one("Task", level)["batch_size"],
-        "training_steps": lambda seen: seen.one("Task", level)["steps"],
+        "training_steps": lambda seen: seen.one("LearningRate", level)["steps"],
         "learning_rate": lambda seen: seen.calls["Adam"][2 + level]["lr"],
         "adam_beta1": lambda seen: seen.calls["Adam"][2 + level]["betas"][0],
         "adam_beta2": lambda seen: seen.calls["Adam"][2 + level]["betas"][1],
@@ -331,7 +331,7 @@ def test_the_controls_have_rals_budget_and_not_stage_twos(seen: Seen) -> None:
     for number, (steps, rate) in zip((-4, -3, -2, -1), budgets, strict=True):
         optimizer, task, average = (seen.calls[name][number] for name in ("Adam", "Task", "WeightAverage"))
         assert (optimizer["lr"], optimizer["betas"]) == (ral.learning_rate, (ral.adam_beta1, ral.adam_beta2))
-        assert (task["batch_size"], task["steps"], task["max_grad_norm"]) == (8, steps, ral.max_grad_norm)
+        assert (task["batch_size"], task["rate"].steps, task["max_grad_norm"]) == (8, steps, ral.max_grad_norm)
         assert task["rate"].kind == rate
         assert average["decay"] == ral.ema_decay and not average["warm_up"]
 

@@ -20,9 +20,7 @@ from ral_gym.priors.pixelcnn import PixelCNN
 
 GRID = CodeGrid(8, 8, 128)
 NUMBERS = (1, 4, 16)
-PART = (
-    "8x8 codes, K=128, PixelCNN of 64 units and 4 layers, 16 images, rewards from a table; median and range of ratios"
-)
+PART = "8x8 codes, K=128, PixelCNN of 64 units and 4 layers, 16 images, rewards from a table"
 
 
 class MeanScore(RolloutReward):

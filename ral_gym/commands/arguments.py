@@ -42,7 +42,8 @@ class TrainArguments:
     --ral.algo; its own settings have a section, such as --ral.ppo.clip-range."""
     start_from: str | None = None
     """A run folder whose trained tokenizer and prior this run starts from: only stage 3 is trained. Its settings
-    replace the preset's; only those of `ral`, `critic` and `evaluation` may be changed. Give --name too."""
+    replace the preset's; only those of `ral`, `critic` and `evaluation` may be changed. With --preset, `ral` and
+    `critic` start from that preset's. Give --name too."""
     stages: tuple[Stage, ...] = STAGES
     """Run only these stages, for instance `--stages vqvae prior`; each needs the files of the stages before it."""
     dry_run: bool = False

@@ -7,6 +7,7 @@
 | bf16 | one forward pass more, for the log-probabilities before the update | half the activations |
 | the KL's reference | a forward pass per epoch | its weights |
 | rewards | decoding, and their networks | those networks, and the features' |
+| roll-outs | per completion half a drawing, decoding and the rewards | part of the sampler's cache |
 | the critic | its steps, with the images shown | weights, gradients, Adam, one step's activations |
 
 A single pass covers `batch_size` codes where the algorithm has that setting, else the whole round.
@@ -34,14 +35,18 @@ from ral_gym.commands.counting import (
     trained_bytes,
 )
 from ral_gym.config import Config
+from ral_gym.config.effects import FEATURE_TERMS
 from ral_gym.grid import CodeGrid
+from ral_gym.metrics.features import Lite0Features, lite0_network
 from ral_gym.priors.two_level import join_priors
-from ral_gym.rewards.cost import FeatureCost, feature_cost, reward_cost
+from ral_gym.rewards.cost import reward_cost
 from ral_gym.rewards.making import build_critic, critic_class
 from ral_gym.rewards.scorer import CriticScorer, find_features
 
 PENALTY_PASSES = 6
 """Cost of a gradient penalty in forward passes: one forward, one to the image, and twice each for their gradients."""
+INCEPTION = (11_400_000_000, 4 * 23_900_000)
+"""FID's Inception-v3 at 299 x 299: FLOPs of one image and bytes, from its published multiply-adds and weights."""
 
 
 def ral_cost(config: Config, vqvae: Any, priors: list[nn.Module], grid: CodeGrid) -> StageCost:
@@ -57,15 +62,15 @@ def ral_cost(config: Config, vqvae: Any, priors: list[nn.Module], grid: CodeGrid
     parts = {"drawing": drawn, "decoder": decoded}
     if ral.kl_coef:
         frozen += sum(bytes_of(priors[level].parameters()) for level in wanted)
-    for reward in _reward_networks(config):
-        parts[reward.reward] = reward.flops
-        flops, frozen = flops + n * reward.flops, frozen + reward.memory
-    flops += n * (drawn + decoded)
+    for name, (work, memory) in _reward_networks(config).items():
+        parts[name] = work
+        frozen += memory
     if ral.uses_critic:
-        steps, scored, memory, most = _critic(config, vqvae, priors, decoded)
+        steps, parts["critic"], memory, most = _critic(config, vqvae, priors, decoded)
         fresh = n * drawn if config.critic.fakes == "fresh" else 0
-        flops, trained, kept = flops + steps + n * scored + fresh, trained + memory, max(kept, most)
-        parts["critic"] = scored
+        flops, trained, kept = flops + steps + fresh, trained + memory, max(kept, most)
+    completions = n * (ral.n_rollouts - 1) * min(ral.rollout_positions, grid.n_codes - 1)  # on average half an image
+    flops += n * sum(parts.values()) + completions * (sum(parts.values()) - drawn + drawn // 2)
     return StageCost(
         stage=f"3 RAL ({ral.algo})",
         parameters=sum(parameters_of(priors[level]) for level in wanted),
@@ -92,11 +97,25 @@ def _update(config: Config, priors: list[nn.Module], grid: CodeGrid, wanted: Any
     return flops, passes * both.kept // (2 if half else 1)
 
 
-def _reward_networks(config: Config) -> list[FeatureCost]:
-    """The networks behind the rewards of `ral.reward_weights`, one image's cost each."""
-    found = [FeatureCost(cost.reward, cost.flops, cost.memory) for cost in reward_cost(config)]
-    features = feature_cost(config)
-    return found if features is None else [*found, features]
+def _reward_networks(config: Config) -> dict[str, tuple[int, int]]:
+    """The networks behind the rewards of `ral.reward_weights`: FLOPs of one image, and bytes.
+
+    Features of the tokenizer's encoder, of a pyramid and of your own are left out.
+    """
+    found = {cost.reward: (cost.flops, cost.memory) for cost in reward_cost(config)}
+    features = config.ral.reward_features
+    if set(config.ral.reward_weights) & set(FEATURE_TERMS) and features in ("inception", "lite0"):
+        found[features] = INCEPTION if features == "inception" else _lite0(config.data.image_size)
+    return found
+
+
+def _lite0(side: int) -> tuple[int, int]:
+    """FLOPs of one image and bytes of the layers of EfficientNet-Lite0 that `lite0` runs."""
+    with META:
+        network = lite0_network("the features lite0", weights=False).eval()
+        layers = nn.Sequential(network._conv_stem, network._bn0, *network._blocks[: Lite0Features.blocks])
+        image = torch.empty(1, 3, side, side)
+    return count(lambda: layers(image), backward=False).flops, bytes_of(layers.parameters())
 
 
 def _critic(config: Config, vqvae: Any, priors: list[nn.Module], decoded: int) -> tuple[int, int, int, int]:

@@ -6,10 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-from torch.utils.flop_counter import FlopCounterMode
-
-from ral_gym.config.effects import FEATURE_TERMS
 from ral_gym.rewards.clip_files import HPSWeights, Sizes, check_folder, folder_sizes
 from ral_gym.rewards.image_text import IMAGES_AT_ONCE
 
@@ -88,39 +84,3 @@ def _cost(reward: str, sizes: Sizes, path: str | None) -> RewardCost:
 def _tower(width: int, inner: int, layers: int) -> int:
     """Weights of the blocks: attention, two norms, two layers, with biases."""
     return layers * (4 * width * (width + 1) + 4 * width + width * inner + inner + inner * width + width)
-
-
-@dataclass(frozen=True)
-class FeatureCost:
-    """What a network of the rewards costs: FLOPs of one image, and its bytes."""
-
-    reward: str
-    flops: int
-    memory: int
-
-
-INCEPTION = FeatureCost("inception", 11_400_000_000, 4 * 23_900_000)
-"""FID's Inception-v3 at 299 x 299, from its published number of multiply-adds and weights."""
-
-
-def feature_cost(config: Config) -> FeatureCost | None:
-    """The network behind `ral.reward_features`; None where no reward sees features, or they cost next to nothing.
-
-    Features of the tokenizer's encoder, of a pyramid and of your own are left out.
-    """
-    if not set(config.ral.reward_weights) & set(FEATURE_TERMS):
-        return None
-    if config.ral.reward_features == "inception":
-        return INCEPTION
-    if config.ral.reward_features != "lite0":
-        return None
-    from ral_gym.metrics.features import lite0_network
-
-    with torch.device("meta"):
-        network = lite0_network("the features lite0", weights=False)
-        side = config.data.image_size
-        counter = FlopCounterMode(display=False)
-        with torch.no_grad(), counter:
-            network.eval().extract_features(torch.empty(1, 3, side, side))
-    weights = sum(weight.numel() * weight.element_size() for weight in network.parameters())
-    return FeatureCost("lite0", counter.get_total_flops(), weights)

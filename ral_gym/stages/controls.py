@@ -127,13 +127,12 @@ def _train_level(
         remedy="lower ral.learning_rate",
         batch_size=config.n_envs,
         batch_setting="ral.n_envs",
-        steps=control.updates,
         max_grad_norm=config.max_grad_norm,
         rate=LearningRate(optimizer, control.schedule, control.updates),
         sampling=ScheduledSampling(model, PriorConfig(), control.updates),  # none
     )
     clock = fit(run, task, model, optimizer, average, data, None, accelerator, 1, progress)
-    check_weights(model, task.stage, task.steps, task.remedy)
+    check_weights(model, task.stage, control.updates, task.remedy)
     save_prior(file, model, average.weights)
     clock.book()
     return load_prior(file, device)

@@ -56,7 +56,6 @@ class Task:
     remedy: str
     batch_size: int
     batch_setting: str
-    steps: int
     max_grad_norm: float
     rate: LearningRate
     sampling: ScheduledSampling
@@ -124,7 +123,6 @@ def _train_level(
         remedy=f"lower {section}.learning_rate",
         batch_size=config.batch_size,
         batch_setting=f"{section}.batch_size",
-        steps=config.training_steps,
         max_grad_norm=1.0,
         rate=LearningRate(
             optimizer,

@@ -108,17 +108,23 @@ def read_checkpoint(path: Path, wanted: str, average: bool = False) -> Checkpoin
 
 def _load(path: Path, wanted: str) -> Any:
     """The content of a file that torch wrote, with empty classes for the names in `HARMLESS`."""
-    damaged = f"{path} is damaged or not a checkpoint of PyTorch ({{}}): give the file with {wanted}"
+    give = f"give the file with {wanted}"
+
+    def damaged(error: BaseException) -> RunError:
+        return RunError(f"{path} is damaged or not a checkpoint of PyTorch ({_line(error)}): {give}")
+
+    def asks(name: str) -> RunError:
+        return RunError(f"{path} asks for {name}, which no such checkpoint needs: nothing of it was run; {give}")
+
     try:
         zipped = zipfile.is_zipfile(path)
         names = _named_in_zip(path) if zipped else _named_in_pickles(path)
     except (zipfile.BadZipFile, ValueError, IndexError, EOFError, NotImplementedError) as error:
-        raise RunError(damaged.format(_line(error))) from error
+        raise damaged(error) from error
     foreign = [name for name in names if not name.startswith(("torch.", "collections.", "__builtin__", "builtins."))]
     strange = [name for name in foreign if name.partition(".")[0] not in HARMLESS]
-    asks = f"{path} asks for {{}}, which no such checkpoint needs: nothing of it was run; give the file with {wanted}"
     if strange:
-        raise RunError(asks.format(strange[0]))
+        raise asks(strange[0])
     stand_ins: list[Any] = [(type("Empty", (_Empty,), {}), name) for name in foreign]
     try:
         with torch.serialization.safe_globals(stand_ins):
@@ -127,7 +133,7 @@ def _load(path: Path, wanted: str) -> Any:
         raise
     except Exception as error:  # whatever a damaged file makes torch raise
         refused = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
-        raise RunError(asks.format(refused[1]) if refused else damaged.format(_line(error))) from error
+        raise (asks(refused[1]) if refused else damaged(error)) from error
 
 
 class _Empty:
