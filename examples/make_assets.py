@@ -1,9 +1,10 @@
 """Make the models that come with the package (ral_gym/assets): `make demo` first, then `make assets`.
 
-`ral_gym/Faces-v0`: the demo run's VQ-VAE, codes and PixelCNN, and a critic trained to tell real codes from that
-PixelCNN's samples. `ral_gym/Oracle-v0`: an oracle PixelCNN fitted to the same codes, a lighter PixelCNN fitted to
-20,000 samples of the oracle, and 1,280 of those samples. All weights are stored as float16, 3 MB together; what is
-fitted to a network is fitted to its rounded weights. About 8 minutes on two cores.
+`ral_gym/Faces-v0`: the demo run's VQ-VAE, codes and PixelCNN, a critic trained to tell real codes from that
+PixelCNN's samples, and for `ral-gym play` the run's averaged RAL policy. `ral_gym/Oracle-v0`: an oracle PixelCNN
+fitted to the same codes, a lighter PixelCNN fitted to 20,000 samples of the oracle, and 1,280 of those samples. All
+weights are stored as float16, 4 MB together; what is fitted to a network is fitted to its rounded weights. About 8
+minutes on two cores.
 """
 
 from __future__ import annotations
@@ -121,6 +122,8 @@ def main(arguments: Arguments) -> None:
     save_half(output / "faces/vqvae.safetensors", vqvae)
     dataclasses.replace(codes, train=codes.train[: codes.clean]).save(output / "faces/codes.safetensors")
     save_half(output / "faces/prior.safetensors", prior, nll_test=nll(prior, test))
+    policy = round_weights(load_module(run / "policy_ema.safetensors", PixelCNN))
+    save_half(output / "faces/policy_ema.safetensors", policy, nll_test=nll(policy, test))
     save_half(output / "faces/critic.safetensors", critic.critic, **facts, heldout_auc=metrics["heldout_auc"])
 
     shape = {key: prior.config[key] for key in ("codebook_size", "height", "width")}

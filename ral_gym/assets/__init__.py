@@ -1,7 +1,8 @@
 """The trained models that come with the package: `ral_gym/Faces-v0` and `ral_gym/Oracle-v0` work without a network.
 
-``faces/`` is a run folder with stages 1 and 2 and a critic; ``oracle/`` holds an oracle PixelCNN over the same code
-grid, a lighter PixelCNN fitted to its samples, and those samples. Weights are float16 safetensors, used in float32.
+``faces/`` is a run folder with stages 1 and 2, a critic and, for `ral-gym play`, a RAL policy that began as its prior;
+``oracle/`` holds an oracle PixelCNN over the same code grid, a lighter PixelCNN fitted to its samples, and those
+samples. Weights are float16 safetensors, used in float32.
 ``make assets`` (examples/make_assets.py) makes all of them again from the 400 AT&T face photos.
 """
 
