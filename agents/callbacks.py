@@ -22,6 +22,7 @@ from ral_gym.rewards.distribution import DISTRIBUTION_TERMS
 from ral_gym.runs.checked_state import array_of, integer_of
 from ral_gym.runs.event_log import open_event_log
 from ral_gym.runs.run import Run
+from ral_gym.sharing import Processes
 from ral_gym.stages.common import Clock, WeightAverage, check_weights, restore_optimizer
 
 STAGE = "ral"
@@ -106,6 +107,7 @@ class RunCallback(BaseCallback):
         progress: show a progress bar.
         checkpoint_every: updates between checkpoints.
         regularizers: callbacks between the two; those with a `state_dict` are saved in checkpoints.
+        processes: those that share the training; only the main one writes. None: this one alone.
     """
 
     def __init__(
@@ -119,8 +121,10 @@ class RunCallback(BaseCallback):
         progress: bool = True,
         checkpoint_every: int = 10,
         regularizers: Sequence[BaseCallback] = (),
+        processes: Processes | None = None,
     ) -> None:
         super().__init__()
+        self.processes = processes or Processes()
         self._regularizers: dict[str, Any] = {
             type(regularizer).__name__: regularizer
             for regularizer in regularizers
@@ -177,6 +181,8 @@ class RunCallback(BaseCallback):
         self.average.update(self.model.policy)
         self._bar.set_postfix(self._shown(), refresh=False)
         self._bar.update(1)
+        if not self.processes.main:
+            return
         if self.keep_average is not None and self.updates in self._stations:
             self.keep_average(self.updates)
         if self.updates % self.checkpoint_every == 0 and self.updates < self.total_updates:
@@ -200,7 +206,8 @@ class RunCallback(BaseCallback):
         if self.updates < self.total_updates:
             self._after_update()
         self._bar.close()
-        self._clock.book()
+        if self.processes.main:
+            self._clock.book()
 
     def save(self) -> None:
         """Write the checkpoint that a continued run starts from."""
@@ -234,6 +241,10 @@ class RunCallback(BaseCallback):
             "hidden": {name: [*outputs] for name, outputs in self.logger.name_to_excluded.items() if any(outputs)},
             "time": time.time(),
         }
+
+    def compared(self) -> dict[str, Any]:
+        """Of `state_dict`, what must be the same in all processes."""
+        return {name: part for name, part in self.state_dict().items() if name not in ("time", "logged", "hidden")}
 
 
 def restore_model(model: Any, state: dict[str, Any]) -> None:

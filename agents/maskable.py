@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ral_gym.agents.episodes import EpisodeRolloutBuffer, Episodes, twice
 from ral_gym.agents.policy import PriorPolicy
+from ral_gym.agents.shared_passes import shared_pass, shared_step
 from ral_gym.priors.sampler import draw
 from ral_gym.runs.checked_state import array_of
 
@@ -63,15 +64,26 @@ class MaskablePriorPolicy(PriorPolicy):
         self, obs: Tensor, deterministic: bool = False, action_masks: Masks = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Act in a rollout, like `PriorPolicy.forward`, with legal codes only."""
-        features, logits, position, stop = self._look(obs, "rollout")
-        masked = self._masked_logits(logits, action_masks)
-        actions = self._choose(masked, deterministic)
-        if self.use_cache and not torch.is_grad_enabled():
-            self.cache.draw(actions)
-        if self.plain_log_probs:
-            masked = self._masked_logits(self.prior.logits(features, position), action_masks)
-        log_prob = masked.gather(1, actions[:, None])[:, 0]
-        return actions, self._values(features, position, stop), log_prob
+        uniforms = torch.rand(len(obs), device=obs.device, dtype=torch.float32)
+        masks = self._rows_of(action_masks)
+
+        def step(own: slice) -> tuple[Tensor, ...]:
+            features, logits, position, stop = self._look(obs[own], "rollout")
+            legal = masks[own] if masks is not None and len(masks) == len(obs) else masks
+            masked = self._masked_logits(logits, legal)
+            actions = masked.argmax(1) if deterministic else draw(masked, uniforms[own])[0]
+            if self.use_cache and not torch.is_grad_enabled():
+                self.cache.draw(actions)
+            if self.plain_log_probs:
+                masked = self._masked_logits(self.prior.logits(features, position), legal)
+            return actions, self._values(features, position, stop), masked.gather(1, actions[:, None])[:, 0]
+
+        actions, values, log_prob = shared_step(self.processes, len(obs), step)
+        return actions, values, log_prob
+
+    def _rows_of(self, action_masks: Masks) -> Masks:
+        """Masks with a row of their own, or one row for all."""
+        return None if action_masks is None else action_masks.reshape(-1, self.prior.codebook_size)
 
     def _choose(self, logits: Tensor, deterministic: bool) -> Tensor:
         if deterministic:
@@ -82,18 +94,23 @@ class MaskablePriorPolicy(PriorPolicy):
         self, obs: Tensor | Episodes, actions: Tensor, action_masks: Masks = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Values (N, 1), log-probabilities (N,) and entropies (N,) among the legal codes."""
-        obs = self._episodes(obs)
-        features, position, stop = self._features(obs)
-        distribution = self._masked(self.episode_logits(obs, features), action_masks)
-        values = self._values(features, position, stop)
-        return values, distribution.log_prob(actions.long().flatten()), distribution.entropy()
+        actions, masks = actions.long().flatten(), self._rows_of(action_masks)
+        if isinstance(obs, Episodes):
+            values, log_prob, entropy = shared_pass(self, obs, self._evaluate_masked, actions, masks)  # type: ignore[arg-type]
+            return values, log_prob, entropy
+        return self._evaluate_masked(self._episodes(obs), actions, masks)
+
+    def _evaluate_masked(self, episodes: Episodes, actions: Tensor, masks: Masks) -> tuple[Tensor, Tensor, Tensor]:
+        features, position, stop = self._features(episodes)
+        distribution = self._masked(self.episode_logits(episodes, features), masks)
+        return self._values(features, position, stop), distribution.log_prob(actions), distribution.entropy()
 
     def get_distribution(  # type: ignore[override]
         self, obs: Tensor | Episodes, action_masks: Masks = None
     ) -> MaskableCategoricalDistribution:
         """The distribution over legal codes, of observations (B, T) or of episodes' transitions."""
         if isinstance(obs, Episodes):
-            return self._masked(self.episode_logits(obs), action_masks)
+            return self._masked(self._shared_logits(obs), action_masks)
         return self._masked(self._look(obs, "predict")[1], action_masks)
 
     def predict(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,25 +22,19 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ral_gym.agents.episodes import EpisodeRolloutBuffer, Episodes, episode_features, episode_logits
+from ral_gym.agents.policy_checks import OF_OTHERS, NoSuchNetwork, check_spaces, refuse_drawing
 from ral_gym.agents.prior_weights import PriorWeights, check_for_trpo
-from ral_gym.agents.spaces import sequence_shape
+from ral_gym.agents.shared_passes import joint_uniforms, shared_pass, shared_step
 from ral_gym.agents.step_cache import StepCache, first_not_drawn
 from ral_gym.agents.value_head import ValueHead
 from ral_gym.errors import ConfigError
 from ral_gym.priors.base import Prior
 from ral_gym.priors.guidance import Sampling, check_guidance
-from ral_gym.priors.sampler import CachedSampler, draw
+from ral_gym.priors.sampler import draw
 from ral_gym.priors.transfer import indices_on, on_device
+from ral_gym.sharing import Processes
 
 __all__ = ["PixelCNNPolicy", "PriorPolicy", "PriorWeights", "ValueHead", "check_for_trpo"]
-
-
-# The network that an algorithm asks its policy for -> the algorithm; a `PriorPolicy` has no such network.
-_OF_OTHERS = {"q_net": "DQN", "quantile_net": "QRDQN", "lstm_actor": "RecurrentPPO"}
-
-
-class _NoSuchNetwork(ConfigError, AttributeError):
-    """An `AttributeError` too, for `hasattr`."""
 
 
 class PriorPolicy(ActorCriticPolicy):
@@ -62,6 +56,8 @@ class PriorPolicy(ActorCriticPolicy):
         guidance_log_probs: `guided`: the policy is what is drawn from, p_c^s p_u^(1-s) normalised, and updates take
             two passes with gradients through both. `plain`: updates use p_c alone, log-probabilities of the draw
             included, so that the ratio starts at 1; biased, since the codes are not p_c's (Baran et al., 2026).
+        processes: those that share its passes, from `Processes.join()`; None: this one alone. Every process must then
+            call the same methods with the same arguments, but for `predict`, which is not shared.
         use_sde: must be False; passed by SB3.
         optimizer_class: Adam by default.
         optimizer_kwargs: its arguments, such as ``{"betas": (0.5, 0.999)}``.
@@ -86,26 +82,28 @@ class PriorPolicy(ActorCriticPolicy):
         use_cache: bool = True,
         guidance: float = 1.0,
         guidance_log_probs: Literal["guided", "plain"] = "guided",
+        processes: Processes | None = None,
         use_sde: bool = False,
         optimizer_class: type[torch.optim.Optimizer] = torch.optim.Adam,
         optimizer_kwargs: dict[str, Any] | None = None,
         **drawing: Any,
     ) -> None:
         if drawing:
-            _refuse(drawing)
+            refuse_drawing(type(self).__name__, drawing)
         if prior is None:
             raise ConfigError(
                 f"{type(self).__name__} needs a network to start from: give policy_kwargs={{'prior': ...}}, a prior, "
                 "its file or a run folder, as algorithm_defaults(algo, env, prior=...) does"
             )
         self._start = PriorWeights.of(prior)
+        self.processes = processes or Processes()
         self.levels, self.train_levels = None if levels is None else tuple(levels), train_levels
         self._value_units, self._detach_features = value_units, detach_features
         self.use_cache = use_cache
         if guidance_log_probs not in ("guided", "plain"):
             raise ConfigError(f"guidance_log_probs {guidance_log_probs!r} is unknown: choose guided or plain")
         self.sampling, self.guidance_log_probs = Sampling(guidance=guidance), guidance_log_probs
-        self._check_spaces(observation_space, action_space)
+        check_spaces(self._start.grid, self.levels, train_levels, observation_space, action_space)
         super().__init__(
             observation_space,
             action_space,
@@ -116,38 +114,12 @@ class PriorPolicy(ActorCriticPolicy):
         )
 
     def __getattr__(self, name: str) -> Any:
-        if name in _OF_OTHERS:
-            raise _NoSuchNetwork(
-                f"{_OF_OTHERS[name]} trains networks that {type(self).__name__} does not have: choose Reinforce, GRPO, "
+        if name in OF_OTHERS:
+            raise NoSuchNetwork(
+                f"{OF_OTHERS[name]} trains networks that {type(self).__name__} does not have: choose Reinforce, GRPO, "
                 "PPO, A2C or TRPO, or a policy of the algorithm's own"
             )
         return super().__getattr__(name)
-
-    def _check_spaces(self, observation_space: spaces.Space, action_space: spaces.Space) -> None:
-        grid = self._start.grid
-        size, shapes = grid.codebook_size, " + ".join(f"{rows}x{columns}" for rows, columns in grid.shapes)
-        if not isinstance(action_space, spaces.Discrete) or int(action_space.n) != size:
-            raise ConfigError(f"the prior draws {size} codes, but the environment's action space is {action_space}")
-        shape = sequence_shape(observation_space, action_space)
-        if shape is not None and shape.n_codes == grid.n_codes and shape.classes != grid.classes:
-            raise ConfigError(
-                f"the prior knows {grid.classes or 'no'} classes, but the environment has {shape.classes or 'none'}: "
-                f"give a prior that was made with classes={shape.classes}"
-            )
-        if observation_space.shape != (grid.length,):
-            raise ConfigError(
-                f"the prior draws grids of {shapes} = {grid.n_codes} codes, but the "
-                f"environment's observations have shape {observation_space.shape}"
-            )
-        if self.levels is not None and self.levels != grid.level_sizes:
-            raise ConfigError(
-                f"the prior draws grids of {shapes} codes, but the environment's levels have "
-                f"{' + '.join(map(str, self.levels))}"
-            )
-        if self.train_levels not in ("both", "top", "bottom"):
-            raise ConfigError(f"train_levels {self.train_levels!r} is unknown: choose both, top or bottom")
-        if self.train_levels != "both" and grid.levels == 1:
-            raise ConfigError(f"train_levels={self.train_levels!r} needs a prior of two levels, this one has one")
 
     def _build(self, lr_schedule: Schedule) -> None:
         """Called by the base class: networks and optimizer."""
@@ -222,7 +194,11 @@ class PriorPolicy(ActorCriticPolicy):
         if not self.plain_log_probs or not len(buffer.codes):
             return -float(buffer.log_probs.mean())
         with torch.no_grad():
-            return self._distribution(self.episode_logits(buffer.episodes())).entropy().mean().item()
+            (found,) = shared_pass(self, buffer.episodes(), self._entropies)
+        return found.mean().item()
+
+    def _entropies(self, episodes: Episodes) -> tuple[Tensor]:
+        return (self._distribution(self.episode_logits(episodes)).entropy(),)
 
     def _episodes(self, obs: Tensor | Episodes) -> Episodes:
         """Ordinary observations (B, L) as the transitions that come next; others as they are."""
@@ -268,17 +244,22 @@ class PriorPolicy(ActorCriticPolicy):
         Returns:
             actions (E,) int64, values (E, 1), log-probabilities (E,).
         """
-        features, logits, position, stop = self._look(obs, "rollout")
-        uniforms = torch.rand(len(obs), device=logits.device, dtype=torch.float32)
-        actions, log_prob = draw(logits, uniforms)
-        if deterministic:
-            actions = logits.argmax(1)
-            log_prob = _log_prob(logits, actions)
-        if self.plain_log_probs:
-            log_prob = _log_prob(self.prior.logits(features, position), actions)
-        if self.use_cache and not torch.is_grad_enabled():
-            self.cache.draw(actions)
-        return actions, self._values(features, position, stop), log_prob
+        uniforms = torch.rand(len(obs), device=obs.device, dtype=torch.float32)
+
+        def step(own: slice) -> tuple[Tensor, ...]:
+            features, logits, position, stop = self._look(obs[own], "rollout")
+            actions, log_prob = draw(logits, uniforms[own])
+            if deterministic:
+                actions = logits.argmax(1)
+                log_prob = _log_prob(logits, actions)
+            if self.plain_log_probs:
+                log_prob = _log_prob(self.prior.logits(features, position), actions)
+            if self.use_cache and not torch.is_grad_enabled():
+                self.cache.draw(actions)
+            return actions, self._values(features, position, stop), log_prob
+
+        actions, values, log_prob = shared_step(self.processes, len(obs), step)
+        return actions, values, log_prob
 
     @torch.no_grad()
     def draw_round(self, obs: Tensor, with_values: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -293,20 +274,35 @@ class PriorPolicy(ActorCriticPolicy):
             sequences (E, L) int64 with the tokens K + 1 where nothing is drawn, values (E, L), log-probabilities
             (E, L); both are 0 at given and never drawn positions, and at the label.
         """
-        seen, grid = obs.cpu().long(), self.prior.grid
+        seen, uniforms = obs.cpu().long(), None
+        if self.processes.size > 1:
+            uniforms = joint_uniforms(seen == self.prior.codebook_size, self.device)
+
+        def round_of(own: slice) -> tuple[Tensor, ...]:
+            return self._draw_round(seen[own], with_values, None if uniforms is None else uniforms[own])
+
+        codes, values, log_probs = shared_step(self.processes, len(seen), round_of)
+        return codes, values, log_probs
+
+    def _draw_round(self, seen: Tensor, with_values: bool, uniforms: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """As `draw_round`, in this process, of observations (E, L) int64 on the host, with uniforms (E, L) if given."""
+        grid = self.prior.grid
         given, length = int(first_not_drawn(seen[:1], self.prior.codebook_size)), int(self._stop(seen[:1]))
         rows = grid.rows_of(length)
         image = on_device(np.flatnonzero(grid.mask(0, rows)), self.device)  # (T',)
         to_draw = seen == self.prior.codebook_size  # (E, L), on the host
         codes = seen.to(self.device, non_blocking=True)
-        sampler = self.cache.sampler()
+        sampler: Any = self.cache.sampler()
+        given_uniforms = None if uniforms is None else uniforms[:, image]
         if grid.levels == 1:  # episodes may begin inside a row
-            drawn, drawn_log_probs = cast(CachedSampler, sampler).sample(codes=codes, start=given, stop=length)
+            drawn, drawn_log_probs = sampler.sample(codes=codes, start=given, stop=length, uniforms=given_uniforms)
         else:
             given_rows = given // grid.width
             if not np.array_equal(to_draw[0].numpy(), grid.mask(given_rows, rows)):
                 raise ConfigError("draw_round draws whole rows: episodes that begin inside one need fast_path=False")
-            drawn, drawn_log_probs = sampler.sample(codes=codes, prefix_rows=given_rows, stop_rows=rows)
+            drawn, drawn_log_probs = sampler.sample(
+                codes=codes, prefix_rows=given_rows, stop_rows=rows, uniforms=given_uniforms
+            )
         self.cache.forget()
         grids, log_probs = codes.clone(), torch.zeros(codes.shape, dtype=torch.float32, device=codes.device)
         grids[:, image], log_probs[:, image] = drawn, drawn_log_probs.float()
@@ -324,11 +320,16 @@ class PriorPolicy(ActorCriticPolicy):
 
     def evaluate_actions(self, obs: Tensor | Episodes, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
         """Values (N, 1), log-probabilities (N,) and entropies (N,) of transitions; one pass for whole episodes."""
-        obs = self._episodes(obs)
-        features, position, stop = self._features(obs)
-        distribution = self._distribution(self.episode_logits(obs, features))
-        values = self._values(features, position, stop)
-        return values, distribution.log_prob(actions.long().flatten()), distribution.entropy()
+        actions = actions.long().flatten()
+        if isinstance(obs, Episodes):
+            values, log_prob, entropy = shared_pass(self, obs, self._evaluate, actions)
+            return values, log_prob, entropy
+        return self._evaluate(self._episodes(obs), actions)
+
+    def _evaluate(self, episodes: Episodes, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        features, position, stop = self._features(episodes)
+        distribution = self._distribution(self.episode_logits(episodes, features))
+        return self._values(features, position, stop), distribution.log_prob(actions), distribution.entropy()
 
     def get_distribution(self, obs: Tensor | Episodes) -> CategoricalDistribution:  # type: ignore[override]
         """The action distribution of observations (B, T) or of episodes' transitions.
@@ -337,8 +338,12 @@ class PriorPolicy(ActorCriticPolicy):
             ConfigError: with gradients, which only TRPO needs, if TRPO would skip weights of the prior.
         """
         if isinstance(obs, Episodes):
-            return self._distribution(self._twice_differentiable_logits(obs))
+            return self._distribution(self._shared_logits(obs))
         return self._distribution(self._look(obs, "predict")[1])
+
+    def _shared_logits(self, episodes: Episodes) -> Tensor:
+        """Logits (N, K) of transitions; TRPO, which needs their gradients, asks for those of one weight at a time."""
+        return shared_pass(self, episodes, lambda own: (self._twice_differentiable_logits(own),), one_by_one=True)[0]
 
     def _twice_differentiable_logits(self, episodes: Episodes) -> Tensor:
         """Logits (N, K) for TRPO, which differentiates them twice: torch's fused attention can do it only once."""
@@ -351,9 +356,13 @@ class PriorPolicy(ActorCriticPolicy):
     def predict_values(self, obs: Tensor | Episodes) -> Tensor:  # type: ignore[override]
         """Values (N, 1) of observations (B, T) or of episodes' transitions."""
         if isinstance(obs, Episodes):
-            return self._values(*self._features(obs))
-        features, _, position, stop = self._look(obs, "rollout")
-        return self._values(features, position, stop)
+            return shared_pass(self, obs, lambda own: (self._values(*self._features(own)),))[0]
+
+        def step(own: slice) -> tuple[Tensor]:
+            features, _, position, stop = self._look(obs[own], "rollout")
+            return (self._values(features, position, stop),)
+
+        return shared_step(self.processes, len(obs), step)[0]
 
     def _predict(self, observation: Tensor, deterministic: bool = False) -> Tensor:  # type: ignore[override]
         """Actions for `predict`, through a separate cache so that evaluation does not disturb a rollout."""
@@ -366,17 +375,6 @@ class PriorPolicy(ActorCriticPolicy):
         if self.use_cache and not torch.is_grad_enabled():
             self._caches["predict"].draw(actions)
         return actions
-
-
-def _refuse(drawing: dict[str, Any]) -> None:
-    """Raise for arguments that do not exist, with the reason for those that samplers have."""
-    name = next(iter(drawing))
-    if name not in ("temperature", "top_k", "top_p", "cutoff"):
-        raise TypeError(f"PriorPolicy got an unexpected keyword argument {name!r}")
-    raise ConfigError(
-        f"{name}={drawing[name]} in rollouts: the codes would not be drawn from the policy whose log-probabilities are "
-        "trained; leave it out, and give it to a sampler or to ral-gym sample"
-    )
 
 
 def _log_prob(logits: Tensor, actions: Tensor) -> Tensor:

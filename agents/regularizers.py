@@ -19,9 +19,11 @@ import numpy as np
 import torch
 from sb3_contrib import TRPO
 from stable_baselines3.common.callbacks import BaseCallback
+from torch import Tensor
 
-from ral_gym.agents.episodes import EpisodeRolloutBuffer
+from ral_gym.agents.episodes import EpisodeRolloutBuffer, Episodes
 from ral_gym.agents.policy import PriorPolicy, PriorWeights
+from ral_gym.agents.shared_passes import shared_pass
 from ral_gym.agents.vec_env import real_codes
 from ral_gym.errors import ConfigError
 from ral_gym.priors.base import Prior, maximum_likelihood_loss
@@ -144,12 +146,17 @@ class PriorKLReward(BaseCallback):
             return
         episodes = buffer.episodes()
         policy: PriorPolicy = self.model.policy  # type: ignore[assignment]
-        log_probs = policy.episode_logits(episodes, network=self.reference).log_softmax(1)  # (N, K)
-        actions = episodes.codes[episodes.row, episodes.pos]
-        reference = log_probs.gather(1, actions[:, None]).squeeze(1).cpu().numpy()  # (N,)
-        divergence = buffer.log_probs - reference
+        (reference,) = shared_pass(policy, episodes, self._log_prob)
+        divergence = buffer.log_probs - reference.cpu().numpy()
         _penalise(buffer, self.coef * divergence)
         self.logger.record("rollout/kl_to_prior", float(divergence.mean()))
+
+    def _log_prob(self, episodes: Episodes) -> tuple[Tensor]:
+        """Log-probabilities (N,) of the drawn codes under the prior."""
+        policy: PriorPolicy = self.model.policy  # type: ignore[assignment]
+        log_probs = policy.episode_logits(episodes, network=self.reference).log_softmax(1)  # (N, K)
+        actions = episodes.codes[episodes.row, episodes.pos]
+        return (log_probs.gather(1, actions[:, None]).squeeze(1),)
 
 
 def _penalise(buffer: EpisodeRolloutBuffer, penalties: np.ndarray) -> None:
@@ -313,10 +320,12 @@ class MLEShare(BaseCallback):
         rate = self.coef * self.model.lr_schedule(self.model._current_progress_remaining)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        rows = np.random.randint(len(self._codes), size=self.n_images or self.training_env.num_envs)
-        codes = torch.as_tensor(self._codes[rows].astype(np.int64), device=policy.device)  # (B, L)
-        loss = maximum_likelihood_loss(policy.prior, codes)
+        n_images, processes = self.n_images or self.training_env.num_envs, policy.processes
+        rows, share = np.random.randint(len(self._codes), size=n_images), processes.share(n_images)
+        codes = torch.as_tensor(self._codes[rows[processes.rows(n_images)]].astype(np.int64), device=policy.device)
+        loss = (share.stop - share.start) / n_images * maximum_likelihood_loss(policy.prior, codes)  # codes (B, L)
         self.optimizer.zero_grad()
         loss.backward()
+        processes.sum_gradients(policy.prior.parameters())
         self.optimizer.step()
-        self.logger.record("train/mle_loss", loss.item())
+        self.logger.record("train/mle_loss", processes.sum_numbers({"loss": loss.item()})["loss"])

@@ -14,6 +14,7 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 
 from ral_gym.agents.algorithm import check_stage, find_algorithm
 from ral_gym.agents.callbacks import STAGE, RunCallback, RunEventLog, RunWriter, restore_model
+from ral_gym.agents.check_processes import CheckProcesses
 from ral_gym.agents.policy import PriorPolicy, PriorWeights
 from ral_gym.agents.rewards.co_trained_critic import CoTrainedCritic
 from ral_gym.agents.rewards.composite import CompositeReward
@@ -35,8 +36,10 @@ from ral_gym.rewards.provenance import check_reward_files, keep_reward_files
 from ral_gym.rewards.reference import load_reference
 from ral_gym.rewards.scorer import find_features
 from ral_gym.runs.run import Run, random_state, read_config, seed_everything, set_random_state
+from ral_gym.sharing import Processes
 from ral_gym.stages.device import resolve_device
 from ral_gym.stages.levels import load_generator, load_vqvae
+from ral_gym.stages.processes import partners
 from ral_gym.tokenizers.base import Tokenizer, device_of
 from ral_gym.tokenizers.code_set import CodeSet, decode_codes
 
@@ -44,7 +47,9 @@ SAMPLE_EVERY = 20
 """Updates between sample grids."""
 
 
-def make_agent(run: Run, env: CodeVecEnv, prior: Prior, device: torch.device) -> OnPolicyAlgorithm:
+def make_agent(
+    run: Run, env: CodeVecEnv, prior: Prior, device: torch.device, processes: Processes | None = None
+) -> OnPolicyAlgorithm:
     """The run's algorithm on `env`, its policy starting from the MLE prior.
 
     Raises:
@@ -63,6 +68,7 @@ def make_agent(run: Run, env: CodeVecEnv, prior: Prior, device: torch.device) ->
             "guidance": config.guidance,
             "guidance_log_probs": config.guidance_log_probs,
             "optimizer_kwargs": {"betas": (config.adam_beta1, config.adam_beta2)},
+            "processes": processes,
         },
         "seed": run.config.seed * 1000 + 4,
         "device": device,
@@ -82,6 +88,7 @@ def make_critic(
     device: torch.device,
     prior: Prior | None = None,
     extractor: Extractor | None = None,
+    processes: Processes | None = None,
 ) -> CoTrainedCritic:
     """The run's critic, untrained; with classes if the `prior` has them.
 
@@ -108,6 +115,7 @@ def make_critic(
         device=device,
         extractor=extractor,
         classes=classes,
+        processes=processes,
     )
 
 
@@ -155,18 +163,33 @@ class Stage:
     @property
     def callbacks(self) -> CallbackList:
         """The callbacks for `model.learn`."""
-        return CallbackList([self.reward_callback, *self.regularizers, self.run_callback])
+        own = self.run_callback
+        found: list[BaseCallback] = [self.reward_callback, *self.regularizers, own]
+        if own.processes.size > 1:
+            found.append(CheckProcesses(facts={"settings": own.run.config.to_json()}, state=own.compared))
+        return CallbackList(found)
 
 
 def make_stage(
-    run: Run, vqvae: Tokenizer, prior: Prior, codes: CodeSet | None, device: torch.device, progress: bool = True
+    run: Run,
+    vqvae: Tokenizer,
+    prior: Prior,
+    codes: CodeSet | None,
+    device: torch.device,
+    progress: bool = True,
+    processes: Processes | None = None,
 ) -> Stage:
     """Environment, algorithm, rewards and callbacks of a run, before their first step; `codes` None: no images.
 
     Raises:
-        ConfigError: settings without effect, or that do not fit the prior.
+        ConfigError: settings without effect, that do not fit the prior, or fewer environments than processes.
     """
-    config = run.config.ral
+    config, processes = run.config.ral, processes or Processes()
+    if config.n_envs < processes.size:
+        raise ConfigError(
+            f"ral.n_envs is {config.n_envs}, but {processes.size} processes share the images of an update: start at "
+            f"most {config.n_envs}, or raise ral.n_envs"
+        )
     if config.label_draw != "uniform" and not prior.grid.classes:
         raise ConfigError(f"ral.label_draw is {config.label_draw}, but the prior has no classes: leave it out")
     seed_everything(run.config.seed * 1000 + 4)
@@ -185,8 +208,8 @@ def make_stage(
     if config.uses_critic:
         if codes is None:
             raise ConfigError(f"{run.path} has no codes of real images to train a critic on: leave the critic out")
-        critic = make_critic(run, vqvae, codes, device, prior, extractor)
-    model = make_agent(run, env, prior, device)
+        critic = make_critic(run, vqvae, codes, device, prior, extractor, processes)
+    model = make_agent(run, env, prior, device, processes)
     reward_callback = make_reward(run, critic, extractor)
     regularizers = find_algorithm(config.algo).callbacks(
         config, PriorWeights.of(prior), lambda: (run_callback.updates + 1) / config.n_updates
@@ -206,35 +229,43 @@ def make_stage(
         progress=progress,
         checkpoint_every=config.checkpoint_every,
         regularizers=regularizers,
+        processes=processes,
     )
     board, writer = RunEventLog(run), RunWriter(run, lambda: run_callback.updates)
-    model.set_logger(Logger(None, [board, writer]))
+    model.set_logger(Logger(None, [board, writer] if processes.main else []))
     return Stage(model, critic, reward_callback, run_callback, regularizers)
 
 
 def train_ral(
     run: Run, vqvae: Tokenizer, prior: Prior, codes: CodeSet | None, device: torch.device, progress: bool = True
 ) -> tuple[Prior, Prior]:
-    """Train, continue or load stage 3.
+    """Train, continue or load stage 3; all processes that ``torchrun`` started share the work.
 
     Returns:
         the policy's network and its exponential average.
 
     Raises:
         DivergedError: a loss or a weight became NaN or infinite.
+        RunError: another process is gone, or is not where this one is.
     """
     live, averaged = run.file("policy.safetensors"), run.file("policy_ema.safetensors")
     if live.exists() and averaged.exists() and (run.has("critic.safetensors") or not run.config.ral.uses_critic):
         done, average = (load_prior(file, device, config_of(prior)) for file in (live, averaged))
         return done, average
-    keep_reward_files(run)
-    stage = make_stage(run, vqvae, prior, codes, device, progress)
-    _resume(run, stage)
-    # The callback stops after the run's number of updates; rounds of partial generation differ in length.
-    stage.model.learn(2**62, callback=stage.callbacks, log_interval=1, reset_num_timesteps=False)  # A2C logs one in 100
-    stage.model.logger.close()
-    stage.run_callback.save()
-    _save(run, stage)
+    with partners():
+        processes = Processes.join(device)
+        if processes.main:
+            keep_reward_files(run)
+        processes.wait()
+        stage = make_stage(run, vqvae, prior, codes, device, progress, processes)
+        _resume(run, stage)
+        # The callback stops after the run's number of updates; rounds of partial generation differ in length.
+        stage.model.learn(2**62, stage.callbacks, log_interval=1, reset_num_timesteps=False)  # A2C logs one in 100
+        if processes.main:
+            stage.model.logger.close()
+            stage.run_callback.save()
+            _save(run, stage)
+        processes.wait()
     return load_prior(live, device), load_prior(averaged, device)
 
 
@@ -272,7 +303,9 @@ def load_run(path: Path | str, device: str = "auto", restore_random: bool = True
 
 def _resume(run: Run, stage: Stage) -> None:
     """Continue from the stage's checkpoint, if any."""
-    run.forget_after(STAGE, stage.run_callback.updates - 1 if _restore(run, stage) else -1)
+    last = stage.run_callback.updates - 1 if _restore(run, stage) else -1
+    if stage.run_callback.processes.main:
+        run.forget_after(STAGE, last)
 
 
 def _restore(run: Run, stage: Stage) -> bool:

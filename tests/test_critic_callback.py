@@ -101,7 +101,7 @@ def test_real_images_are_decoded_from_as_many_rows_as_the_fakes(vqvae, reset_mod
     monkeypatch.setattr(
         module,
         "critic_loss",
-        lambda c, real, fake, *a: (shapes.append((real.shape, fake.shape)), loss(c, real, fake, *a))[1],
+        lambda c, real, fake, *a, **k: (shapes.append((real.shape, fake.shape)), loss(c, real, fake, *a, **k))[1],
     )
     critic = make_critic(vqvae)
     model = make_model(make_env(vqvae, reset_mode))

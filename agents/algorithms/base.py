@@ -308,36 +308,45 @@ class EpisodeAlgorithm(OnPolicyAlgorithm):
         buffer = self.rollout_buffer
         if self.mixed_precision == "no":
             return buffer.log_probs
+        processes, lengths, sizes = self.policy.processes, buffer.lengths, [0]
         with torch.no_grad():
-            parts = [buffer.episodes(rows) for rows in self._chunks(buffer.lengths)]
+            parts = [buffer.episodes(rows) for rows in self._chunks(lengths)]
             found = [look(self.policy, episodes, self.mixed_precision).log_prob for episodes in parts]
-        return torch.cat(found).cpu().numpy()
+        if processes.size > 1:
+            sizes = [int(lengths[processes.share_of(len(lengths), rank)].sum()) for rank in range(processes.size)]
+        return processes.gather(torch.cat(found), sizes).cpu().numpy()
 
     def _epoch(self, advantages: np.ndarray, old_log_probs: np.ndarray) -> Metrics:
-        """One optimizer step on all episodes; gradients are summed over chunks of them."""
+        """One optimizer step on all episodes; gradients are summed over chunks of them, and over processes."""
         buffer = self.rollout_buffer
         returns, lengths = buffer.returns, buffer.lengths
         offsets = np.concatenate([[0], np.cumsum(lengths)])
+        processes = self.policy.processes
+        share = processes.share(len(lengths))
+        counts = 1.0 if share.stop > share.start else 0.0  # see `Processes.rows`
         self.policy.optimizer.zero_grad()
         sums: Metrics = {}
         for rows in self._chunks(lengths):
             flat = slice(offsets[rows[0]], offsets[rows[-1] + 1])
             loss, metrics = self._loss(rows, advantages[flat], returns[flat], old_log_probs[flat], len(advantages))
-            loss.backward()
+            (counts * loss).backward()
             for name, value in metrics.items():
-                sums[name] = sums.get(name, 0.0) + value
+                sums[name] = sums.get(name, 0.0) + counts * value
         if self.mle_coef:
             sums["mle_loss"] = self._mle_backward(len(lengths))
+        processes.sum_gradients(self.policy.parameters())
+        sums = processes.sum_numbers(sums)
         norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
         self.policy.optimizer.step()
         return sums | {"grad_norm": norm.item()}
 
     def _chunks(self, lengths: np.ndarray) -> list[np.ndarray]:
-        """Consecutive episodes of at most `batch_size` transitions (at least one episode each)."""
+        """This process's episodes, in parts of at most `batch_size` transitions (at least one episode each)."""
+        own = np.arange(len(lengths))[self.policy.processes.rows(len(lengths))]
         if self.batch_size is None:
-            return [np.arange(len(lengths))]
-        label = (np.cumsum(lengths) - lengths) // max(self.batch_size, 1)
-        return np.split(np.arange(len(lengths)), np.flatnonzero(np.diff(label)) + 1)
+            return [own]
+        label = (np.cumsum(lengths[own]) - lengths[own]) // max(self.batch_size, 1)
+        return np.split(own, np.flatnonzero(np.diff(label)) + 1)
 
     def _loss(
         self, rows: np.ndarray, advantages: np.ndarray, returns: np.ndarray, old_log_probs: np.ndarray, total: int
@@ -375,9 +384,11 @@ class EpisodeAlgorithm(OnPolicyAlgorithm):
     def _mle_backward(self, n_images: int) -> float:
         """Gradient of the maximum-likelihood term, on a batch of real codes."""
         assert self._real_codes is not None
-        rows = np.random.randint(len(self._real_codes), size=n_images)
+        rows = np.random.randint(len(self._real_codes), size=n_images)[self.policy.processes.share(n_images)]
+        if not len(rows):
+            return 0.0
         codes = torch.as_tensor(self._real_codes[rows].astype(np.int64), device=self.device)  # (B, L)
         with autocast(self.policy, self.mixed_precision):
-            loss = maximum_likelihood_loss(self.policy.prior, codes)
+            loss = len(rows) / n_images * maximum_likelihood_loss(self.policy.prior, codes)
         (self.mle_coef * loss).backward()
         return loss.item()

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from ral_gym.config import CriticConfig
 from ral_gym.data.subsets import subset
@@ -24,6 +25,7 @@ from ral_gym.rewards.score_map import Normalization, RewardKind, ScoreNormalizer
 from ral_gym.rewards.scorer import CriticScorer
 from ral_gym.rewards.view import FinishedImages, View, takes_labels
 from ral_gym.runs.checked_state import integer_of, number_of
+from ral_gym.sharing import Processes
 from ral_gym.stages.common import restore_optimizer
 from ral_gym.tokenizers.base import Tokenizer
 
@@ -84,6 +86,9 @@ class CoTrainedCritic:
         extractor: for a critic that sees features; None: the tokenizer's encoder.
         classes: how many classes the images have, 0: none. Then the critic is given labels if its `forward` or `loss`
             takes them, and each real image of a training batch has the class of a fake one.
+        processes: those that share its passes; None: this one alone. All of them draw the same batches and take the
+            same steps. A critic with a `loss` of its own, or with layers whose numbers are random or of the whole
+            batch, is trained by every process on the whole batch.
 
     Raises:
         ConfigError: no held-out images, codes that are no such sequences, or a critic that sees features that are not
@@ -104,10 +109,11 @@ class CoTrainedCritic:
         device: torch.device | str = "cpu",
         extractor: Extractor | None = None,
         classes: int = 0,
+        processes: Processes | None = None,
     ) -> None:
         if not len(held_out_codes):
             raise ConfigError("the critic has no held-out images to be measured on: give a larger data set")
-        self.device = torch.device(device)
+        self.device, self.processes = torch.device(device), processes or Processes()
         self.vqvae, self.grid = vqvae, replace(vqvae.grid, classes=classes)
         self.scorer = CriticScorer(vqvae, critic.to(self.device), reward, batch_size=128, extractor=extractor)
         self.real_codes = torch.as_tensor(np.ascontiguousarray(real_codes))
@@ -162,7 +168,7 @@ class CoTrainedCritic:
 
     def finished(self, codes: Tensor) -> FinishedImages:
         """Finished grids (n, L) int64, K + 1 where nothing was drawn, as shared by all rewards."""
-        return FinishedImages(codes, self.grid, self.decode)
+        return FinishedImages(codes, self.grid, self.decode, processes=self.processes)
 
     @torch.no_grad()
     def see(self, codes: Tensor) -> Tensor:
@@ -194,21 +200,43 @@ class CoTrainedCritic:
             rows = torch.randint(len(self.real_codes), (len(fake_codes),), generator=self.generator)
         else:
             rows = self._by_class.draw(labels, self.generator)
-        real = self.real(rows, self.grid.rows_of(self.grid.without_labels(fake_codes).shape[1]))
         self.critic.train()
-        loss, metrics = self._loss(real, self.see(fake_codes), labels)
+        self.optimizer.zero_grad()
+        metrics = self._backward(rows, fake_codes, labels)
         if not np.isfinite(metrics["loss"]):
             raise DivergedError(
                 f"stage ral: the critic's loss is {metrics['loss']} after {self.n_updates} critic steps; the last good "
                 "checkpoint is kept; lower critic.learning_rate"
             )
-        self.optimizer.zero_grad()
-        loss.backward()
         self.optimizer.step()
         self.n_updates += 1
         return metrics
 
-    def _loss(self, real: Tensor, fake: Tensor, labels: Tensor | None) -> tuple[Tensor, dict[str, float]]:
+    def _backward(self, rows: Tensor, fake_codes: Tensor, labels: Tensor | None) -> dict[str, float]:
+        """Gradients of the loss on real images `rows` (B,) and fakes (B, codes_of(r)), and the metrics."""
+        processes, n, weights = self.processes, len(rows), None
+        own, share = slice(0, n), 1 / processes.size  # every process computes all of it: the mean is bit for bit equal
+        if processes.size > 1 and self._splits:
+            own, mine = processes.rows(n), processes.share(n)
+            share = (mine.stop - mine.start) / n
+            weights = torch.rand(n, generator=self.generator)[own] if self.config.loss == "wgan_gp" else None
+        real = self.real(rows[own], self.grid.rows_of(self.grid.without_labels(fake_codes).shape[1]))
+        fake = self.see(fake_codes[own])
+        loss, metrics = self._loss(real, fake, None if labels is None else labels[own], weights)
+        (share * loss).backward()
+        processes.sum_gradients(self.critic.parameters())
+        return processes.sum_numbers({name: share * value for name, value in metrics.items()})
+
+    @property
+    def _splits(self) -> bool:
+        """Whether the loss is a mean over images, so that processes may compute it on some of them each."""
+        if getattr(self.critic, "loss", None) is not None:
+            return False
+        return not any(isinstance(part, nn.modules.batchnorm._BatchNorm | _DropoutNd) for part in self.critic.modules())
+
+    def _loss(
+        self, real: Tensor, fake: Tensor, labels: Tensor | None, weights: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, float]]:
         """The critic's own loss if it has one, else that of the settings; the metrics include `loss`."""
         own = getattr(self.critic, "loss", None)
         given = {"labels": labels.to(self.device)} if labels is not None and takes_labels(own or self.critic) else {}
@@ -217,7 +245,9 @@ class CoTrainedCritic:
             loss, metrics = found if isinstance(found, tuple) else (found, {})
             return loss, {name: float(value) for name, value in metrics.items()} | {"loss": float(loss.detach())}
         settings = self.config
-        return critic_loss(self.critic, real, fake, settings.gradient_penalty, self.generator, settings.loss, **given)
+        return critic_loss(
+            self.critic, real, fake, settings.gradient_penalty, self.generator, settings.loss, weights=weights, **given
+        )
 
     def train(self, pool: FinishedImages, n_steps: int) -> dict[str, float]:
         """Several steps on a pool of fakes; the mean metrics: `loss`, `gap`, `gradient_penalty`, or the loss's own."""
@@ -230,14 +260,15 @@ class CoTrainedCritic:
     @torch.no_grad()
     def score_map(self, images: Tensor | View) -> Tensor:
         """Raw scores of a view, or of codes of r rows (B, codes_of(r)), as the critic gives them."""
-        return self.scorer.scores(images if isinstance(images, View) else View(images, self.decode))
+        view = images if isinstance(images, View) else View(images, self.decode, processes=self.processes)
+        return view.joined(self.scorer.scores(view.own))
 
     def _real_view(self, height: int) -> View:
         """The chosen held-out images of `height` rows; if they fit in memory, cached with their features."""
         if height in self._held_out:
             return self._held_out[height]
         grid, codes = self.grid, self.grid.crop(self.held_out_codes, height).long()
-        view = View(grid.without_labels(codes), self.decode, grid.labels_of(codes))
+        view = View(grid.without_labels(codes), self.decode, grid.labels_of(codes), processes=self.processes)
         rows = sum(self._held_out) + height
         if len(view) * 5 * self.vqvae.channels * self.vqvae.image_size**2 * rows / grid.height <= CACHE_BYTES:
             self._held_out[height] = view  # floats and, for features, bytes

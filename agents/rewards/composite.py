@@ -185,7 +185,7 @@ class CompositeReward(RolloutReward):
         """The rollout's images, from codes (n, L), shared by all terms."""
         if self.critic is not None:
             return self.critic.critic.finished(codes)
-        return FinishedImages(codes, self.world.grid, self._decode, batch_size=256)
+        return FinishedImages(codes, self.world.grid, self._decode, batch_size=256, processes=self.processes)
 
     def _decode(self, codes: Tensor) -> Tensor:
         """Codes of r rows (B, codes_of(r)) -> images (B, C, h, S) uint8."""
@@ -207,7 +207,7 @@ class CompositeReward(RolloutReward):
                     distance += getattr(function, "distance", 0.0) * len(view) / len(mask)
             if hasattr(term.part, "distance"):
                 self.logger.record(f"reward/{term.name}_distance", distance)
-            yield term.name, _joined(parts, mask)
+            yield term.name, self.processes.from_main(_joined(parts, mask))
 
     def _reference(self, height: int) -> View:
         """Decoded real codes of `height` rows; always of the same images."""
@@ -219,7 +219,9 @@ class CompositeReward(RolloutReward):
             grid = world.grid
             codes = grid.crop(torch.from_numpy(world.real_codes[rows].astype(np.int64)), height)
             images = grid.without_labels(codes)
-            self._references[height] = View(images, self._decode, grid.labels_of(codes), batch_size=256)
+            self._references[height] = View(
+                images, self._decode, grid.labels_of(codes), batch_size=256, processes=self.processes
+            )
         return self._references[height]
 
     def _moments(self, height: int) -> Moments:

@@ -29,6 +29,7 @@ from ral_gym.agents.policy import PriorPolicy
 from ral_gym.agents.rewards.rollout_reward import RolloutReward
 from ral_gym.errors import ConfigError
 from ral_gym.grid import CodeGrid
+from ral_gym.sharing import Processes
 
 COMPLETIONS_AT_ONCE = 256
 """Completions that are drawn and scored together, so that memory does not grow with N."""
@@ -110,7 +111,7 @@ class MonteCarloReturns(BaseCallback):
             begun, behind = codes[row[at]].astype(np.int64), np.arange(codes.shape[1]) > position[at, None]
             begun[mask[row[at]] & behind] = grid.not_drawn
             start = torch.from_numpy(begun).to(policy.device)
-            finished = complete(sampler, grid, start, int(heights[row[at[0]]]), self.generator)
+            finished = complete(sampler, grid, start, int(heights[row[at[0]]]), self.generator, policy.processes)
             rewards.reshape(-1)[part] = self.reward.score(finished.cpu())
         policy.cache.forget()
         return rewards
@@ -162,7 +163,14 @@ def next_values(chosen: np.ndarray, values: np.ndarray, own: np.ndarray) -> np.n
     return np.take_along_axis(np.concatenate([values, own[:, None]], 1), following, 1)
 
 
-def complete(sampler: Any, grid: CodeGrid, codes: Tensor, rows: int, generator: torch.Generator) -> Tensor:
+def complete(
+    sampler: Any,
+    grid: CodeGrid,
+    codes: Tensor,
+    rows: int,
+    generator: torch.Generator,
+    processes: Processes | None = None,
+) -> Tensor:
     """Draw what is left of images of the same height; in each level that is everything from some position on.
 
     Args:
@@ -171,6 +179,7 @@ def complete(sampler: Any, grid: CodeGrid, codes: Tensor, rows: int, generator: 
         codes: (B, L) int64 with K where a code is to be drawn, K + 1 where the image has none.
         rows: how many (top) rows the images have.
         generator: source of the uniforms, on the CPU.
+        processes: those that share the drawing; None: this one alone.
 
     Returns:
         (B, L) int64 without K.
@@ -179,8 +188,14 @@ def complete(sampler: Any, grid: CodeGrid, codes: Tensor, rows: int, generator: 
     levels = [level == grid.not_drawn for level in grid.split(begun)]
     starts = [torch.where(level.any(1), level.int().argmax(1), level.shape[1]).cpu() for level in levels]  # (B,) each
     uniforms = torch.rand(len(codes), grid.codes_of(rows), generator=generator).to(codes.device)
-    place = {"start": starts[0]} if grid.levels == 1 else {"starts": starts}
-    drawn, _ = sampler.sample(codes=begun, uniforms=uniforms, **place)
+
+    def drawn_by(own: slice) -> Tensor:
+        own_starts = [start[own] for start in starts]
+        place = {"start": own_starts[0]} if grid.levels == 1 else {"starts": own_starts}
+        found: Tensor = sampler.sample(codes=begun[own], uniforms=uniforms[own], **place)[0]
+        return found
+
+    drawn = (processes or Processes()).split(len(codes), drawn_by)
     finished = codes.clone()
     finished[:, torch.from_numpy(grid.mask(0, rows)).to(codes.device)] = drawn
     return finished

@@ -18,6 +18,7 @@ from ral_gym.agents.episodes import EpisodeRolloutBuffer
 from ral_gym.agents.vec_env import CodeVecEnv, unwrap_code_env
 from ral_gym.envs.worlds import World
 from ral_gym.errors import ConfigError
+from ral_gym.sharing import Processes
 
 
 class RolloutReward(BaseCallback):
@@ -53,6 +54,12 @@ class RolloutReward(BaseCallback):
         env = unwrap_code_env(self.training_env)
         assert env is not None
         return env
+
+    @property
+    def processes(self) -> Processes:
+        """Those that share the work with this one."""
+        found: Processes | None = getattr(self.model.policy, "processes", None)
+        return found or Processes()
 
     @property
     def world(self) -> World:

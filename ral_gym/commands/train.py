@@ -1,7 +1,7 @@
 """`ral-gym train`: images -> tokenizer -> prior -> RAL -> results table and pictures, one stage after the other.
 
 Each stage loads its finished files, continues from its checkpoint, or trains. Under ``torchrun`` or ``accelerate
-launch`` all processes share stages 1 and 2; only the first continues with the later stages.
+launch`` all processes share stages 1 to 3; only the first continues with the evaluation.
 """
 
 from __future__ import annotations
@@ -105,18 +105,22 @@ def _fork(source: str, path: Path, config: Config) -> Run:
 
 
 def _run_stages(pipeline: Pipeline, stages: Sequence[str], console: Console) -> dict[str, Any]:
-    """Run stages 1 and 2 on all processes, then the others on the first only; returns the results table, or {}."""
-    from ral_gym.stages.processes import end_processes
+    """Run stages 1 to 3 on all processes, then the evaluation on the first only; returns the results table, or {}."""
+    from ral_gym.stages.processes import end_processes, process_count
 
-    for stage in STAGES[:2]:
+    for stage in STAGES[:3]:
         if stage in stages:
             pipeline.steps[stage]()
+    joint = pipeline.run.config.ral.n_envs % process_count() == 0  # else a control's batch has no equal shares
+    if "ral" in stages and joint:
+        pipeline.train_controls()
     if not end_processes():
         return {}
-    for stage in STAGES[2:]:
-        if stage in stages:
-            pipeline.steps[stage]()
-    if "evaluate" not in stages:
+    if "ral" in stages and not joint:
+        pipeline.train_controls()
+    if "evaluate" in stages:
+        pipeline.steps["evaluate"]()
+    else:
         _list_files(pipeline.run, stages, console)
     return pipeline.results
 
@@ -238,22 +242,34 @@ class Pipeline:
             _say(self.console, _label_lines(self.run, prior.levels))
 
     def train_ral(self) -> None:
-        """Stage 3 and, where there are images, its controls."""
+        """Stage 3."""
         from ral_gym.agents.algorithm import find_algorithm
         from ral_gym.agents.train_ral import train_ral
-        from ral_gym.stages.controls import continue_prior, train_equal_time
-        from ral_gym.stages.levels import load_generator
+        from ral_gym.stages.processes import process_index
 
         config = self.run.config.ral
-        if notes := find_algorithm(config.algo).notes(config):
+        notes = find_algorithm(config.algo).notes(config)
+        if notes and process_index() == 0:
             _say(self.console, [f"{config.algo}: {'; '.join(notes)}"])
-        prior: Any = load_generator(self.run, "prior", self.device)
         codes = self.codes if self.has_images else None
-        train_ral(self.run, self.vqvae, prior, codes, self.device, self.progress)
-        if codes is not None:
-            continue_prior(self.run, prior, codes, self.device, self.progress)
-            if config.equal_time_control:
-                train_equal_time(self.run, prior, codes, self.device, self.progress)
+        train_ral(self.run, self.vqvae, self.prior, codes, self.device, self.progress)
+
+    @functools.cached_property
+    def prior(self) -> Any:
+        """The prior that stage 3 starts from."""
+        from ral_gym.stages.levels import load_generator
+
+        return load_generator(self.run, "prior", self.device)
+
+    def train_controls(self) -> None:
+        """The controls of stage 3, where there are images."""
+        from ral_gym.stages.controls import continue_prior, train_equal_time
+
+        if not self.has_images:
+            return
+        continue_prior(self.run, self.prior, self.codes, self.device, self.progress)
+        if self.run.config.ral.equal_time_control:
+            train_equal_time(self.run, self.prior, self.codes, self.device, self.progress)
 
     def evaluate(self) -> None:
         """The table and the pictures."""

@@ -93,6 +93,7 @@ def gradient_penalty(
     fake: Tensor,
     generator: torch.Generator | None = None,
     labels: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Mean of ``(||grad D(x)||_2 - 1)^2`` at points x drawn uniformly between real and fake images (Eq. 5).
 
@@ -104,8 +105,9 @@ def gradient_penalty(
         fake: of the same shape.
         generator: draws the mixing weights, one per image.
         labels: (B,) classes of the real images and of the fake ones, for a critic that takes them.
+        weights: (B,) in [0, 1], the mixing weights, in place of the generator's.
     """
-    weight = torch.rand(len(real), generator=generator).to(real.device)
+    weight = (torch.rand(len(real), generator=generator) if weights is None else weights).to(real.device)
     weight = weight.reshape(-1, *[1] * (real.dim() - 1))  # (B, 1, ..)
     mixed = (weight * real + (1 - weight) * fake).requires_grad_(True)
     scores = _scores(critic, mixed, labels).reshape(len(mixed), -1).mean(1)  # (B,)
@@ -126,6 +128,7 @@ def critic_loss(
     generator: torch.Generator | None = None,
     loss: CriticLoss = "wgan_gp",
     labels: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
     """What the critic minimises.
 
@@ -141,6 +144,7 @@ def critic_loss(
         generator: draws the mixing weights of the penalty.
         loss: `wgan_gp` or `hinge`.
         labels: (B,) classes of the real images and of the fake ones, for a critic that takes them.
+        weights: (B,) the penalty's mixing weights, in place of the generator's.
 
     Returns:
         the loss (scalar) and the metrics for the log: `loss`, `gap` (mean real - mean fake score) and, for `wgan_gp`,
@@ -152,6 +156,6 @@ def critic_loss(
     if loss == "hinge":
         total = F.relu(1 - real_map).mean() + F.relu(1 + fake_map).mean()
         return total, {"loss": total.item(), "gap": gap.item()}
-    penalty = gradient_penalty(critic, real, fake, generator, labels)
+    penalty = gradient_penalty(critic, real, fake, generator, labels, weights)
     total = -gap + penalty_weight * penalty
     return total, {"loss": total.item(), "gap": gap.item(), "gradient_penalty": penalty.item()}

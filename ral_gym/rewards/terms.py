@@ -129,6 +129,8 @@ class RewardTerm:
         function = self.function(rows)
         if len(view) < getattr(function, "minimum_batch", 1):
             return torch.zeros(len(view), dtype=torch.float64)
+        if self.is_network and view.own is not view:  # images are judged one by one: by several processes
+            return view.joined(self(view.own, rows))
         labels = {"labels": view.labels} if "labels" in _parameters(function) else {}
         with torch.no_grad():
             earned = torch.as_tensor(function(self._seen(view), **labels)).detach().cpu().double()

@@ -2,7 +2,8 @@
 
 A critic or a reward declares what it sees (`sees`): the images, their codes, or features of them. It gets that from a
 `View`, which computes it at first use and caches it. One `FinishedImages` per rollout is shared by the critic, the
-functions and the distribution terms; where all of them read codes, no image is decoded at all.
+functions and the distribution terms; where all of them read codes, no image is decoded at all. Several processes
+(`ral_gym.sharing`) decode some of a view's images each; all see all of them.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from ral_gym.errors import ConfigError
 from ral_gym.grid import CodeGrid
+from ral_gym.sharing import Processes
 
 if TYPE_CHECKING:
     from ral_gym.metrics import Extractor
@@ -57,12 +59,19 @@ class View:
         decode: codes -> images.
         labels: (B,) int64 classes, or None.
         batch_size: images decoded at once.
+        processes: those that share the decoding; None: this one alone.
     """
 
     def __init__(
-        self, codes: Tensor, decode: Decode | None, labels: Tensor | None = None, batch_size: int = 128
+        self,
+        codes: Tensor,
+        decode: Decode | None,
+        labels: Tensor | None = None,
+        batch_size: int = 128,
+        processes: Processes | None = None,
     ) -> None:
         self.codes, self.labels, self.batch_size = codes.long(), labels, batch_size
+        self.processes = processes or Processes()
         self._decode = decode
         self._features: dict[Any, Tensor] = {}
 
@@ -71,7 +80,24 @@ class View:
         return len(self.codes)
 
     @functools.cached_property
+    def own(self) -> View:
+        """The images that this process decodes; all, if it is alone."""
+        if self.processes.size == 1:
+            return self
+        rows = self.processes.rows(len(self))
+        return View(self.codes[rows], self._decode, None if self.labels is None else self.labels[rows], self.batch_size)
+
+    def joined(self, own: Tensor) -> Tensor:
+        """What all processes have computed of their `own` images (n, ...), as of all images (B, ...)."""
+        if self.own is self:
+            return own
+        sizes = self.processes.sizes(len(self))
+        return self.processes.gather(own.to(self.processes.device), sizes).to(own.device)
+
+    @functools.cached_property
     def _decoded(self) -> Tensor:
+        if self.own is not self:
+            return self.joined(self.own._decoded)
         if self._decode is None:
             raise ConfigError("a critic or reward sees images, but there is no decoder")
         with torch.no_grad():
@@ -96,7 +122,9 @@ class View:
         from ral_gym.metrics import extract
 
         if extractor not in self._features:
-            self._features[extractor] = extract(extractor, self.images)
+            alone = self.own is self
+            found = extract(extractor, self.images) if alone else self.joined(self.own.features(extractor))
+            self._features[extractor] = found
         return self._features[extractor]
 
 
@@ -115,6 +143,7 @@ class FinishedImages:
         decode: codes -> images; None if only codes are seen.
         labels: as above, for a grid without classes.
         batch_size: images decoded at once.
+        processes: those that share the decoding; None: this one alone.
     """
 
     def __init__(
@@ -124,8 +153,9 @@ class FinishedImages:
         decode: Decode | None = None,
         labels: Tensor | None = None,
         batch_size: int = 128,
+        processes: Processes | None = None,
     ) -> None:
-        self.codes, self.grid, self.batch_size = codes, grid, batch_size
+        self.codes, self.grid, self.batch_size, self.processes = codes, grid, batch_size, processes
         self.labels = grid.labels_of(codes) if grid.classes else labels
         self.image_rows = (grid.without_labels(codes) != grid.never_drawn).sum(1) // grid.codes_of(1)
         self._decode = decode
@@ -155,7 +185,7 @@ class FinishedImages:
             rows = self.rows(height)
             labels = None if self.labels is None else self.labels[rows]
             codes = self.grid.without_labels(self.grid.crop(self.codes[rows], height))
-            self._views[height] = View(codes, self._decode, labels, self.batch_size)
+            self._views[height] = View(codes, self._decode, labels, self.batch_size, self.processes)
         return self._views[height]
 
     def batch(self, size: int, generator: torch.Generator) -> Tensor:

@@ -25,7 +25,7 @@ from ral_gym.runs.storage import load_json, save_json
 from ral_gym.stages.common import WeightAverage, check_weights
 from ral_gym.stages.learning_rate import LearningRate
 from ral_gym.stages.levels import LevelCodes
-from ral_gym.stages.processes import make_accelerator
+from ral_gym.stages.processes import main_process_first, make_accelerator
 from ral_gym.stages.scheduled_sampling import ScheduledSampling
 from ral_gym.stages.train_prior import Task, fit
 from ral_gym.tokenizers.code_set import CodeSet
@@ -68,7 +68,9 @@ def train_equal_time(run: Run, prior: Prior, codes: CodeSet, device: torch.devic
         DivergedError: the loss became NaN or infinite.
         RunError: the run has no times of RAL and of `continue_prior`, or ``equal_time.json`` is damaged.
     """
-    control = _Control(EQUAL_TIME, "  MLE, equal time", 5, equal_time_updates(run), "linear")
+    with main_process_first(device):  # which keeps the number for the others
+        updates = equal_time_updates(run)
+    control = _Control(EQUAL_TIME, "  MLE, equal time", 5, updates, "linear")
     return _train(run, control, prior, codes, device, progress)
 
 
@@ -133,6 +135,8 @@ def _train_level(
     )
     clock = fit(run, task, model, optimizer, average, data, None, accelerator, 1, progress)
     check_weights(model, task.stage, control.updates, task.remedy)
-    save_prior(file, model, average.weights)
-    clock.book()
+    if accelerator.is_main_process:
+        save_prior(file, model, average.weights)
+        clock.book()
+    accelerator.wait_for_everyone()
     return load_prior(file, device)
