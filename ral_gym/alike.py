@@ -109,6 +109,6 @@ def check_in(processes: Processes, when: str) -> None:
         if missing is None:
             raise
         raise RunError(
-            f"process {missing[1].strip()} of {processes.size} did not answer ({when}): it hangs or was stopped; saved "
-            "files are kept: end it, and run the same command again to continue"
+            f"process {missing[1].strip()} of {processes.size} did not answer ({when}): it died, hangs or was "
+            "stopped; saved files are kept: end all, and run the same command again to continue"
         ) from error

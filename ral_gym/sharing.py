@@ -39,6 +39,7 @@ class Processes:
         size: W.
         device: where tensors that are sent must be: `cuda` for NCCL.
         checks: the group by which processes check on one another, on the CPU; None: the default group.
+        patience: see `check_in`.
 
     Attributes:
         rank: see above.
@@ -46,9 +47,15 @@ class Processes:
     """
 
     def __init__(
-        self, rank: int = 0, size: int = 1, device: torch.device | str = "cpu", checks: dist.ProcessGroup | None = None
+        self,
+        rank: int = 0,
+        size: int = 1,
+        device: torch.device | str = "cpu",
+        checks: dist.ProcessGroup | None = None,
+        patience: timedelta = PATIENCE,
     ) -> None:
-        self.rank, self.size, self.device, self._checks = rank, size, torch.device(device), checks
+        self.rank, self.size, self.device = rank, size, torch.device(device)
+        self._checks, self._patience = checks, patience
 
     @classmethod
     def join(cls, device: torch.device | str = "auto", patience: timedelta = PATIENCE) -> Processes:
@@ -79,7 +86,8 @@ class Processes:
             kind = torch.device("cuda", local)
         if not dist.is_initialized():
             dist.init_process_group("nccl" if kind.type == "cuda" else "gloo")
-        return cls(dist.get_rank(), dist.get_world_size(), kind, dist.new_group(backend="gloo", timeout=patience))
+        checks = dist.new_group(backend="gloo")
+        return cls(dist.get_rank(), dist.get_world_size(), kind, checks, patience)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (Processes, ())
@@ -188,7 +196,7 @@ class Processes:
             RuntimeError: torch's, with the missing ranks.
         """
         if self.size > 1:
-            dist.monitored_barrier(self._checks, wait_all_ranks=True)
+            dist.monitored_barrier(self._checks, self._patience, wait_all_ranks=True)
 
     def tell(self, message: Any) -> list[Any]:
         """Every process's message: numbers, texts, and lists and dicts of these."""

@@ -66,6 +66,14 @@ class Masked(CodeVecEnv):
 def trained(model: Any, callbacks: list[BaseCallback], updates: int = 5) -> Found:
     """A model after some updates."""
     model.policy.double()
+    before = {name: weight.clone() for name, weight in model.policy.named_parameters()}
+    steps = 0
+
+    def count(*_: Any) -> None:
+        nonlocal steps
+        steps += 1
+
+    model.policy.optimizer.register_step_post_hook(count)
     if getattr(model, "_reference", None) is not None:
         model._reference.double()
     codes = Codes()
@@ -77,7 +85,9 @@ def trained(model: Any, callbacks: list[BaseCallback], updates: int = 5) -> Foun
         "codes": torch.from_numpy(np.concatenate(codes.kept)),
         "random": torch.get_rng_state(),
         "digest": torch.tensor(digest(whole)),
-        "updates": torch.tensor(model._n_updates),
+        "rollouts": torch.tensor(len(codes.kept)),
+        "steps": torch.tensor(steps),
+        "moved": max((weight - before[name]).abs().max().detach() for name, weight in model.policy.named_parameters()),
     }
 
 
@@ -156,7 +166,7 @@ def stage(levels: int = 1, n_envs: int = 7, updates: int = 4, changes: Any = Non
 
 CASES["reinforce"] = toy("reinforce", batch_size=32, kl_coef=0.1, ent_coef=0.01)
 CASES["reinforce_value"] = toy("reinforce", n_envs=3, baseline="value", reset_mode="full", lockstep=False)
-CASES["grpo"] = toy("grpo", n_envs=8, group_size=4, target_kl=1e-5, n_epochs=4, kl_coef=0.1, batch_size=40)
+CASES["grpo"] = toy("grpo", n_envs=8, group_size=4, target_kl=1e-9, n_epochs=4, kl_coef=0.1, batch_size=40)
 CASES["ppo"] = toy("ppo", lockstep=False, batch_size=8, target_kl=1e-3, callbacks=lambda: [PriorKLReward(0.1)])
 CASES["ppo_few"] = toy("ppo", n_envs=2, reset_mode="full", batch_size=2)
 CASES["a2c"] = toy("a2c", lockstep=False)
