@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,12 +12,9 @@ from torch import Tensor
 from ral_gym.agents.episodes import Episodes
 from ral_gym.sharing import Processes, with_shared_weights
 
-if TYPE_CHECKING:
-    from ral_gym.agents.policy import PriorPolicy
-
 
 def shared_pass(
-    policy: PriorPolicy,
+    policy: Any,
     episodes: Episodes,
     function: Callable[..., tuple[Tensor, ...]],
     *given: Tensor | None,
@@ -26,7 +23,7 @@ def shared_pass(
     """What a function gives for transitions, of which each process computes those of its episodes.
 
     Args:
-        policy: whose weights the function uses.
+        policy: a `PriorPolicy`, whose weights the function uses.
         episodes: N transitions, in the order of their grids.
         function: takes `Episodes` and the same transitions of `given`; returns tensors (n, ...), one row each.
         *given: (N, ...), (K,) or None.
