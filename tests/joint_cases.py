@@ -24,9 +24,9 @@ from ral_gym.agents.defaults import algorithm_defaults, policy_for
 from ral_gym.agents.regularizers import PriorKLReward
 from ral_gym.agents.train_ral import make_stage
 from ral_gym.agents.vec_env import CodeVecEnv
-from ral_gym.alike import digest
 from ral_gym.config import Config
 from ral_gym.priors.pixelcnn import PixelCNN
+from ral_gym.runs.alike import digest
 from ral_gym.runs.run import Run, random_state, read_config
 from ral_gym.sharing import Processes
 from ral_gym.stages.levels import load_generator, load_vqvae

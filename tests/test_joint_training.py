@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from stable_baselines3 import PPO
 
 from ral_gym.agents import PriorPolicy, algorithm_defaults, make_sb3_env
-from ral_gym.alike import digest
 from ral_gym.errors import ConfigError
+from ral_gym.runs.alike import digest
 from ral_gym.runs.storage import load_tensors, unpack_state
 from ral_gym.sharing import Processes
 from tests.joint_cases import CASES
