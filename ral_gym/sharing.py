@@ -6,8 +6,8 @@ and hands them to the others, and gradients are summed inside the backward pass.
 hold the same numbers, W processes compute what one computes, up to rounding, and an algorithm that knows nothing of
 processes, such as those of Stable-Baselines3, trains on all of them.
 
-`Processes` does the sharing; one process is a special case, in which nothing is sent. `ral_gym.runs.alike` checks that the
-processes are alike. Stages 1 and 2 have a design of their own, `ral_gym.stages.processes`.
+`Processes` does the sharing; one process is a special case, in which nothing is sent. `ral_gym.runs.alike` checks that
+the processes are alike. Stages 1 and 2 have a design of their own, `ral_gym.stages.processes`.
 """
 
 from __future__ import annotations
