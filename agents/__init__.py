@@ -4,6 +4,7 @@ from ral_gym.agents.algorithm import Algorithm, find_algorithm
 from ral_gym.agents.algorithms.base import EpisodeAlgorithm
 from ral_gym.agents.algorithms.grpo import GRPO
 from ral_gym.agents.algorithms.reinforce import Reinforce
+from ral_gym.agents.check_processes import CheckProcesses
 from ral_gym.agents.defaults import ALGORITHMS, algorithm_defaults, policy_for
 from ral_gym.agents.episodes import EpisodeRolloutBuffer, Episodes
 from ral_gym.agents.features import CodeFeatures
@@ -17,12 +18,14 @@ from ral_gym.agents.rewards.deliveries import CriticRewardWrapper, StepCriticCal
 from ral_gym.agents.rewards.monte_carlo import MonteCarloReturns
 from ral_gym.agents.train_ral import Stage, load_run
 from ral_gym.agents.vec_env import CodeVecEnv, make_sb3_env
+from ral_gym.runs.sharing import Processes
 
 __all__ = [
     "ALGORITHMS",
     "GRPO",
     "AdaptiveEntropy",
     "Algorithm",
+    "CheckProcesses",
     "CoTrainedCritic",
     "CodeFeatures",
     "CodeVecEnv",
@@ -43,6 +46,7 @@ __all__ = [
     "PriorKLReward",
     "PriorPolicy",
     "PriorWeights",
+    "Processes",
     "Reinforce",
     "Stage",
     "StepCriticCallback",

@@ -22,7 +22,7 @@ from ral_gym.rewards.distribution import DISTRIBUTION_TERMS
 from ral_gym.runs.checked_state import array_of, integer_of
 from ral_gym.runs.event_log import open_event_log
 from ral_gym.runs.run import Run
-from ral_gym.sharing import Processes
+from ral_gym.runs.sharing import Processes
 from ral_gym.stages.common import Clock, WeightAverage, check_weights, restore_optimizer
 
 STAGE = "ral"

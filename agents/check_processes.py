@@ -10,7 +10,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from ral_gym.agents.vec_env import unwrap_code_env
 from ral_gym.runs.alike import check_alike, check_in, check_same_kind
 from ral_gym.runs.run import random_state
-from ral_gym.sharing import Processes
+from ral_gym.runs.sharing import Processes
 
 
 class CheckProcesses(BaseCallback):

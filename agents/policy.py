@@ -32,7 +32,7 @@ from ral_gym.priors.base import Prior
 from ral_gym.priors.guidance import Sampling, check_guidance
 from ral_gym.priors.sampler import draw
 from ral_gym.priors.transfer import indices_on, on_device
-from ral_gym.sharing import Processes
+from ral_gym.runs.sharing import Processes
 
 __all__ = ["PixelCNNPolicy", "PriorPolicy", "PriorWeights", "ValueHead", "check_for_trpo"]
 

@@ -1,4 +1,4 @@
-"""The passes of a policy that several processes share: each computes some of the episodes (`ral_gym.sharing`)."""
+"""The passes of a policy that several processes share: each computes some of the episodes (`ral_gym.runs.sharing`)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ral_gym.agents.episodes import Episodes
-from ral_gym.sharing import Processes, with_shared_weights
+from ral_gym.runs.sharing import Processes, with_shared_weights
 
 
 def shared_pass(

@@ -36,7 +36,7 @@ from ral_gym.rewards.provenance import check_reward_files, keep_reward_files
 from ral_gym.rewards.reference import load_reference
 from ral_gym.rewards.scorer import find_features
 from ral_gym.runs.run import Run, random_state, read_config, seed_everything, set_random_state
-from ral_gym.sharing import Processes
+from ral_gym.runs.sharing import Processes
 from ral_gym.stages.device import resolve_device
 from ral_gym.stages.levels import load_generator, load_vqvae
 from ral_gym.stages.processes import partners

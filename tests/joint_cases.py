@@ -28,7 +28,7 @@ from ral_gym.config import Config
 from ral_gym.priors.pixelcnn import PixelCNN
 from ral_gym.runs.alike import digest
 from ral_gym.runs.run import Run, random_state, read_config
-from ral_gym.sharing import Processes
+from ral_gym.runs.sharing import Processes
 from ral_gym.stages.levels import load_generator, load_vqvae
 from ral_gym.tokenizers.code_set import CodeSet
 from tests.label_models import make_prior

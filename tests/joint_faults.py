@@ -18,7 +18,7 @@ import torch
 from ral_gym.agents import train_ral
 from ral_gym.agents.callbacks import RunCallback
 from ral_gym.commands.cli import main
-from ral_gym.sharing import Processes
+from ral_gym.runs.sharing import Processes
 
 UPDATE, PATIENCE = 5, timedelta(seconds=4)
 

@@ -17,8 +17,8 @@ from stable_baselines3 import PPO
 from ral_gym.agents import PriorPolicy, algorithm_defaults, make_sb3_env
 from ral_gym.errors import ConfigError
 from ral_gym.runs.alike import digest
+from ral_gym.runs.sharing import Processes
 from ral_gym.runs.storage import load_tensors, unpack_state
-from ral_gym.sharing import Processes
 from tests.joint_cases import CASES
 from tests.joint_faults import UPDATE
 from tests.test_policy import tiny_prior

@@ -25,7 +25,7 @@ from ral_gym.rewards.score_map import Normalization, RewardKind, ScoreNormalizer
 from ral_gym.rewards.scorer import CriticScorer
 from ral_gym.rewards.view import FinishedImages, View, takes_labels
 from ral_gym.runs.checked_state import integer_of, number_of
-from ral_gym.sharing import Processes
+from ral_gym.runs.sharing import Processes
 from ral_gym.stages.common import restore_optimizer
 from ral_gym.tokenizers.base import Tokenizer
 

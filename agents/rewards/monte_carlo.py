@@ -29,7 +29,7 @@ from ral_gym.agents.policy import PriorPolicy
 from ral_gym.agents.rewards.rollout_reward import RolloutReward
 from ral_gym.errors import ConfigError
 from ral_gym.grid import CodeGrid
-from ral_gym.sharing import Processes
+from ral_gym.runs.sharing import Processes
 
 COMPLETIONS_AT_ONCE = 256
 """Completions that are drawn and scored together, so that memory does not grow with N."""

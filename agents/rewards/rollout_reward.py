@@ -18,7 +18,7 @@ from ral_gym.agents.episodes import EpisodeRolloutBuffer
 from ral_gym.agents.vec_env import CodeVecEnv, unwrap_code_env
 from ral_gym.envs.worlds import World
 from ral_gym.errors import ConfigError
-from ral_gym.sharing import Processes
+from ral_gym.runs.sharing import Processes
 
 
 class RolloutReward(BaseCallback):

@@ -54,7 +54,7 @@ def train(arguments: TrainArguments, console: Console) -> dict[str, Any]:
     from ral_gym.stages.device import resolve_device
     from ral_gym.stages.evaluate import check_measuring
     from ral_gym.stages.levels import check_prior_settings
-    from ral_gym.stages.processes import process_index
+    from ral_gym.stages.processes import launcher_note, process_index
     from ral_gym.stages.without_images import check_without_images
 
     config, stages = arguments.config, arguments.stages
@@ -70,6 +70,8 @@ def train(arguments: TrainArguments, console: Console) -> dict[str, Any]:
     path = Path(arguments.runs) / str(arguments.name)
     if not (path / "results.json").exists():
         check_extras(config, stages)
+    if note := launcher_note():
+        _say(console, [note])
     run = Run(path, config) if arguments.start_from is None else _fork(arguments.start_from, path, config)
     main = process_index() == 0
     try:

@@ -3,7 +3,7 @@
 A critic or a reward declares what it sees (`sees`): the images, their codes, or features of them. It gets that from a
 `View`, which computes it at first use and caches it. One `FinishedImages` per rollout is shared by the critic, the
 functions and the distribution terms; where all of them read codes, no image is decoded at all. Several processes
-(`ral_gym.sharing`) decode some of a view's images each; all see all of them.
+(`ral_gym.runs.sharing`) decode some of a view's images each; all see all of them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ral_gym.errors import ConfigError
 from ral_gym.grid import CodeGrid
-from ral_gym.sharing import Processes
+from ral_gym.runs.sharing import Processes
 
 if TYPE_CHECKING:
     from ral_gym.metrics import Extractor

@@ -1,4 +1,4 @@
-"""Whether processes that share work (`ral_gym.sharing`) still hold the same numbers.
+"""Whether processes that share work (`ral_gym.runs.sharing`) still hold the same numbers.
 
 Sharing rests on it: with other weights or another random state in one process everything would run on without an error
 and learn nonsense. So the numbers of each process are boiled down to one per part, and compared now and then.
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from ral_gym.errors import RunError
+from ral_gym.runs.sharing import Processes
 from ral_gym.runs.storage import pack_state
-from ral_gym.sharing import Processes
 
 MISSING = re.compile(r"[Rr]anks? ([\d, ]+) failed to pass monitoredBarrier")
 """What torch says of processes that do not come."""

@@ -1,5 +1,7 @@
 """How stages 1 and 2 compute: data parallelism over processes, mixed precision and gradient accumulation.
 
+Stage 3 shares its work in another way, `ral_gym.runs.sharing`.
+
 All processes together take the steps that one process would take: each draws the same rows for the joint batch and
 works on its share, gradients are averaged, and the codebook's statistics are summed (`vector-quantize-pytorch` does
 that once a process group exists). A batch in N parts is the same batch too: gradients and codebook statistics
@@ -60,6 +62,13 @@ def process_index() -> int:
 def process_count() -> int:
     """How many processes torchrun or accelerate started for the run."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def launcher_note() -> str:
+    """What to say of a launcher that did not do what it was asked; "" if there is nothing to say."""
+    if os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" and "WORLD_SIZE" not in os.environ:
+        return "accelerate launch --cpu starts one process, whatever --num_processes says: use torchrun for several"
+    return ""
 
 
 def make_accelerator(device: torch.device, compute: Compute | None = None) -> Accelerator:
