@@ -9,7 +9,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from ral_gym.commands.cli import train_main
 from ral_gym.commands.cost_of_ral import PENALTY_PASSES, ral_cost
+from ral_gym.commands.cost_of_sharing import READ, Sharing, sharing_of
 from ral_gym.commands.counting import StageCost
 from ral_gym.commands.dry_run import dry_run
 from ral_gym.config import Config
@@ -284,3 +286,38 @@ def test_lite0_counts_the_layers_that_it_runs() -> None:
     with counter:
         make_extractor("lite0")(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
     assert cost.parts["lite0"] == counter.get_total_flops()
+
+
+def paper(processes: int, n_envs: int) -> Sharing:
+    """Stage 3 of celeba128 on so many GPUs."""
+    config = get_preset("celeba128")
+    config = dataclasses.replace(config, ral=dataclasses.replace(config.ral, n_envs=n_envs))
+    return sharing_of(dry_run(config, processes=processes).stages[-1], processes)
+
+
+def test_stage_3_gains_from_gpus_only_with_images_to_go_with_them() -> None:
+    few, many = paper(8, 16), paper(8, 512)
+    assert few.efficiency < 0.4 < 0.8 < many.efficiency < 1
+    assert paper(1, 16).efficiency == 1 and paper(1, 16).sending == 0
+    # Reading the weights of both networks once per code is what no number of GPUs shortens.
+    cost = dry_run(get_preset("celeba128"), processes=8).stages[-1]
+    assert paper(10_000, 16).seconds > cost.read / READ
+    top, bottom = (stage.sent for stage in dry_run(get_preset("celeba128")).stages[1:3])
+    assert cost.read == 256 * top + 1024 * bottom
+    assert cost.sent > top + bottom  # and the critic's
+
+
+def test_memory_of_stage_3_falls_with_processes() -> None:
+    one, four = (dry_run(get_preset("celeba64"), processes=processes).stages[-1].memory for processes in (1, 4))
+    assert four < one
+
+
+def test_dry_run_of_several_gpus_says_what_does_not_scale(capsys) -> None:
+    assert train_main(["--preset", "celeba64", "--dry-run", "--processes", "8"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "8 GPUs, on paper" in said and "Stage 3 draws 2 images per process" in said
+    assert "raise ral.n_envs (to 240" in said
+    assert train_main(["--preset", "celeba64", "--dry-run", "--processes", "32"]) == 0
+    assert "Stage 3 would be refused: ral.n_envs is 16" in " ".join(capsys.readouterr().out.split())
+    assert train_main(["--preset", "celeba64", "--processes", "8"]) == 2
+    assert "--processes 8 belongs to --dry-run" in capsys.readouterr().err

@@ -198,6 +198,12 @@ def test_a_saved_model_belongs_to_one_process(tmp_path) -> None:
     assert PPO.load(tmp_path / "model", device="cpu").policy.processes.size == 1
 
 
+def test_the_example_runs_on_two_processes(tmp_path) -> None:
+    example = str(TESTS.parent / "examples" / "several_gpus.py")
+    done = torchrun(2, example, "--updates", "2", "--n-envs", "4", "--save", str(tmp_path / "model.zip"))
+    assert done.stdout.count("2 processes, 4 images per update") == 1 and (tmp_path / "model.zip").is_file()
+
+
 def test_more_processes_than_gpus_are_refused(monkeypatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "1")

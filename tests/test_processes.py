@@ -219,3 +219,11 @@ def test_only_a_lost_connection_is_called_one(monkeypatch) -> None:
         raise RuntimeError(lost)
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), partners():
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+
+def test_a_launcher_that_starts_one_process_only_is_told(monkeypatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    assert "starts one process" in processes.launcher_note()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert processes.launcher_note() == ""

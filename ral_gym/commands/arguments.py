@@ -48,6 +48,9 @@ class TrainArguments:
     """Run only these stages, for instance `--stages vqvae prior`; each needs the files of the stages before it."""
     dry_run: bool = False
     """Print parameters, codes, memory and FLOPs of every stage, and train nothing."""
+    processes: int | None = None
+    """With --dry-run: as if so many processes shared the work, one GPU each. To train on several, start them:
+    `torchrun --nproc-per-node N -m ral_gym train ...`."""
     name: str | None = None
     """Name of the run folder. None: the preset's, plus algorithm and seed if they are not the preset's."""
     runs: str = "runs"
@@ -306,6 +309,11 @@ def _complete(arguments: TrainArguments, base: Config) -> TrainArguments:
         METRICS.check(name)
     if "ral" in arguments.stages:
         check_parts(config.ral.reward_weights, config.critic.kind, config.ral.reward_features)
+    if arguments.processes is not None and (arguments.processes < 1 or not arguments.dry_run):
+        raise ConfigError(
+            f"--processes {arguments.processes} belongs to --dry-run and is 1 or more: to train on several, start them "
+            "with torchrun --nproc-per-node N -m ral_gym train ..."
+        )
     if not arguments.stages:
         raise ConfigError(f"--stages is empty: give one or more of {' '.join(STAGES)}")
     if arguments.gradient_accumulation < 1:

@@ -10,7 +10,8 @@
 | roll-outs | per completion half a drawing, decoding and the rewards | part of the sampler's cache |
 | the critic | its steps, with the images shown | weights, gradients, Adam, one step's activations |
 
-A single pass covers `batch_size` codes where the algorithm has that setting, else the whole round.
+A single pass covers `batch_size` codes where the algorithm has that setting, else the whole round. Several processes
+share the images of a pass, of drawing and of the critic; all hold all weights.
 """
 
 from __future__ import annotations
@@ -49,13 +50,15 @@ INCEPTION = (11_400_000_000, 4 * 23_900_000)
 """FID's Inception-v3 at 299 x 299: FLOPs of one image and bytes, from its published multiply-adds and weights."""
 
 
-def ral_cost(config: Config, vqvae: Any, priors: list[nn.Module], grid: CodeGrid) -> StageCost:
-    """Stage 3 of a configuration; its networks are on the meta device."""
+def ral_cost(config: Config, vqvae: Any, priors: list[nn.Module], grid: CodeGrid, processes: int = 1) -> StageCost:
+    """Stage 3 of a configuration on so many processes; its networks are on the meta device."""
     ral = config.ral
     wanted = {"both": range(grid.levels), "top": [0], "bottom": [grid.levels - 1]}[ral.train_levels]
     drawn = count(lambda: [logits_on_meta(p, grid, i, 1) for i, p in enumerate(priors)], backward=False).flops
     drawn *= 1 if ral.guidance == 1 else 2
-    flops, kept = _update(config, priors, grid, wanted)
+    flops, kept = _update(config, priors, grid, wanted, processes)
+    learnt, rounds = sum(bytes_of(priors[level].parameters()) for level in wanted), 1
+    sent = _optimizer_steps(config, grid) * learnt
     decoded, n = decoding_flops(vqvae), ral.n_envs
     frozen = sum(bytes_of(module.parameters()) for module in [vqvae, *priors])
     trained = sum(trained_bytes(priors[level], averages=1) for level in wanted)
@@ -66,10 +69,13 @@ def ral_cost(config: Config, vqvae: Any, priors: list[nn.Module], grid: CodeGrid
         parts[name] = work
         frozen += memory
     if ral.uses_critic:
-        steps, parts["critic"], memory, most = _critic(config, vqvae, priors, decoded)
-        fresh = n * drawn if config.critic.fakes == "fresh" else 0
-        flops, trained, kept = flops + steps + fresh, trained + memory, max(kept, most)
+        steps, parts["critic"], memory, most, summed = _critic(config, vqvae, priors, decoded, processes)
+        rounds += config.critic.fakes == "fresh"
+        flops, trained, kept = flops + steps + (rounds - 1) * n * drawn, trained + memory, max(kept, most)
+        sent += config.critic.n_critic * summed
     completions = n * (ral.n_rollouts - 1) * min(ral.rollout_positions, grid.n_codes - 1)  # on average half an image
+    weights = sum(size * bytes_of(prior.parameters()) for size, prior in zip(grid.level_sizes, priors, strict=True))
+    share = -(-n // processes)
     flops += n * sum(parts.values()) + completions * (sum(parts.values()) - drawn + drawn // 2)
     return StageCost(
         stage=f"3 RAL ({ral.algo})",
@@ -77,18 +83,32 @@ def ral_cost(config: Config, vqvae: Any, priors: list[nn.Module], grid: CodeGrid
         batch_size=n,
         steps=ral.n_updates,
         flops_per_step=flops,
-        memory=frozen + trained + max(kept, _cache_bytes(priors, n if ral.guidance == 1 else 2 * n)),
+        memory=frozen + trained + max(kept, _cache_bytes(priors, share if ral.guidance == 1 else 2 * share)),
         parts=parts,
+        sent=sent,
+        codes=n * grid.n_codes,
+        drawing_flops=(rounds * n + completions // 2) * drawn,
+        read=rounds * weights,
     )
 
 
-def _update(config: Config, priors: list[nn.Module], grid: CodeGrid, wanted: Any) -> tuple[int, int]:
+def _optimizer_steps(config: Config, grid: CodeGrid) -> int:
+    """Steps of an update: one per epoch, and in SB3's algorithms with minibatches one for each of these."""
+    section = getattr(config.ral, config.ral.algo, None)
+    epochs, codes = getattr(section, "n_epochs", 1), getattr(section, "batch_size", None)
+    if codes is None or config.ral.algo in ("reinforce", "grpo"):
+        return epochs
+    return epochs * -(-config.ral.n_envs // max(1, codes // grid.n_codes))
+
+
+def _update(config: Config, priors: list[nn.Module], grid: CodeGrid, wanted: Any, processes: int) -> tuple[int, int]:
     """FLOPs of an update's passes over all images, and the bytes that one part of them keeps."""
     ral = config.ral
     section = getattr(ral, ral.algo, None)
     epochs, half = getattr(section, "n_epochs", 1), getattr(section, "mixed_precision", "no") == "bf16"
     codes = getattr(section, "batch_size", None)
     part = ral.n_envs if codes is None else min(ral.n_envs, max(1, codes // grid.n_codes))
+    part = max(1, min(part, ral.n_envs // processes))
     passes = 1 if ral.guidance == 1 or ral.guidance_log_probs == "plain" else 2
     both = count(lambda: sum_of(*(logits_on_meta(priors[level], grid, level, part) for level in wanted)))
     forward = count(lambda: [logits_on_meta(priors[i], grid, i, 1) for i in wanted], backward=False).flops
@@ -118,8 +138,10 @@ def _lite0(side: int) -> tuple[int, int]:
     return count(lambda: layers(image), backward=False).flops, bytes_of(layers.parameters())
 
 
-def _critic(config: Config, vqvae: Any, priors: list[nn.Module], decoded: int) -> tuple[int, int, int, int]:
-    """FLOPs of the critic's steps of an update, of scoring an image; bytes that it holds, and that a step keeps."""
+def _critic(
+    config: Config, vqvae: Any, priors: list[nn.Module], decoded: int, processes: int
+) -> tuple[int, int, int, int, int]:
+    """FLOPs of the critic's steps of an update, of scoring an image; bytes it holds, a step keeps, and of gradients."""
     settings = config.critic
     sees_features = getattr(critic_class(settings.kind), "sees", "pixels") == "features"
     features = find_features(config.ral.reward_features, None) if sees_features else None
@@ -139,7 +161,8 @@ def _critic(config: Config, vqvae: Any, priors: list[nn.Module], decoded: int) -
     flops = step.flops + (PENALTY_PASSES * once.flops if penalised else 0)
     flops += 0 if scorer.sees == "codes" else 2 * settings.batch_size * decoded
     scored = _critic_count(lambda: critic(_seen(scorer, 1)), backward=False).flops
-    return settings.n_critic * flops, scored, trained_bytes(critic), step.kept
+    gradients = bytes_of(critic.parameters())
+    return settings.n_critic * flops, scored, trained_bytes(critic), step.kept // processes, gradients
 
 
 def _seen(scorer: CriticScorer, n: int) -> Tensor:

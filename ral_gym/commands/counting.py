@@ -44,6 +44,14 @@ class StageCost:
     """Bytes per process while it trains."""
     parts: dict[str, int] = field(default_factory=dict)
     """Part of the forward pass -> its FLOPs per image."""
+    sent: int = 0
+    """Bytes of gradients that several processes sum in a step."""
+    codes: int = 0
+    """Codes that the environment and the buffer handle in a step of stage 3."""
+    drawing_flops: int = 0
+    """Of `flops_per_step`, those of drawing images."""
+    read: int = 0
+    """Bytes of weights that drawing reads in a step, however few images are drawn."""
 
 
 @dataclass

@@ -62,7 +62,7 @@ def dry_run(config: Config, compute: Compute | None = None, processes: int = 1) 
     Args:
         config: the settings; no data are read: images have one channel if `data.grey` or `faces`, else three.
         compute: precision and accumulation parts of stages 1 and 2.
-        processes: number of processes that share each batch of stages 1 and 2.
+        processes: number of processes that share each batch.
 
     Raises:
         ConfigError: the settings do not fit one another.
@@ -78,7 +78,7 @@ def dry_run(config: Config, compute: Compute | None = None, processes: int = 1) 
     stages = [_with_image_losses(_vqvae_cost(config, vqvae, compute, processes), config, vqvae, compute, processes)]
     for level, prior in enumerate(priors):
         stages.append(_prior_cost(config, prior, grid, level, compute, processes))
-    stages.append(ral_cost(config, vqvae, priors, grid))
+    stages.append(ral_cost(config, vqvae, priors, grid, processes))
     return DryRun(grid, channels, stages)
 
 
@@ -102,6 +102,7 @@ def _vqvae_cost(config: Config, vqvae: Any, compute: Compute, processes: int) ->
         steps=settings.training_steps,
         flops_per_step=shares * (once.flops + lookup),
         memory=trained_bytes(vqvae) + activation_bytes(once, compute) + _lookup_memory(vqvae, n),
+        sent=bytes_of(vqvae.parameters()),
         parts={"encoder": (forward.flops - painted) // n, "lookup": lookup // n, "decoder": painted // n},
     )
 
@@ -126,8 +127,10 @@ def _with_image_losses(cost: StageCost, config: Config, vqvae: Any, compute: Com
         kept = max(kept + frozen.kept, step.kept)
         parts["discriminator"] = count(lambda: judge(pairs[1]), backward=False).flops // n
     extra = memory + activation_bytes(Count(kept=kept), compute)
-    total = cost.flops_per_step + shares * flops
-    return replace(cost, flops_per_step=total, memory=cost.memory + extra, parts=cost.parts | parts)
+    total, sent = cost.flops_per_step + shares * flops, cost.sent
+    if settings.adversarial_weight:
+        sent += bytes_of(judge.parameters())
+    return replace(cost, flops_per_step=total, memory=cost.memory + extra, parts=cost.parts | parts, sent=sent)
 
 
 def _fixed(module: nn.Module) -> dict[str, Tensor]:
@@ -161,6 +164,7 @@ def _own_tokenizer_cost(config: Config, tokenizer: Any, images: Tensor, compute:
         steps=settings.training_steps if learns else 0,
         flops_per_step=shares * once.flops,
         memory=trained_bytes(tokenizer) + activation_bytes(once, compute),
+        sent=bytes_of(tokenizer.parameters()) if learns else 0,
     )
 
 
@@ -186,5 +190,6 @@ def _prior_cost(
         steps=settings.training_steps,
         flops_per_step=shares * once.flops,
         memory=trained_bytes(prior, averages=1) + activation_bytes(once, compute),
+        sent=bytes_of(prior.parameters()),
         parts={network: forward.flops},
     )

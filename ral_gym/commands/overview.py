@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -9,6 +12,9 @@ from rich.table import Table
 from ral_gym.commands.arguments import PresetsArguments, TrainArguments
 from ral_gym.config import Config, settings
 from ral_gym.presets import PRESETS, get_preset
+
+if TYPE_CHECKING:
+    from ral_gym.commands.counting import StageCost
 
 
 def show_presets(arguments: PresetsArguments, console: Console) -> None:
@@ -75,7 +81,8 @@ def show_dry_run(arguments: TrainArguments, console: Console) -> None:
 
     config = arguments.config
     compute = Compute(arguments.mixed_precision, arguments.gradient_accumulation)
-    result = dry_run(config, compute, process_count())
+    processes = arguments.processes or process_count()
+    result = dry_run(config, compute, processes)
     sides = " + ".join(f"{height}x{width}" for height, width in result.grid.shapes)
     size = config.data.image_size
     console.print(
@@ -96,6 +103,10 @@ def show_dry_run(arguments: TrainArguments, console: Console) -> None:
             _memory(stage.memory),
         )
     console.print(table)
+    if processes > 1:
+        console.print(_sharing_table(result.stages, processes))
+        for line in sharing_notes(config, processes):
+            console.print(line, highlight=False, soft_wrap=True)
     for stage in filter(lambda stage: stage.parts, result.stages):
         parts = ", ".join(f"{name} {_flops(count)}" for name, count in stage.parts.items())
         console.print(f"{stage.stage}: forward, per image: {parts}", highlight=False, soft_wrap=True)
@@ -105,6 +116,38 @@ def show_dry_run(arguments: TrainArguments, console: Console) -> None:
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _sharing_table(stages: Sequence[StageCost], processes: int) -> Table:
+    """What so many GPUs would gain."""
+    from ral_gym.commands.cost_of_sharing import sharing_of
+
+    title = f"{processes} GPUs, on paper"
+    table = _table(
+        title, "stage", "memory each", "sent/step", "s/step, 1", f"s/step, {processes}", "sending", "efficiency"
+    )
+    for stage in stages:
+        found = sharing_of(stage, processes)
+        row = [f"{found.seconds_alone:.3g}", f"{found.seconds:.3g}", f"{found.sending:.0%}", f"{found.efficiency:.0%}"]
+        table.add_row(stage.stage, _memory(stage.memory), _memory(stage.sent), *row)
+    return table
+
+
+def sharing_notes(config: Config, processes: int) -> list[str]:
+    """What to know of so many processes."""
+    lines = [
+        "On paper: an H100's speeds, assumed (ral_gym/commands/cost_of_sharing.py); efficiency 100 % is "
+        f"{processes} times as fast as one."
+    ]
+    each = config.ral.n_envs / processes
+    if each < 1:
+        lines.append(f"Stage 3 would be refused: ral.n_envs is {config.ral.n_envs}, below {processes} processes.")
+    elif each < 30:
+        lines.append(
+            f"Stage 3 draws {each:g} images per process: below some 30 a GPU mostly waits for weights; raise "
+            f"ral.n_envs (to {30 * processes}, and the learning rate with care)."
+        )
+    return lines
 
 
 def _flops(count: int) -> str:
