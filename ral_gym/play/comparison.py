@@ -30,7 +30,7 @@ def finish_by_each(session: Session, n: int = 4) -> dict[str, list[Ending]]:
     """Every generator finishes the session's beginning n times, from the same random numbers.
 
     Args:
-        session: not changed. A finished image is begun again behind its given rows.
+        session: not changed. A finished image is begun again behind its given rows; without any, in its middle.
         n: with the session's seed and the n - 1 after it.
 
     Returns:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ from ral_gym.tokenizers.base import Tokenizer
 
 FILES = {"MLE": "prior", "RAL": "policy_ema"}
 """The generators of the page, before and after reinforcement learning, and their files in a run."""
+FACES = "The bundled models are tiny, and were trained on 288 photos in minutes: expect blurred faces."
+"""What the page says of them."""
 
 
 @dataclass
@@ -41,6 +44,7 @@ class Models:
         world: decodes and scores.
         tokenizer: encodes uploaded photos.
         data: how the run's images were cropped.
+        remark: what else the page says of the models.
         generators: "MLE", and "RAL" if stage 3 has run.
         lock: held while a sampler is in use; it serves all visitors.
     """
@@ -51,6 +55,7 @@ class Models:
     tokenizer: Tokenizer
     data: DataConfig
     generators: dict[str, Prior]
+    remark: str = ""
     lock: threading.Lock = field(default_factory=threading.Lock)
     _samplers: dict[tuple[str, Sampling], Sampler] = field(default_factory=dict)
 
@@ -63,6 +68,17 @@ class Models:
     def class_names(self) -> tuple[str, ...]:
         """The names of the classes, or their numbers; () without classes."""
         return self.world.class_names or tuple(map(str, range(self.grid.classes)))
+
+    @cached_property
+    def real_score(self) -> float | None:
+        """The critic's mean score of real images, at most 256 of them; None without a critic or without images."""
+        real = self.world.real_codes
+        if self.world.scorer is None or real is None:
+            return None
+        picked = torch.from_numpy(real[:: max(1, len(real) // 256)][:256].astype(np.int64)).to(self.world.device)
+        codes, labels = self.grid.without_labels(picked), self.grid.labels_of(picked)
+        scores = self.world.scorer(codes) if labels is None else self.world.scorer(codes, labels)
+        return float(scores[0].float().mean())
 
     @property
     def can_guide(self) -> bool:
@@ -163,8 +179,11 @@ def load_models(run: str | None = None, device: str = "auto", plugins: tuple[str
     generators: dict[str, Any] = {label: load_generator(opened, file, where) for label, file in names.items()}
     for label, prior in generators.items():
         _check_fits(folder / f"{names[label]}.safetensors", prior.grid, world.grid)
-    name = "face photos" if run is None else folder.name
-    return Models(name, environment, world, load_vqvae(opened, where), config.data, generators)
+    if run is None:
+        name, remark = "face photos", FACES
+    else:
+        name, remark = f"images of the run {folder.name}", ""
+    return Models(name, environment, world, load_vqvae(opened, where), config.data, generators, remark)
 
 
 def _check_fits(file: Path, found: CodeGrid, wanted: CodeGrid) -> None:

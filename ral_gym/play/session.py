@@ -37,6 +37,7 @@ class State:
         rows: how many rows were given, of a photo.
         label: the class, in a world that has some.
         image: (C, S, S) uint8 of the photo whose rows were given, else None.
+        real: which of the world's real images that is, if it is one.
         wrong: the positions of codes that were put in, in order.
         before: (T,) the codes as they were before the last wrong code, else None.
     """
@@ -45,6 +46,7 @@ class State:
     rows: int = 0
     label: int | None = None
     image: Tensor | None = None
+    real: int | None = None
     wrong: tuple[int, ...] = ()
     before: np.ndarray | None = None
 
@@ -148,7 +150,8 @@ class Session:
         whole = self.grid.without_labels(sequence)
         own = self.grid.labels_of(sequence)
         label = int(own) if label is None and own is not None else label
-        self._start_from(whole, rows, self.models.world.decode(torch.from_numpy(whole)[None])[0].cpu(), label)
+        image = self.models.world.decode(torch.from_numpy(whole)[None].to(self.models.world.device))[0].cpu()
+        self._start_from(whole, rows, image, label, index)
 
     @torch.no_grad()
     def start_from_photo(self, image: Tensor, rows: int, label: int | None = None) -> None:
@@ -165,10 +168,29 @@ class Session:
         codes[self._rows_mask(rows)] = torch.cat(levels, 1)[0].cpu().numpy()
         self._start_from(codes, rows, image, label)
 
-    def _start_from(self, codes: np.ndarray, rows: int, image: Tensor, label: int | None) -> None:
+    def _start_from(
+        self, codes: np.ndarray, rows: int, image: Tensor, label: int | None, real: int | None = None
+    ) -> None:
         self._check_rows(rows)
         codes = np.where(self._rows_mask(rows), codes, self.grid.not_drawn)
-        self._become(State(codes, rows, self._label(label), image))
+        self._become(State(codes, rows, self._label(label), image, real))
+
+    def change_rows(self, rows: int) -> None:
+        """Begin again with more or fewer rows of the same photo; nothing happens in an episode without one.
+
+        Raises:
+            ConfigError: a number of rows out of range.
+        """
+        if self.state.real is not None:
+            self.start_from_real(self.state.real, rows, self.state.label)
+        elif self.state.image is not None:
+            self.start_from_photo(self.state.image, rows, self.state.label)
+
+    def next_real(self) -> int:
+        """A real image for this seed, another one for the next seed; 0 without any."""
+        real = self.models.world.real_codes
+        n = 1 if real is None else len(real)
+        return int(np.random.default_rng(n).permutation(n)[self.seed % n])
 
     def draw(self, n: int | None = 1, *, joined: bool = False) -> None:
         """Let the generator draw the next n codes; None: all that are left.
