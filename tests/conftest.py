@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 from pathlib import Path
 
@@ -51,3 +52,15 @@ def smoke_run(tmp_path_factory: pytest.TempPathFactory, smoke_options: list[str]
     runs = tmp_path_factory.mktemp("runs")
     assert train_main([*smoke_options, "--runs", str(runs)]) == 0
     return runs / "smoke"
+
+
+@pytest.fixture(scope="session")
+def chromium() -> str:
+    """The browser; without one the test is skipped, or fails where one is required."""
+    found = shutil.which("chromium") or shutil.which("/usr/bin/chromium")
+    if found is None:
+        reason = "no chromium: install it (Debian: apt-get install chromium) to open pages in a browser"
+        if os.environ.get("RAL_GYM_REQUIRE_CHROMIUM") == "1":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    return found

@@ -4,7 +4,6 @@ import base64
 import dataclasses
 import io
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -348,18 +347,6 @@ onload = () => {{
 }};
 </script>
 """
-
-
-@pytest.fixture(scope="module")
-def chromium() -> str:
-    """The browser; without one the test is skipped, or fails where one is required."""
-    found = shutil.which("chromium") or shutil.which("/usr/bin/chromium")
-    if found is None:
-        reason = "no chromium: install it (Debian: apt-get install chromium) to open the report in a browser"
-        if os.environ.get("RAL_GYM_REQUIRE_CHROMIUM") == "1":
-            pytest.fail(reason)
-        pytest.skip(reason)
-    return found
 
 
 def browse(chromium: str, page: Path, profile: Path) -> str:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Union, cast
 
 import tyro
 
-from ral_gym.commands.draw_arguments import CompleteArguments, Plugins, RunFolder, SampleArguments
+from ral_gym.commands.draw_arguments import CompleteArguments, PlayArguments, Plugins, RunFolder, SampleArguments
 from ral_gym.commands.import_arguments import ImportArguments
 from ral_gym.config import SECTIONS, Config, RALConfig
 from ral_gym.errors import ConfigError
@@ -165,6 +165,7 @@ Arguments = (
     | ImportArguments
     | SampleArguments
     | CompleteArguments
+    | PlayArguments
     | EvaluateArguments
     | VerifyArguments
     | ReportArguments
@@ -190,6 +191,7 @@ def parse(argv: Sequence[str]) -> Arguments:
         Annotated[ImportArguments, tyro.conf.subcommand("import")],
         Annotated[SampleArguments, tyro.conf.subcommand("sample")],
         Annotated[CompleteArguments, tyro.conf.subcommand("complete")],
+        Annotated[PlayArguments, tyro.conf.subcommand("play")],
         Annotated[EvaluateArguments, tyro.conf.subcommand("evaluate")],
         Annotated[VerifyArguments, tyro.conf.subcommand("verify")],
         Annotated[ReportArguments, tyro.conf.subcommand("report")],
@@ -210,7 +212,19 @@ def parse(argv: Sequence[str]) -> Arguments:
     return _complete(arguments, base) if isinstance(arguments, TrainArguments) else arguments
 
 
-COMMANDS = ("train", "import", "sample", "complete", "evaluate", "verify", "report", "reference", "presets", "cache")
+COMMANDS = (
+    "train",
+    "import",
+    "sample",
+    "complete",
+    "play",
+    "evaluate",
+    "verify",
+    "report",
+    "reference",
+    "presets",
+    "cache",
+)
 
 
 def _check_command(argv: Sequence[str]) -> None:

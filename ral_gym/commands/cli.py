@@ -23,6 +23,7 @@ from ral_gym.commands.arguments import (
     parse,
     parse_train,
 )
+from ral_gym.commands.draw_arguments import PlayArguments
 from ral_gym.commands.ending import run_command
 from ral_gym.commands.import_arguments import ImportArguments
 from ral_gym.commands.train import evaluate_run, train
@@ -50,6 +51,10 @@ def _dispatch(argv: Sequence[str], console: Console) -> None:
             from ral_gym.commands.generate import complete_image
 
             complete_image(arguments, console)
+        case PlayArguments():
+            from ral_gym.commands.play import play
+
+            play(arguments, console)
         case VerifyArguments():
             from ral_gym.commands.verify import verify_run
 

@@ -79,3 +79,21 @@ class CompleteArguments:
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
     plugins: Plugins = ()
     """Your own parts: modules that register some, or `module:Class` names that the run's files may ask for."""
+
+
+@dataclass
+class PlayArguments:
+    """Open a page on which an image is drawn code by code: next codes, wrong codes, MLE and RAL side by side."""
+
+    run: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")] = None
+    """A run folder with stages 1 and 2, for instance runs/demo. None: the face photos that come with the package."""
+    host: str = "127.0.0.1"
+    """The address that the page is served at; with another one, such as 0.0.0.0, everyone who reaches it may draw."""
+    port: int = 7860
+    """The port; 0: any that is free."""
+    browser: bool = True
+    """Open the page in the browser of this computer."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda` or `cuda:N`."""
+    plugins: Plugins = ()
+    """Your own parts: modules that register some, or `module:Class` names that the run's files may ask for."""

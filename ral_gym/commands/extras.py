@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ral_gym.config import Config
 from ral_gym.errors import ConfigError
@@ -22,6 +22,9 @@ EXTRACTORS: dict[str, Need] = {
 }
 REWARDS: dict[str, Need] = {"clip": ("clip", ("transformers",)), "hps": ("clip", ("transformers",))}
 
+PAGE: Need = ("play", ("gradio",))
+"""What `ral-gym play` needs."""
+
 
 def check_extras(config: Config, stages: Sequence[str]) -> None:
     """Refuse a run whose images, features or rewards need packages that are not installed.
@@ -39,6 +42,18 @@ def check_extras(config: Config, stages: Sequence[str]) -> None:
     if "ral" in stages:
         needed[f"the features {config.ral.reward_features}"] = EXTRACTORS.get(config.ral.reward_features)
         needed |= {f"the reward {term}": REWARDS.get(term) for term in config.ral.reward_weights}
+    check_installed(needed)
+
+
+def check_installed(needed: Mapping[str, Need | None]) -> None:
+    """Refuse what needs packages that are not installed.
+
+    Args:
+        needed: what is used -> its extra and packages; None: it needs none.
+
+    Raises:
+        ConfigError: lists all missing packages and the one command that installs them.
+    """
     missing: dict[str, list[str]] = {}
     extras: dict[str, None] = {}
     for user, need in needed.items():

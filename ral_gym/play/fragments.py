@@ -21,8 +21,8 @@ LABELS = {"MLE": "before reinforcement learning (MLE)", "RAL": "after reinforcem
 """The generators, in words."""
 SHOWN = 10
 """How many of the next codes are shown."""
-AROUND = 1
-"""A choice is shown with this many cells above it, and on its left and right."""
+WIDE, TALL = 3, 2
+"""A choice is shown with its neighbours, in a picture of so many cells."""
 ROW = 4
 """Images in a row."""
 MOST_NUMBERS = 8
@@ -178,12 +178,13 @@ def _patches(session: Session, found: list[Choice]) -> list[str]:
     codes[:, session.position] = [one.code for one in found]
     first, (height, width) = clickable(session)
     row, column = divmod(session.position - first, width)
-    above, left, right = max(0, row - AROUND), max(0, column - AROUND), min(width, column + AROUND + 1)
+    above, left = (max(0, min(at, most)) for at, most in ((row - 1, height - TALL), (column - 1, width - WIDE)))
+    columns, rows = min(WIDE, width), min(TALL, height)
     pixels = decoded(session, codes)
     scale = pixels.shape[1] // height
-    pixels = pixels[:, above * scale : (row + 1) * scale, left * scale : right * scale]
-    columns, rows = right - left, row + 1 - above
-    where = f"left:{100 * (column - left) / columns:.2f}%;width:{100 / columns:.2f}%;height:{100 / rows:.2f}%"
+    pixels = pixels[:, above * scale : (above + rows) * scale, left * scale : (left + columns) * scale]
+    at = f"left:{100 * (column - left) / columns:.2f}%;top:{100 * (row - above) / rows:.2f}%"
+    where = f"{at};width:{100 / columns:.2f}%;height:{100 / rows:.2f}%"
     return [
         f'<span class="patch"><img src="{picture(image)}" alt=""><span style="{where}"></span></span>'
         for image in pixels

@@ -12,6 +12,7 @@ import gradio as gr
 
 from ral_gym.play import fragments
 from ral_gym.play.models import Models
+from ral_gym.play.upload import MOST_MB
 
 TEMPERATURE = 0.85
 """Where the page begins: at 1 the bundled models draw more broken faces."""
@@ -25,6 +26,17 @@ COPY = (
     "if (!button) return; const area = document.createElement('textarea'); "
     "area.value = element.querySelector('pre').innerText; document.body.append(area); area.select(); "
     "document.execCommand('copy'); area.remove(); button.textContent = 'Copied'; });"
+)
+PHOTO = (
+    '<label class="upload"><input type="file" accept="image/*" aria-label="Upload a photo">'
+    "<span>Upload a photo</span></label>"
+)
+# Gradio's own button leaves an empty file behind at every upload.
+UPLOAD = (
+    "element.addEventListener('change', async event => { const input = event.target, file = input.files[0]; "
+    "if (!file) return; let sent = {size: file.size}; "
+    f"if (file.size <= {MOST_MB} * 2 ** 20) try {{ sent.path = (await upload(file)).path; }} catch {{}} "
+    "input.value = ''; trigger('upload', sent); });"
 )
 
 
@@ -120,9 +132,7 @@ class Layout:
         with gr.Row():
             real = self.models.world.real_codes is not None
             self.real = gr.Button("A photo it learned from", min_width=150, visible=real, elem_id="real")
-            self.photo = gr.UploadButton(
-                "Upload a photo", min_width=150, file_types=["image"], type="filepath", elem_id="photo"
-            )
+            self.photo = gr.HTML(PHOTO, js_on_load=UPLOAD, elem_id="photo", min_width=150)
 
     def _comparison(self) -> None:
         if len(self.models.generators) > 1:
@@ -138,13 +148,13 @@ class Layout:
             button = "Finish this image four times"
         gr.HTML(said)
         with gr.Row():
-            self.compare = gr.Button(button, elem_id="compare", min_width=260, scale=0)
+            self.compare = gr.Button(button, elem_id="compare", min_width=300, scale=0)
         self.endings = gr.HTML(elem_id="endings")
 
     def _sharing(self) -> None:
         gr.HTML("<h3>Take it with you</h3>")
         with gr.Row():
-            self.make_gif = gr.Button("Make an animation", elem_id="make-gif", min_width=260, scale=0)
+            self.make_gif = gr.Button("Make an animation", elem_id="make-gif", min_width=300, scale=0)
         self.animation = gr.HTML(elem_id="animation")
         gr.HTML(
             '<p class="hint">Five lines of Python that repeat this episode, with <code>pip install ral-gym</code>:</p>'
@@ -155,7 +165,7 @@ class Layout:
     def inputs(self) -> set[Any]:
         """What every handler is given, as a dict by component."""
         knobs = {self.generator, self.temperature, self.seed, self.guidance}
-        return {self.visit, *knobs, self.label, self.rows, self.photo}
+        return {self.visit, *knobs, self.label, self.rows}
 
     @property
     def outputs(self) -> list[Any]:

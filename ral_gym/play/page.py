@@ -39,11 +39,15 @@ class Visit:
     Attributes:
         session: the episode.
         turn: counts events; an image that is being drawn live stops when another event comes.
+        seed: what the page's seed field held when the last event came.
+        label: likewise.
         lock: held while the session changes.
     """
 
     session: Session
     turn: int = 0
+    seed: float | None = None
+    label: int | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
@@ -70,7 +74,7 @@ class Page:
         on.finish.click(self.finish, inputs, outputs, **QUIET)
         on.board.select(self.put_wrong, inputs, outputs, **QUIET)
         on.choices.select(self.choose, inputs, outputs, **QUIET)
-        on.photo.upload(self.begin_with_upload, inputs, [*outputs, on.photo], **QUIET)
+        on.photo.upload(self.begin_with_upload, inputs, outputs, **QUIET)
         for event, change in (
             (on.step.click, lambda session, values: session.draw()),
             (on.undo.click, lambda session, values: session.undo()),
@@ -118,13 +122,13 @@ class Page:
                 visit.session.choose(int(event.code))
         return self.show(visit)
 
-    def begin_with_upload(self, values: Values) -> list[Any]:
+    def begin_with_upload(self, values: Values, event: gr.EventData) -> list[Any]:
         """Begin with the upper rows of an uploaded photo, whose file is deleted."""
         visit = self._visit(values)
         with visit.lock, _told():
-            image = read_upload(values[self.layout.photo], self.models)
+            image = read_upload(event._data, self.models)
             visit.session.start_from_photo(image, int(values[self.layout.rows]))
-        return [*self.show(visit), None]
+        return self.show(visit)
 
     def compare(self, values: Values) -> str:
         """Every model finishes the image."""
@@ -171,6 +175,7 @@ class Page:
             visit = Visit(Session(self.models))
         with visit.lock, _told():
             visit.turn += 1
+            visit.seed, visit.label = values[on.seed], values[on.label]
             visit.session.set(
                 generator=values[on.generator], temperature=values[on.temperature], guidance=values[on.guidance]
             )
@@ -196,8 +201,9 @@ class Page:
             more,
             gr.update(visible=mistaken),
             fragments.mistake(session, last_mistake(session)) if mistaken else "",
-            session.seed,
-            session.state.label,
+            # A field that already says so is left alone: somebody may be typing in it.
+            gr.skip() if visit.seed == session.seed else session.seed,
+            gr.skip() if visit.label == session.state.label else session.state.label,
             "",
             "",
         ]

@@ -7,17 +7,23 @@ Content-Security-Policy makes the browser refuse what may be left.
 
 from __future__ import annotations
 
+import contextlib
+import ipaddress
 import os
 import re
+import signal
 import socket
+import sys
 import tempfile
-from collections.abc import Callable, MutableMapping
+import threading
+from collections.abc import Callable, Iterator, MutableMapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from ral_gym.errors import ConfigError
 from ral_gym.play.models import Models
-from ral_gym.play.upload import MOST_MB
+from ral_gym.play.upload import FOLDER, MOST_MB
 
 OFF = {
     "GRADIO_ANALYTICS_ENABLED": "False",
@@ -41,34 +47,47 @@ STYLE = Path(__file__).with_name("style.css")
 
 
 class Private:
-    """ASGI middleware: the page without references to other hosts, and with `POLICY`.
+    """ASGI middleware: the page without references to other hosts, with `POLICY`, and under its own name only.
 
     Args:
         app: the application.
+        host: the address that it is served at. If that is this computer's own, requests that name another host are
+            refused: a page from elsewhere could have led the browser here by a name that points to this computer.
     """
 
-    def __init__(self, app: Callable[..., Any]) -> None:
-        self.app = app
+    def __init__(self, app: Callable[..., Any], host: str) -> None:
+        self.app, self.local = app, is_loopback(host)
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Any, send: Any) -> None:
         """One request."""
-        if scope["type"] != "http":
+        if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
             return
-        if scope["path"].startswith(REFUSED):
+        asked = dict(scope["headers"]).get(b"host", b"").decode("latin-1")
+        foreign = self.local and not is_loopback(urlsplit(f"//{asked}").hostname or "")
+        if foreign or scope["path"].startswith(REFUSED):
             await send({"type": "http.response.start", "status": 404, "headers": [(b"content-length", b"0")]})
             await send({"type": "http.response.body", "body": b""})
             return
-        # Without this the page might come compressed.
+        # Else the page might come compressed.
         scope["headers"] = [(name, value) for name, value in scope["headers"] if name != b"accept-encoding"]
         await self.app(scope, receive, _Cleaned(send))
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address or a name is this computer's own, which no other computer reaches."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 class _Cleaned:
     """Sends HTML in one piece, cleaned; everything else as it comes."""
 
     def __init__(self, send: Any) -> None:
-        self.send, self.start, self.body = send, None, b""
+        self.send, self.body = send, b""
+        self.start: MutableMapping[str, Any] | None = None
 
     async def __call__(self, message: MutableMapping[str, Any]) -> None:
         if message["type"] == "http.response.start":
@@ -107,7 +126,7 @@ def make_app(models: Models, host: str, port: int) -> Any:
         path="/",
         server_name=host,
         server_port=port,
-        max_file_size=f"{MOST_MB}mb",
+        max_file_size=MOST_MB * 2**20,
         footer_links=[],
         run_history=False,
         ssr_mode=False,
@@ -117,7 +136,7 @@ def make_app(models: Models, host: str, port: int) -> Any:
         theme=theme,
         css_paths=STYLE,
     )
-    return Private(app)
+    return Private(app, host)
 
 
 def serve(models: Models, host: str, port: int, started: Callable[[str], None]) -> None:
@@ -133,15 +152,30 @@ def serve(models: Models, host: str, port: int, started: Callable[[str], None]) 
         ConfigError: nothing can listen there.
     """
     listening = _listen(host, port)
-    port = listening.getsockname()[1]
-    with listening, tempfile.TemporaryDirectory(prefix="ral_gym_play_", ignore_cleanup_errors=True) as folder:
-        os.environ["GRADIO_TEMP_DIR"] = folder
+    folder = tempfile.TemporaryDirectory(prefix="ral_gym_play_", ignore_cleanup_errors=True)
+    with listening, folder, _ended_by_signals():
+        os.environ[FOLDER] = folder.name
+        port = listening.getsockname()[1]
         app = make_app(models, host, port)
         import uvicorn
 
         config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
         started(f"http://{f'[{host}]' if ':' in host else host}:{port}")
         uvicorn.Server(config).run(sockets=[listening])
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Ctrl-C is how the server is meant to end; after SIGTERM, too, what it has written is removed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        with contextlib.suppress(KeyboardInterrupt):
+            yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -156,6 +190,7 @@ def _listen(host: str, port: int) -> socket.socket:
         try:
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listening.bind((host, port))
+            listening.listen()  # a browser that comes early waits
         except BaseException:
             listening.close()
             raise
