@@ -44,7 +44,7 @@ test-commands: $(STAMP) ## Whole runs through the command line, with every setti
 test-processes: $(STAMP) ## Training on several processes
 	OMP_NUM_THREADS=1 $(PY) -P -m pytest -m processes $(ARGS)
 
-test-browser: $(STAMP) ## The report in a browser (Chromium)
+test-browser: $(STAMP) ## The report and the page of `ral-gym play` in a browser (Chromium)
 	OMP_NUM_THREADS=1 $(PY) -P -m pytest -m browser $(ARGS)
 
 test-parity: $(STAMP) ## Networks of released checkpoints against independent implementations (transformers, diffusers)

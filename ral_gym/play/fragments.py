@@ -272,8 +272,9 @@ def mistake(session: Session, found: Mistake) -> str:
         f'<div class="strip three">{without}{with_it}{_ripple(session, found)}</div>'
         f'<p class="hint">At {place(session, found.position)} the model gave the wrong code a chance of '
         f"{percent(found.chance)}. Of the {found.later} codes drawn after it, <b>{int(found.changed.sum())}</b> are "
-        "others than without it, from the same random numbers. The third picture shows how much the wrong code alone "
-        "changes what the model expects at each later cell: where the colour has faded, it has recovered.</p>"
+        "others than without it, from the same random numbers. The third picture shows how far the wrong code "
+        "alone changes what the model expects at each later cell: 0 where it has recovered, 100 where nothing is as "
+        "before.</p>"
     )
 
 
@@ -289,7 +290,7 @@ def _ripple(session: Session, found: Mistake) -> str:
         for number, value in enumerate(map(float, found.ripple[first : first + height * width]))
     )
     source = picture(decoded(session, found.without.codes[None])[0])
-    caption = "expectations changed by the wrong code, in %<br>0: as if nothing had happened; 100: nothing in common"
+    caption = "how far it changes what the model expects, in %"
     return (
         f'<figure><div class="over faint"><img src="{source}" alt="how far the wrong code reaches">'
         f'<div class="map" style="--columns:{width}">{cells}</div></div>{_below(caption)}</figure>'
