@@ -14,13 +14,13 @@ import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import KVWriter, TensorBoardOutputFormat
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 from ral_gym.agents.rewards.rollout_reward import RolloutReward
 from ral_gym.agents.vec_env import unwrap_code_env
 from ral_gym.rewards.distribution import DISTRIBUTION_TERMS
 from ral_gym.runs.checked_state import array_of, integer_of
 from ral_gym.runs.event_log import open_event_log
+from ral_gym.runs.progress import progress_bar
 from ral_gym.runs.run import Run
 from ral_gym.runs.sharing import Processes
 from ral_gym.stages.common import Clock, WeightAverage, check_weights, restore_optimizer
@@ -161,7 +161,7 @@ class RunCallback(BaseCallback):
 
     def _on_training_start(self) -> None:
         self._clock = Clock(self.run, STAGE)
-        self._bar = tqdm(
+        self._bar = progress_bar(
             total=self.total_updates,
             initial=self.updates,
             desc=f"3 RAL ({self.run.config.ral.algo})",

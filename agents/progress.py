@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback
-from tqdm import tqdm
+
+from ral_gym.runs.progress import progress_bar
 
 CURVE_POINTS = 32
 
@@ -26,7 +27,7 @@ class EpisodeProgress(BaseCallback):
         self._images, self._label, self._quiet = images, label, quiet
 
     def _on_training_start(self) -> None:
-        self._bar = tqdm(total=self._images, desc=self._label, unit="img", disable=self._quiet)
+        self._bar = progress_bar(total=self._images, desc=self._label, unit="img", disable=self._quiet)
 
     def _on_step(self) -> bool:
         finished = [info["episode"]["r"] for info in self.locals["infos"] if "episode" in info]

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 import tyro
 from torch import Tensor, nn
-from tqdm import trange
 
 from ral_gym.agents import CoTrainedCritic
 from ral_gym.assets import FOLDER
@@ -29,6 +28,7 @@ from ral_gym.priors.base import maximum_likelihood_loss
 from ral_gym.priors.pixelcnn import PixelCNN
 from ral_gym.priors.sampler import CachedSampler
 from ral_gym.rewards.critic import PatchCritic
+from ral_gym.runs.progress import progress_bar
 from ral_gym.runs.run import read_config, seed_everything
 from ral_gym.runs.storage import load_module, save_tensors, write_text
 from ral_gym.tokenizers.code_set import CodeSet
@@ -73,7 +73,7 @@ def fit(prior: PixelCNN, train: Tensor, test: Tensor, steps: int, name: str) -> 
     optimizer = torch.optim.Adam(prior.parameters(), lr=1e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     prior.train()
-    for _ in trange(steps, desc=name):
+    for _ in progress_bar(range(steps), desc=name, unit="step"):
         loss = maximum_likelihood_loss(prior, train[torch.randint(len(train), (64,))].long())
         optimizer.zero_grad()
         loss.backward()
@@ -98,7 +98,7 @@ def make_critic(
     network = PatchCritic(vqvae.image_size, vqvae.channels, hidden_units=settings.hidden_units, layers=settings.layers)
     critic = CoTrainedCritic(vqvae, network, codes.train, codes.test, settings, seed=config.seed)
     fakes = samples(prior, 6000, seed=1).long()
-    for _ in trange(steps // 20, desc="critic"):
+    for _ in progress_bar(range(steps // 20), desc="critic", unit="step"):
         critic.train(critic.finished(fakes), 20)
     critic.critic = round_weights(critic.critic)
     held_out = samples(prior, 500, seed=2).long()

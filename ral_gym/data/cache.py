@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from ral_gym.data.cache_folder import Bad, CacheFolder, Kept
 from ral_gym.data.files import Decoding, iterate_decoded
 from ral_gym.data.listing import Files
 from ral_gym.data.opening import MB
 from ral_gym.errors import DataError, printable
+from ral_gym.runs.progress import progress_bar
 
 KEEP_AFTER_SECONDS = 2.0  # of decoding; less is not worth a file
 
@@ -123,7 +123,7 @@ def _decode_into(
     names = (file.name for group in groups for file in group)
     reported = enumerate(file.name for group in groups for file in group)
     bad: Bad = {}
-    bar = tqdm(total=total, desc="decoding images", unit="img", disable=not progress, delay=0.5)
+    bar = progress_bar(total=total, desc="decoding images", unit="img", disable=not progress, delay=0.5)
     # An error in `append` must stop the workers here and now, not when the generator is collected.
     with bar, contextlib.closing(iterate_decoded(decoding, names, total, workers)) as chunks:
         for results in chunks:

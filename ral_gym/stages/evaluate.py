@@ -13,7 +13,6 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from ral_gym.data.images import ImageSet
 from ral_gym.errors import DataError, RunError
@@ -23,6 +22,7 @@ from ral_gym.metrics.own import own_metrics
 from ral_gym.priors.base import Prior, config_of, load_prior
 from ral_gym.priors.guidance import PLAIN, Sampling, guidable
 from ral_gym.rewards.making import load_scorer
+from ral_gym.runs.progress import progress_bar
 from ral_gym.runs.results import check_rows
 from ral_gym.runs.run import Run
 from ral_gym.runs.storage import differences, load_json, save_json
@@ -146,7 +146,7 @@ def measure(
     """
     run, mle = evaluation.run, priors["mle"]
     planned = len(priors) + len(SWEPT) * len(run.config.evaluation.temperatures) + 4 + 4
-    bar = tqdm(total=planned, desc="4 evaluation", unit="row", disable=not progress)
+    bar = progress_bar(total=planned, desc="4 evaluation", unit="row", disable=not progress)
 
     def wanted(*names: str) -> bool:
         return only is None or any(name in only for name in names)

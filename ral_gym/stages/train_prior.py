@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import nn
-from tqdm import tqdm
 
 from ral_gym.config import PriorConfig
 from ral_gym.errors import ConfigError, DivergedError
@@ -24,6 +23,7 @@ from ral_gym.metrics import unigram_nll
 from ral_gym.priors.base import Prior, config_of, load_prior, save_prior
 from ral_gym.priors.two_level import SUFFIXES, join_priors
 from ral_gym.runs.event_log import open_event_log
+from ral_gym.runs.progress import progress_bar
 from ral_gym.runs.run import Run, seed_everything
 from ral_gym.stages.boards import due
 from ral_gym.stages.common import (
@@ -165,7 +165,8 @@ def fit(
     if main and held_out is not None:
         run.forget_after(task.stage, start)
         writer = open_event_log(run.path, task.stage, start)
-    steps = tqdm(
+    planned = rate.last
+    steps = progress_bar(
         range(start + 1, rate.last + 1),
         desc=task.label,
         initial=start,
@@ -212,7 +213,9 @@ def fit(
                 writer.flush()  # a checkpoint must not be ahead of the log
             _save(run, task, step, prior, optimizer, average, batches, held_out)
             clock.book()
-        if step == rate.last:  # which may have come closer since the loop began
+        if step == rate.last < planned:  # it has come closer since the loop began
+            steps.n = step
+            steps.close()
             break
     if writer is not None:
         writer.close()

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ral_gym.data.images import ImageSet, augment, float_batch
 from ral_gym.grid import CodeGrid
 from ral_gym.metrics import perplexity
 from ral_gym.runs.event_log import open_event_log
+from ral_gym.runs.progress import progress_bar
 from ral_gym.runs.run import Run, seed_everything
 from ral_gym.runs.storage import config_arguments
 from ral_gym.stages.boards import add_reconstructions, due
@@ -75,7 +75,7 @@ def train_vqvae(
     if main:
         run.forget_after(STAGE, start)
         writer = open_event_log(run.path, STAGE, start)
-    steps = tqdm(
+    steps = progress_bar(
         range(start + 1, config.training_steps + 1),
         desc="1 VQ-VAE",
         initial=start,

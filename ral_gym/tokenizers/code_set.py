@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ral_gym.data.images import ImageSet, Labels, augment, float_batch, to_uint8
 from ral_gym.errors import RunError
 from ral_gym.grid import CodeGrid
+from ral_gym.runs.progress import progress_bar
 from ral_gym.runs.storage import load_tensors, save_tensors
 from ral_gym.tokenizers.base import Tokenizer, device_of
 
@@ -178,7 +178,7 @@ def encode_images(
     codes = np.empty((passes * len(images), vqvae.grid.n_codes), np.int16)
     generator = torch.Generator().manual_seed(seed)
     starts = [(p, i) for p in range(passes) for i in range(0, len(images), batch_size)]
-    for number, start in tqdm(starts, desc=label, unit="batch", disable=not progress, leave=False):
+    for number, start in progress_bar(starts, desc=label, unit="batch", disable=not progress, leave=False):
         batch = float_batch(np.array(images[start : start + batch_size]), device)  # (B, C, S, S)
         if number:
             batch = augment(batch, generator)
