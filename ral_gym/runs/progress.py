@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from typing import Any
 
 from tqdm import tqdm
@@ -65,7 +65,7 @@ class LogLines:
         self, iterable: Iterable[Any] | None, total: int | None, desc: str, unit: str, initial: int, leave: bool
     ) -> None:
         self._iterable, self.desc, self.unit, self.initial, self.leave = iterable, desc, unit, initial, leave
-        if total is None and iterable is not None and hasattr(iterable, "__len__"):
+        if total is None and isinstance(iterable, Sized):
             total = initial + len(iterable)
         self.total, self.n = total, initial
         self._begun = self._said = time.monotonic()
