@@ -57,6 +57,7 @@ class EpisodeStorage(RolloutBuffer):
         n_envs: int = 1,
         levels: Sequence[int] | None = None,
         per_level_discount: bool = True,
+        image_gamma: float | None = None,
     ) -> None:
         self._shape = _checked_shape(observation_space, action_space)
         n_codes, length = self._shape.n_codes, self._shape.length
@@ -70,6 +71,7 @@ class EpisodeStorage(RolloutBuffer):
                 f"levels of {' + '.join(map(str, levels))} codes do not fit observations of {n_codes}: remove a "
                 "wrapper that changes observations, such as VecFrameStack"
             )
+        self.image_gamma = image_gamma
         self.n_codes, self.per_level_discount = n_codes, per_level_discount and len(levels) > 1
         # The label, which is never drawn, counts as part of the last level.
         self._level = np.repeat(np.arange(len(levels)), (*levels[:-1], levels[-1] + length - n_codes))  # (L,)

@@ -102,6 +102,8 @@ class EpisodeRolloutBuffer(EpisodeStorage):
         n_envs: E.
         levels: how many codes each level has; None: all are one level.
         per_level_discount: with two levels, discount each as a separate episode; False: one discount throughout.
+        image_gamma: discount of the rewards of whole images that `write_rewards` was given, where `add_rewards` has
+            added others, which `gamma` discounts; None: one discount for both. With `gae_lambda` 1 returns are exact.
 
     Raises:
         ConfigError: `buffer_size` < T, or spaces of another kind; in a rollout, when an episode ends before its last
@@ -195,7 +197,14 @@ class EpisodeRolloutBuffer(EpisodeStorage):
         rewards[mask], values[mask] = self.rewards, self.values
         shared = self._image_rewards(rewards) if self._shared is None else self._shared
         ends = self._level if self.per_level_discount else np.zeros_like(self._level)
-        advantages = episode_advantages(rewards, values, mask, ends, shared, self.gamma, self.gae_lambda)
+        if self.image_gamma is None or self._shared is None:
+            advantages = episode_advantages(rewards, values, mask, ends, shared, self.gamma, self.gae_lambda)
+        else:
+            paid = np.zeros_like(rewards)
+            paid[np.arange(len(paid)), self.stop - 1] = shared
+            of_codes = (rewards - paid, values, mask, ends, np.zeros_like(shared), self.gamma, self.gae_lambda)
+            of_images = (paid, np.zeros_like(values), mask, ends, shared, self.image_gamma, self.gae_lambda)
+            advantages = episode_advantages(*of_codes) + episode_advantages(*of_images)
         self._advantages[self._slots()] = advantages[mask]
         self._returns[self._slots()] = (advantages + values)[mask]
 

@@ -60,7 +60,11 @@ def make_agent(
     check_guidance(prior, config.guidance)
     algorithm = find_algorithm(config.algo)
     arguments = algorithm.stage_keywords(env, config) | {
-        "rollout_buffer_kwargs": {"levels": env.levels, "per_level_discount": config.per_level_discount},
+        "rollout_buffer_kwargs": {
+            "levels": env.levels,
+            "per_level_discount": config.per_level_discount,
+            "image_gamma": config.image_gamma,
+        },
         "policy_kwargs": {
             "prior": PriorWeights.of(prior),
             "levels": env.levels,
@@ -107,7 +111,7 @@ def make_critic(
         vqvae,
         critic,
         codes.sequences("train", grid),
-        codes.sequences("test", grid),
+        codes.sequences("held_out", grid),
         config,
         reward=run.config.ral.reward,
         normalization=run.config.ral.reward_normalization,

@@ -257,7 +257,11 @@ PRIORS = Registry(
         "gpt": "ral_gym.priors.gpt:GPT",
     },
 )
-CRITICS = Registry("critic", "ral_gym.critics", {"patch": "ral_gym.rewards.critic:PatchCritic"})
+CRITICS = Registry(
+    "critic",
+    "ral_gym.critics",
+    {"patch": "ral_gym.rewards.critic:PatchCritic", "causal": "ral_gym.rewards.causal:CausalCritic"},
+)
 REWARDS = Registry(
     "reward",
     "ral_gym.rewards",

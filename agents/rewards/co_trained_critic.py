@@ -301,6 +301,7 @@ class CoTrainedCritic:
         )
         rewards = torch.zeros(pool.codes.shape)  # (n, L)
         gap = area = mean = 0.0
+        own: dict[str, float] = {}
         for height in pool.heights:
             rows = pool.rows(height)  # (m,)
             share = len(rows) / len(pool)
@@ -310,7 +311,15 @@ class CoTrainedCritic:
             gap += share * (real.mean() - fake.mean()).item()
             area += share * auc(real.cpu(), fake.cpu())
             mean += share * normalised.mean().item()
-        return rewards.numpy(), {"heldout_gap": gap, "heldout_auc": area, "score_mean": mean}
+            for name, value in self._comparison(real, fake).items():
+                own[name] = own.get(name, 0.0) + share * value
+        return rewards.numpy(), {"heldout_gap": gap, "heldout_auc": area, "score_mean": mean, **own}
+
+    def _comparison(self, real: Tensor, fake: Tensor) -> dict[str, float]:
+        """Numbers of the critic's own about scores of held-out images (M,) and of drawn ones (m,)."""
+        compare = getattr(self.critic, "comparison", None)
+        found: dict[str, float] = {} if compare is None else compare(real, fake)
+        return found
 
     def image_rewards(self, pool: FinishedImages) -> np.ndarray:
         """(n,) float32 normalised scores of whole images, with the current normalisation."""

@@ -50,6 +50,7 @@ class CriticCallback(RolloutReward):
         self.rng = np.random.default_rng(int(torch.randint(2**31, (1,), generator=critic.generator)))
         self._pending = 0
         self._pool: FinishedImages | None = None
+        self._rollouts: list[Tensor] = []
         self._warned = False
 
     def _init_callback(self) -> None:
@@ -84,7 +85,9 @@ class CriticCallback(RolloutReward):
         """
         self._train_critic()
         rewards, metrics = self.critic.rewards(images)
-        self._pool = FinishedImages(images.codes, images.grid)  # decoded images are not kept
+        # Decoded images are not kept.
+        self._rollouts = [*self._rollouts, images.codes][-self.critic.config.replay :]
+        self._pool = FinishedImages(torch.cat(self._rollouts), images.grid)
         rewards = rewards * mask
         self._report(rewards, metrics)
         return rewards
@@ -165,6 +168,7 @@ class CriticCallback(RolloutReward):
             "rng": self.rng.bit_generator.state,
             "pending": self._pending,
             "pool": pool,
+            "rollouts": [len(codes) for codes in self._rollouts],
             "warned": self._warned,
         }
 
@@ -177,5 +181,9 @@ class CriticCallback(RolloutReward):
         pool = state["pool"]
         if pool is not None:
             codes = array_of(pool, "pool", (None, grid.length), np.int64, 0, grid.largest_entry)
+            sizes = [integer_of(size, "rollouts", high=len(codes)) for size in state.get("rollouts", [len(codes)])]
+            if sum(sizes) > len(codes):
+                raise ValueError("the pool of drawn images is smaller than its rollouts")
+            self._rollouts = list(torch.from_numpy(codes)[: sum(sizes)].split(sizes)) if sizes else []
             pool = FinishedImages(torch.from_numpy(codes), grid)
         self._pool = pool

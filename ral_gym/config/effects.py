@@ -101,6 +101,22 @@ EFFECTS = (
         lambda config: config.critic.kind != "patch" or config.critic.loss == "wgan_gp",
     ),
     Effect(
+        "critic.hidden_units critic.layers critic.loss critic.gradient_penalty ral.reward",
+        "a critic other than causal, whose network is the prior's",
+        lambda config: config.critic.kind != "causal",
+    ),
+    Effect(
+        "critic.dropout critic.weight_decay critic.max_grad_norm",
+        "critic.kind causal, or a critic of your own that takes it",
+        lambda config: config.critic.kind != "patch",
+    ),
+    Effect("critic.replay", "critic.fakes previous", lambda config: config.critic.fakes == "previous"),
+    Effect(
+        "ral.image_gamma",
+        "rewards of codes and of whole images, such as those of critic.kind causal and loo_fd",
+        lambda config: len(config.ral.reward_weights) > 1,
+    ),
+    Effect(
         "ral.reward_features",
         "a reward or a critic that sees features, such as loo_fd, among ral.reward_weights",
         lambda config: config.critic.kind != "patch" or bool(config.ral.reward_weights.keys() - set(PIXEL_TERMS)),

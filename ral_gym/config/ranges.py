@@ -22,7 +22,7 @@ _NAMES: dict[_Rule, str] = {
         prior.attention_heads prior.augmented_passes prior.patience prior.evaluate_every prior.held_out
         evaluation.held_out
         data.crop data.limit data.max_megapixels data.max_file_mb data.max_files
-        critic.hidden_units critic.layers critic.batch_size ral.n_envs ral.n_updates ral.checkpoint_every
+        critic.hidden_units critic.layers critic.batch_size critic.replay ral.n_envs ral.n_updates ral.checkpoint_every
         ral.n_rollouts ral.rollout_positions
         ral.grpo.n_epochs ral.ppo.n_epochs ral.maskable_ppo.n_epochs ral.reinforce.batch_size ral.grpo.batch_size
         ral.trpo.n_critic_updates ral.trpo.cg_max_steps ral.trpo.line_search_max_iter ral.trpo.sub_sampling_factor
@@ -32,14 +32,14 @@ _NAMES: dict[_Rule, str] = {
         vqvae.residual_blocks vqvae.beta vqvae.threshold_ema_dead_code prior.output_stack_layers
         vqvae.perceptual_weight vqvae.adversarial_weight vqvae.adversarial_start
         prior.attention_layers prior.conditioning_stack_layers prior.weight_decay
-        critic.gradient_penalty critic.warmup_steps critic.n_critic critic.held_out ral.mle_coef ral.kl_coef
-        ral.guidance
+        critic.gradient_penalty critic.weight_decay critic.warmup_steps critic.n_critic critic.held_out
+        ral.mle_coef ral.kl_coef ral.guidance
         ral.reinforce.ent_coef ral.grpo.ent_coef ral.ppo.ent_coef ral.a2c.ent_coef ral.maskable_ppo.ent_coef
         ral.reinforce.vf_coef ral.ppo.vf_coef ral.a2c.vf_coef ral.maskable_ppo.vf_coef ral.trpo.cg_damping
         """,
     _POSITIVE: """
         vqvae.learning_rate vqvae.discriminator_learning_rate
-        prior.learning_rate critic.learning_rate ral.learning_rate ral.max_grad_norm
+        prior.learning_rate critic.learning_rate critic.max_grad_norm ral.learning_rate ral.max_grad_norm
         evaluation.temperatures evaluation.guidance
         ral.grpo.clip_range ral.ppo.clip_range ral.maskable_ppo.clip_range
         ral.grpo.target_kl ral.ppo.target_kl ral.maskable_ppo.target_kl ral.trpo.target_kl
@@ -47,12 +47,12 @@ _NAMES: dict[_Rule, str] = {
     _SHARE: """
         vqvae.decay vqvae.adam_beta1 vqvae.adam_beta2
         prior.dropout prior.class_dropout prior.adam_beta1 prior.adam_beta2 prior.ema_decay
-        critic.adam_beta1 critic.adam_beta2
+        critic.adam_beta1 critic.adam_beta2 critic.dropout
         ral.adam_beta1 ral.adam_beta2 ral.ema_decay ral.reward_ema
         """,
     ("above 0 and at most 1", lambda value: 0 < value <= 1): "prior.decay_share",
     ("at least 0 and at most 1", lambda value: 0 <= value <= 1): """
-        ral.gamma prior.scheduled_sampling_share
+        ral.gamma ral.image_gamma prior.scheduled_sampling_share
         ral.ppo.gae_lambda ral.a2c.gae_lambda ral.trpo.gae_lambda ral.maskable_ppo.gae_lambda
         ral.reinforce.entropy_target ral.grpo.entropy_target ral.ppo.entropy_target ral.a2c.entropy_target
         ral.maskable_ppo.entropy_target

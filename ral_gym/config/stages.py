@@ -34,7 +34,8 @@ class CriticConfig:
     """The critic, a PatchGAN by default (Sections 4.2 and 5.1), and its training in stage 3."""
 
     kind: str = "patch"
-    """The critic: `patch` (PatchGAN), a registered name, or your own `module:Class`."""
+    """The critic: `patch` (PatchGAN), `causal` (the prior's network with a head, on codes: docs/rewards.md), a
+    registered name, or your own `module:Class`."""
     options: Options = field(default_factory=dict)
     """Arguments of your own critic that are not settings of this section: `--critic.options NAME VALUE ..`."""
     hidden_units: int = 64
@@ -60,8 +61,16 @@ class CriticConfig:
     fakes: Literal["previous", "fresh"] = "previous"
     """Fake images that the critic is trained on: those of the previous rollout, or fresh samples. Never the images that
     it scores next."""
+    replay: int = 1
+    """With fakes `previous`: how many rollouts the critic is trained on, the last ones."""
     held_out: int = 256
     """Held-out images scored at every update (for AUC, gap and the scores' scale): a seeded random subset. 0: all."""
+    dropout: float = 0.4
+    """Of the critic `causal`, in place of the prior's."""
+    weight_decay: float = 0.01
+    """AdamW's, of the critic `causal`."""
+    max_grad_norm: float = 1.0
+    """Largest gradient norm of a step of the critic `causal`."""
     class_conditional: bool = True
     """With classes: score an image given its class (the projection of Miyato and Koyama, 2018). False: whatever its
     class. Real and fake images that it is trained on have the same classes in both cases."""
@@ -123,6 +132,8 @@ class RALConfig:
     """Adam's second moment decay (Section 4.4)."""
     gamma: float = 1.0
     """Discount. With 1 a terminal reward reaches the first code undiminished; the paper uses 0.99."""
+    image_gamma: float | None = None
+    """Discount of rewards of whole images where codes have rewards of their own, which gamma discounts; None: gamma."""
     normalize_advantage: bool = True
     """Divide the advantages by their standard deviation over the batch."""
     mle_coef: float = 0.0

@@ -50,6 +50,7 @@ TRAINING = (
     "warmup_steps",
     "n_critic",
     "fakes",
+    "replay",
     "held_out",
     "class_conditional",
 )

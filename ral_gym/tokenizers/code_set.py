@@ -34,6 +34,8 @@ class CodeSet:
         new_people: held-out people, or None.
         clean: how many rows of `train`, the first ones, are codes of the images without augmentation.
         labels: the classes of `train` and `test`, int64 from 0, and the name of every class; None: no labels.
+        augmented: one augmented pass over the images of `test`, if `train` has augmented passes: what a critic, which
+            sees augmented training images, is measured on; None: there is none.
     """
 
     train: np.ndarray
@@ -41,6 +43,7 @@ class CodeSet:
     new_people: np.ndarray | None
     clean: int
     labels: Labels | None = None
+    augmented: np.ndarray | None = None
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -55,11 +58,15 @@ class CodeSet:
         """The sequences (n, `length`) int16 of a part: its codes, with their labels if the grid has classes.
 
         Args:
-            part: `train`, `test`, or `clean`: the training images without augmentation.
+            part: `train`, `test`, `clean`: the training images without augmentation, or `held_out`: the images of
+                `test`, augmented as those of `train` are.
             grid: `grid_of`, or a grid without classes, which leaves the labels out.
         """
         name, rows = ("train", slice(self.clean)) if part == "clean" else (part, slice(None))
+        name = "test" if part == "held_out" else name
         codes: np.ndarray = getattr(self, name)[rows]
+        if part == "held_out" and self.augmented is not None:
+            codes = self.augmented
         if not grid.classes:
             return codes
         assert self.labels is not None
@@ -70,6 +77,8 @@ class CodeSet:
         tensors = {"train": torch.from_numpy(self.train), "test": torch.from_numpy(self.test)}
         if self.new_people is not None:
             tensors["new_people"] = torch.from_numpy(self.new_people)
+        if self.augmented is not None:
+            tensors["test_augmented"] = torch.from_numpy(self.augmented)
         facts: dict[str, Any] = {"clean": self.clean}
         if self.labels is not None:
             tensors |= {f"{name}_labels": _stored_labels(getattr(self.labels, name)) for name in LABELLED}
@@ -106,8 +115,16 @@ class CodeSet:
                 f"{' + '.join(map(str, grid.level_sizes))} per image in 0..{grid.codebook_size - 1}; remove it to "
                 "encode again"
             )
+        augmented = tensors.get("test_augmented")
+        if augmented is not None and augmented.shape != tensors["test"].shape:
+            raise RunError(
+                f"{path}: {len(augmented)} augmented held-out rows for {len(tensors['test'])} held-out images; remove "
+                "it to encode again"
+            )
         arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
-        return cls(arrays["train"], arrays["test"], arrays.get("new_people"), clean, labels)
+        found = (arrays.get(name) for name in ("new_people", "test_augmented"))
+        new_people, held_out = found
+        return cls(arrays["train"], arrays["test"], new_people, clean, labels, held_out)
 
 
 def _stored_labels(labels: np.ndarray) -> Tensor:
@@ -193,7 +210,10 @@ def encode_set(vqvae: Tokenizer, images: ImageSet, *, passes: int, seed: int, pr
     test = encode_images(vqvae, images.test, progress=False)
     new_people = None if images.new_people is None else encode_images(vqvae, images.new_people, progress=False)
     labels = None if images.labels is None else _repeated(images.labels, passes)
-    return CodeSet(train, test, new_people, clean=len(images.train), labels=labels)
+    augmented = None
+    if passes > 1:
+        augmented = encode_images(vqvae, images.test, passes=2, seed=seed + 1, progress=False)[len(test) :]
+    return CodeSet(train, test, new_people, clean=len(images.train), labels=labels, augmented=augmented)
 
 
 def _repeated(labels: Labels, passes: int) -> Labels:
