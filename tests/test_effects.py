@@ -33,6 +33,7 @@ DEMO_HAS_NO = {
         "data.grey",
     ),
     *("vqvae.perceptual_network", "vqvae.adversarial_start"),
+    *("critic.dropout", "critic.weight_decay", "critic.max_grad_norm", "ral.image_gamma"),
     *(f"vqvae.discriminator_{name}" for name in ("units", "layers", "learning_rate")),
 }
 
@@ -67,6 +68,7 @@ def test_every_field_of_the_odd_settings_has_an_effect() -> None:
     expected = {
         "ral.reward_ema",
         "critic.gradient_penalty",
+        *("critic.replay", "critic.dropout", "critic.weight_decay", "critic.max_grad_norm"),
         "prior.conditioning_stack_layers",
         "ral.normalize_advantage",
         "ral.label_draw",

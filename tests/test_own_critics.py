@@ -85,7 +85,7 @@ class Features(nn.Module):
         return self.head(features)[:, :, None]  # (B, 1, 1)
 
 
-CLASSES = {"global": (Global, "hinge"), "causal": (Causal, "wgan_gp"), "features": (Features, "wgan_gp")}
+CLASSES = {"global": (Global, "hinge"), "ratio": (Causal, "wgan_gp"), "features": (Features, "wgan_gp")}
 
 
 @pytest.fixture
@@ -101,7 +101,7 @@ def test_a_critic_of_codes_decodes_nothing(tmp_path: Path, named, monkeypatch) -
     """The whole of stage 3, with other rewards that read codes."""
     registry.load_plugins(["own_reward"])
     for number, weights_ in enumerate(({"critic": 1.0}, {"critic": 1.0, "calm": 0.5})):
-        run = own_run(tmp_path / str(number), "causal", reward_weights=weights_)
+        run = own_run(tmp_path / str(number), "ratio", reward_weights=weights_)
         with monkeypatch.context() as patch:
             counts = counted(patch)
             train(run)
@@ -144,7 +144,7 @@ def test_every_kind_trains_is_paid_and_continues(tmp_path: Path, named, monkeypa
     raw = scorer.scores(scorer.view(codes))
     torch.testing.assert_close(raw, stage.critic.scorer.scores(stage.critic.scorer.view(codes)))
     scaled = scorer.normalizer(raw)
-    if kind == "causal":
+    if kind == "ratio":
         np.testing.assert_allclose(info["step_rewards"], scaled[0].numpy(), atol=1e-6)
         assert info["score_map"].shape == (4, 4)
     else:
@@ -209,8 +209,8 @@ def test_settings_that_nothing_would_read_are_refused(vqvae, named) -> None:
         ({"kind": "features", "layers": 7}, "critic.layers is 7, but features takes no layers: leave critic.layers"),
         ({"kind": "features", "options": {"depth": 3}}, "critic.options names depth, but features takes no depth"),
         ({"kind": "features", "options": {"num_features": 3}}, "names num_features, which the run fills in"),
-        ({"kind": "causal", "loss": "hinge"}, "critic.loss is 'hinge', but causal takes no loss: leave critic.loss"),
-        ({"kind": "causal"}, "critic 'causal' cannot be built .*prior"),
+        ({"kind": "ratio", "loss": "hinge"}, "critic.loss is 'hinge', but ratio takes no loss: leave critic.loss"),
+        ({"kind": "ratio"}, "critic 'ratio' cannot be built .*prior"),
         ({"kind": "none_such"}, "critic 'none_such' is unknown: choose one of patch"),
     ]
     for changes, message in refused:
@@ -324,7 +324,7 @@ def test_a_file_cannot_name_a_critic(own_parts, smoke_run: Path, tmp_path: Path,
 
 def test_the_dry_run_counts_a_critics_weights(named) -> None:
     plain = dry_run(SMOKE).stages[-1].memory
-    for kind in ("features", "causal"):
+    for kind in ("features", "ratio"):
         loss = CLASSES[kind][1]
         config = replace(SMOKE, critic=replace(SMOKE.critic, kind=kind, loss=loss))
         assert dry_run(config).stages[-1].memory != plain

@@ -92,8 +92,8 @@ SIZES: dict[int, str] = {
         """,
     255: "vqvae.encoder_filter_size vqvae.decoder_filter_size prior.conv_filter_size",
     1_000_000: """
-        vqvae.batch_size prior.batch_size critic.batch_size ral.n_envs critic.n_critic evaluation.n_samples
-        ral.n_rollouts ral.rollout_positions
+        vqvae.batch_size prior.batch_size critic.batch_size ral.n_envs critic.n_critic critic.replay
+        evaluation.n_samples ral.n_rollouts ral.rollout_positions
         ral.grpo.group_size ral.grpo.n_epochs ral.ppo.n_epochs ral.maskable_ppo.n_epochs ral.trpo.n_critic_updates
         ral.trpo.cg_max_steps ral.trpo.line_search_max_iter ral.trpo.sub_sampling_factor
         vqvae.threshold_ema_dead_code
