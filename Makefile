@@ -19,7 +19,7 @@ PIP := $(PY) -m pip --quiet --quiet --no-input --disable-pip-version-check
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo results assets test test-commands test-processes test-browser test-parity test-slow test-cuda gpu-check test-faults soak test-lowest check format bench clean distclean
+.PHONY: help venv demo results assets docs test test-commands test-processes test-browser test-parity test-slow test-cuda gpu-check test-faults soak test-lowest check format bench clean distclean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
@@ -35,6 +35,10 @@ results: $(STAMP) ## All of docs/results.md again, about 75 minutes on 2 cores; 
 assets: $(STAMP) ## Make the models that come with the package again, from the run of `make demo`
 	$(PY) examples/make_assets.py $(ARGS)
 
+docs: $(STAMP) ## The site, in docs/_build/html; needs no network, warnings are errors
+	$(PY) -m sphinx --fresh-env --fail-on-warning --quiet -b html docs docs/_build/html
+	@echo "Open docs/_build/html/index.html"
+
 test: $(STAMP) ## The fast tests; options: JOBS=4 ARGS="-k sampler"
 	OMP_NUM_THREADS=1 $(PY) -P -m pytest -m "$(FAST)" -n $(JOBS) $(ARGS)
 
@@ -44,7 +48,7 @@ test-commands: $(STAMP) ## Whole runs through the command line, with every setti
 test-processes: $(STAMP) ## Training on several processes
 	OMP_NUM_THREADS=1 $(PY) -P -m pytest -m processes $(ARGS)
 
-test-browser: $(STAMP) ## The report and the page of `ral-gym play` in a browser (Chromium)
+test-browser: $(STAMP) ## The report, the site and the page of `ral-gym play` in a browser (Chromium)
 	OMP_NUM_THREADS=1 $(PY) -P -m pytest -m browser $(ARGS)
 
 test-parity: $(STAMP) ## Networks of released checkpoints against independent implementations (transformers, diffusers)
@@ -92,7 +96,7 @@ bench: $(STAMP) ## Run every benchmark
 	@for script in $(filter-out benchmarks/gpu_check.py,$(wildcard benchmarks/*.py)); do echo "== $$script"; $(PY) $$script $(ARGS) || exit 1; done
 
 clean: ## Remove caches and build products (keeps .venv and runs/)
-	rm -rf build dist *.egg-info .check .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf build dist docs/_build *.egg-info .check .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find ral_gym envs agents examples benchmarks tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## Remove .venv and .venv-lowest too

@@ -368,4 +368,13 @@ def test_the_ci_script_runs_check_then_every_kind_of_test() -> None:
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
     commands = re.findall(r"^timed make (\S+)$", script.read_text(encoding="utf-8"), re.MULTILINE)
-    assert commands == ["venv", "check", "test", "test-commands", "test-processes", "test-browser", "test-parity"]
+    assert commands == [
+        "venv",
+        "check",
+        "docs",
+        "test",
+        "test-commands",
+        "test-processes",
+        "test-browser",
+        "test-parity",
+    ]

@@ -6,12 +6,12 @@
 or, from images or features of your own, ``save_reference("stats.npz", reference_of(images, extractor))`` and
 ``save_reference("stats.npz", Moments.of(features, extractor))``. A file is a NumPy archive:
 
-    mu      (F,) float64, the mean;
-    sigma   (F, F) float64, the covariance, divided by n - 1 as `numpy.cov` does; or (F,), its diagonal, which
-            `loo_fd_diagonal` alone can use;
-    n       the number of images;
-    extractor   the name of the features;
-    weights     for features of a tokenizer: the digest of its weights, since another one's features are others.
+* `mu`: (F,) float64, the mean;
+* `sigma`: (F, F) float64, the covariance, divided by n - 1 as `numpy.cov` does; or (F,), its diagonal, which
+  `loo_fd_diagonal` alone can use;
+* `n`: the number of images;
+* `extractor`: the name of the features;
+* `weights`: for features of a tokenizer, the digest of its weights, since another one's features are others.
 
 `mu` and `sigma` are those of the statistics files of common FID implementations, which lack the other entries.
 """
