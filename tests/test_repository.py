@@ -232,7 +232,7 @@ def test_the_wheel_holds_every_module_and_nothing_else(wheel: Path) -> None:
     info = f"ral_gym-{project()['version']}.dist-info"
     assert {name.split("/")[0] for name in names} == {"ral_gym", info}
     templates = {f"ral_gym/report/templates/{path.name}" for path in (ROOT / "ral_gym/report/templates").iterdir()}
-    assert {"ral_gym/py.typed", *templates} <= set(names) and len(templates) == 3
+    assert {"ral_gym/py.typed", "ral_gym/play/style.css", *templates} <= set(names) and len(templates) == 3
     assert {name for name in names if name.endswith(".py")} == {
         f"{package.replace('.', '/')}/{path.relative_to(folder).as_posix()}"
         for package, folder in FOLDERS.items()
