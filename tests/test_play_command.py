@@ -21,7 +21,7 @@ from ral_gym.play.server import POLICY, Private, is_loopback
 from ral_gym.play.session import Session
 from ral_gym.play.upload import FOLDER, read_upload
 from tests.class_runs import make_class_run
-from tests.test_play_session import add_policy
+from tests.play_runs import add_policy
 from tests.tiny import make_tiny_run
 
 # The command ----------------------------------------------------------------------------------------------------------

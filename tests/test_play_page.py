@@ -22,7 +22,7 @@ import pytest
 from PIL import Image
 
 from tests.class_runs import make_class_run
-from tests.test_play_session import add_policy
+from tests.play_runs import add_policy
 
 pytestmark = pytest.mark.browser
 

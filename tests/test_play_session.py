@@ -1,38 +1,25 @@
 """The page's logic without the page: an episode, a wrong code, two models side by side, what can be shared."""
 
-import io
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from ral_gym.errors import ConfigError, RunError
-from ral_gym.play.comparison import finish_by_each, last_mistake
+from ral_gym.play.comparison import last_mistake
 from ral_gym.play.models import Models, load_models
 from ral_gym.play.session import Session
-from ral_gym.play.sharing import MOST_FRAMES, gif, python_lines, stages
-from ral_gym.priors.base import load_prior, save_prior
+from ral_gym.play.sharing import python_lines
+from ral_gym.priors.base import load_prior
 from ral_gym.priors.sampler import make_sampler
 from ral_gym.runs.run import Run, read_config
 from ral_gym.stages.completion import complete, seeded_uniforms
-from ral_gym.stages.levels import load_generator, load_vqvae
-from tests.class_runs import NAMES, make_class_run
+from ral_gym.stages.levels import load_vqvae
+from tests.class_runs import NAMES
+from tests.play_runs import RUNS, make_play_runs
 from tests.tiny import make_tiny_run
-
-
-def add_policy(run: Path, name: str = "prior") -> Path:
-    """A "RAL" generator with other weights than the prior's."""
-    prior = load_generator(Run(run, read_config(run)), name)
-    with torch.random.fork_rng():
-        torch.manual_seed(5)
-        for weights in prior.parameters():
-            weights.data += 0.3 * torch.randn_like(weights)
-    save_prior(run / "policy_ema.safetensors", prior)
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -42,15 +29,10 @@ def faces() -> Models:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("runs")
-    return {
-        "plain": add_policy(make_tiny_run(root / "plain")),
-        "two levels": add_policy(make_tiny_run(root / "two", levels=2, critic_layers=3)),
-        "classes": add_policy(make_class_run(root / "classes")),
-    }
+    return make_play_runs(tmp_path_factory.mktemp("runs"))
 
 
-@pytest.fixture(scope="module", params=["plain", "two levels", "classes"])
+@pytest.fixture(scope="module", params=RUNS)
 def models(request: pytest.FixtureRequest, folders: dict[str, Path]) -> Models:
     return load_models(str(folders[request.param]), "cpu")
 
@@ -163,19 +145,43 @@ def test_guidance_changes_the_distribution_where_there_are_classes(folders) -> N
 # Beginnings -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_photo_is_completed_as_the_command_does(folders) -> None:
-    models = load_models(str(folders["plain"]), "cpu")
-    image = torch.from_numpy(np.random.default_rng(0).integers(256, size=(1, 32, 32)).astype(np.uint8))
-    session = Session(models, seed=4)
-    session.start_from_photo(image, 2)
-    assert session.drawn == session.given.sum() == 8 and session.state.image is image
-    done = complete(models.tokenizer, models.generators, image, 0.5, 1, seed=4)
+def test_a_photo_is_completed_as_the_command_does(faces) -> None:
+    image = faces.world.decode(torch.from_numpy(faces.world.real_codes[7].astype(np.int64))[None])[0]
+    session = Session(faces, seed=4)
+    session.start_from_photo(image, 4)
+    assert session.drawn == session.given.sum() == 32 and session.state.image is image
+    assert len(set(session.codes[:32])) > 10, "else the order of the given codes would not matter"
+    done = complete(faces.tokenizer, faces.generators, image, 0.5, 1, seed=4)
     for name in ("MLE", "RAL"):
         session.set(generator=name)
         session.draw(None)
-        picture = models.world.decode(torch.from_numpy(session.codes)[None])[0]
-        assert torch.equal(picture, done.completed[name][0])
+        assert torch.equal(faces.world.decode(torch.from_numpy(session.codes)[None])[0], done.completed[name][0])
         session.undo()
+
+
+def test_more_or_fewer_rows_of_the_same_photo(models) -> None:
+    session = Session(models)
+    session.change_rows(2)
+    assert session.drawn == 0, "there is no photo"
+    session.start_from_real(5, 2)
+    first = session.codes
+    session.change_rows(3)
+    assert session.state.real == 5 and session.given.sum() == models.grid.codes_of(3)
+    session.change_rows(2)
+    assert (session.codes == first).all()
+    size = models.tokenizer.image_size
+    image = torch.from_numpy(np.random.default_rng(0).integers(256, size=(1, size, size)).astype(np.uint8))
+    session.start_from_photo(image, 1)
+    session.change_rows(3)
+    assert session.state.image is image and session.state.rows == 3
+
+
+def test_every_seed_has_its_real_image(models) -> None:
+    session, found = Session(models), []
+    for seed in range(len(models.world.real_codes)):
+        session.reseed(seed)
+        found.append(session.next_real())
+    assert sorted(found) == list(range(len(found)))
 
 
 def test_a_real_image_is_begun_with_its_own_rows_and_class(models) -> None:
@@ -265,88 +271,6 @@ def test_the_ripple_by_hand(folders) -> None:
     assert last_mistake(session).ripple == pytest.approx(by_hand, abs=1e-6)
 
 
-# Side by side ---------------------------------------------------------------------------------------------------------
-
-
-def test_both_finish_the_same_beginning_from_the_same_random_numbers(models) -> None:
-    session = Session(models, seed=11)
-    session.draw(6)
-    begun = session.codes.copy()
-    endings = finish_by_each(session, 3)
-    assert list(endings) == ["MLE", "RAL"] and (session.codes == begun).all()
-    for name, found in endings.items():
-        assert [ending.seed for ending in found] == [11, 12, 13]
-        assert all((ending.codes[:6] == begun[:6]).all() for ending in found)
-        session.set(generator=name)
-        session.draw(None)
-        assert (session.codes == found[0].codes).all() and found[0].score.value == session.score().value
-        session.undo()
-    assert any((a.codes != b.codes).any() for a, b in zip(endings["MLE"], endings["RAL"], strict=True))
-
-
-def test_a_finished_image_is_finished_again_from_its_beginning(models) -> None:
-    session = Session(models)
-    session.start_from_real(1, 2)
-    session.draw(None)
-    endings = finish_by_each(session, 2)
-    assert (endings["RAL"][0].codes == session.codes).all()
-    assert (endings["MLE"][0].codes[session.given] == session.codes[session.given]).all()
-
-
-# To take away ---------------------------------------------------------------------------------------------------------
-
-
-def repeat(session: Session) -> dict[str, Any]:
-    lines = python_lines(session)
-    assert len(lines.splitlines()) == 5
-    found: dict[str, Any] = {}
-    exec(lines, found)
-    assert (session.grid.without_labels(found["observation"]) == session.codes).all()
-    return found
-
-
-def test_the_five_lines_repeat_any_episode(models, capsys) -> None:
-    session = Session(models, seed=5)
-    repeat(session)
-    session.draw(4)
-    repeat(session)
-    session.choose(3)
-    session.draw(None)
-    session.put_wrong(5)
-    repeat(session)
-    session.set(generator="MLE", temperature=0.7)
-    session.draw(None)
-    assert repeat(session)["reward"] == session.score().value
-    session.start_from_real(2, 2)
-    session.put_wrong(1)
-    session.draw(3)
-    repeat(session)
-    session.draw(None)
-    assert repeat(session)["reward"] == pytest.approx(session.score().value, abs=1e-6)
-    assert str(session.codes.tolist())[:-1] in capsys.readouterr().out
-
-
-def test_the_five_lines_repeat_the_bundled_faces(faces, capsys) -> None:
-    session = Session(faces, seed=1)
-    session.draw(None)
-    found = repeat(session)
-    assert "Faces-v0" in python_lines(session) and found["terminated"]
-    assert found["reward"] == session.score().value
-
-
-def test_the_gif_shows_the_episode(models) -> None:
-    session = Session(models)
-    session.start_from_real(0, 1)
-    session.draw(3)
-    given = models.grid.codes_of(1)
-    assert ((stages(session) != models.grid.not_drawn).sum(1) == given + np.arange(4)).all()
-    assert (stages(session)[-1] == session.codes).all()
-    with Image.open(io.BytesIO(gif(session))) as picture:
-        assert picture.format == "GIF" and picture.n_frames == 4 and picture.width >= 256
-    session.draw(None)
-    assert len(stages(session)) == min(models.grid.n_codes - given + 1, MOST_FRAMES)
-
-
 # Loading --------------------------------------------------------------------------------------------------------------
 
 
@@ -357,8 +281,6 @@ def test_a_run_without_stage_3_has_no_ral_and_no_score(tmp_path) -> None:
     session = Session(models)
     session.draw(None)
     assert list(models.generators) == ["MLE"] and session.score() is None
-    repeat(session)
-    assert finish_by_each(session, 1)["MLE"][0].score is None
 
 
 def test_a_generator_of_another_run_is_refused(tmp_path, folders) -> None:

@@ -91,7 +91,6 @@ def last_mistake(session: Session) -> Mistake:
     swapped[position] = state.codes[position]
     expected = session.expectations(np.stack([both[0], swapped]))  # (2, T, K)
     ripple = (expected[0] - expected[1]).abs().sum(-1).numpy() / 2  # (T,)
-    ripple[: position + 1] = 0
     drawn = (np.arange(len(swapped)) > position) & ~session.given
     return Mistake(
         position,

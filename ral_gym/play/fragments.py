@@ -123,15 +123,15 @@ def signed(value: float) -> str:
 
 def _usual(session: Session) -> str:
     usual = session.models.real_score
-    return "" if usual is None else f"; real photos get {signed(usual)} on average"
+    return "" if usual is None else f"; real images get {signed(usual)} on average"
 
 
 def _photo(session: Session) -> str:
     if session.state.image is None:
         return ""
     source = picture(pixels_of(session.state.image[None])[0])
-    words = f"The photo. Its first {session.state.rows} rows were given."
-    return f'<div class="original"><img src="{source}" alt="the photo"><span>{words}</span></div>'
+    words = f"The original. Its first {session.state.rows} rows were given."
+    return f'<div class="original"><img src="{source}" alt="the original"><span>{words}</span></div>'
 
 
 # What comes next ------------------------------------------------------------------------------------------------------
@@ -205,8 +205,8 @@ def score_map(session: Session) -> str:
         return '<p class="hint">The critic judges whole images: finish this one to see what it says.</p>'
     return (
         f"{scored(session, Ending(session.codes, score, session.seed), mapped=True, caption='')}"
-        '<p class="hint legend"><span class="fake"></span> looks made up <span class="real"></span> looks like a '
-        f"photo. The mean, {signed(score.value)}, is the reward of this image{_usual(session)}.</p>"
+        '<p class="hint legend"><span class="fake"></span> looks made up <span class="real"></span> looks real. '
+        f"The mean, {signed(score.value)}, is the reward of this image{_usual(session)}.</p>"
     )
 
 

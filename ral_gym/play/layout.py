@@ -27,6 +27,14 @@ COPY = (
     "area.value = element.querySelector('pre').innerText; document.body.append(area); area.select(); "
     "document.execCommand('copy'); area.remove(); button.textContent = 'Copied'; });"
 )
+IDEAS = (
+    "<details><summary>Three things to try</summary><ol>"
+    "<li>Finish an image. Click a cell in its first row, then, after <i>Undo</i>, one in its last row but one. Which "
+    "mistake reaches further?</li>"
+    "<li>Let both models finish an image at temperature 0.3, then at 1.5. What is gained, and what is lost?</li>"
+    "<li>Draw the last ten cells of an image yourself, by clicking what may come next. Does the critic prefer them to "
+    "the model's own?</li></ol></details>"
+)
 PHOTO = (
     '<label class="upload"><input type="file" accept="image/*" aria-label="Upload a photo">'
     "<span>Upload a photo</span></label>"
@@ -82,7 +90,7 @@ class Layout:
             f"<p>This model draws {escape(self.models.name)} the way a language model writes a sentence: one piece "
             f"after another, each chosen after looking at all the pieces before it. An image is a grid of {shapes} "
             f"cells; each cell gets one of {grid.codebook_size} <i>codes</i>, which work like the pieces of a "
-            f"puzzle. {self.models.remark}</p>"
+            f"puzzle. {self.models.remark}</p>{IDEAS}"
         )
 
     def _image(self) -> None:
@@ -121,7 +129,7 @@ class Layout:
     def _photos(self) -> None:
         height = self.models.grid.height
         gr.HTML(
-            '<h3>Begin with part of a photo</h3><p class="hint">The model sees only the upper part, and draws the '
+            '<h3>Begin with part of an image</h3><p class="hint">The model sees only the upper part, and draws the '
             "rest. A photo that you upload goes to the computer that runs this page and nowhere else; its file is "
             "deleted as soon as it is read.</p>"
         )
@@ -131,14 +139,14 @@ class Layout:
         )
         with gr.Row():
             real = self.models.world.real_codes is not None
-            self.real = gr.Button("A photo it learned from", min_width=150, visible=real, elem_id="real")
+            self.real = gr.Button("An image it learned from", min_width=150, visible=real, elem_id="real")
             self.photo = gr.HTML(PHOTO, js_on_load=UPLOAD, elem_id="photo", min_width=150)
 
     def _comparison(self) -> None:
         if len(self.models.generators) > 1:
             said = (
                 "<h3>Before and after reinforcement learning</h3>"
-                '<p class="hint">Both models finish this image, each four times. The first learned to imitate photos '
+                '<p class="hint">Both models finish this image, each four times. The first learned to imitate images '
                 "(MLE, maximum likelihood); the second went on learning from rewards, by drawing images and having "
                 "them judged (RAL, reinforced adversarial learning).</p>"
             )

@@ -148,7 +148,7 @@ class Models:
     def _begin(self, name: str, sampling: Sampling, codes: np.ndarray, label: int | None) -> Sampler:
         key = (name, sampling)
         if key not in self._samplers:
-            kept = list(self._samplers)[-7:]  # every value of the guidance slider has its own
+            kept = list(self._samplers)[-3:]  # every value of the guidance slider has its own
             self._samplers = {one: self._samplers[one] for one in kept}
             self._samplers[key] = make_sampler(self.generators[name], sampling)
         sampler = self._samplers[key]
