@@ -50,6 +50,18 @@ class ConfigError(RalGymError, ValueError):
     """A setting is unknown or out of range, or does not fit another one."""
 
 
+class Listed(ConfigError):
+    """A name is unknown; the line is followed by the known ones, one a line.
+
+    Attributes:
+        lines: what there is.
+    """
+
+    def __init__(self, message: str, lines: list[str]) -> None:
+        super().__init__(message)
+        self.lines = lines
+
+
 class RunError(RalGymError):
     """A run folder cannot be used: other configuration, missing stage, damaged file, no space."""
 

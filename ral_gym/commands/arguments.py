@@ -12,12 +12,15 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union, cast
 
 import tyro
+from rich.console import Console
 
 from ral_gym.commands.draw_arguments import CompleteArguments, PlayArguments, Plugins, RunFolder, SampleArguments
+from ral_gym.commands.help import is_short_help, known_preset, print_short_help, with_full_help
 from ral_gym.commands.import_arguments import ImportArguments
+from ral_gym.commands.look_arguments import CompletionArguments, DemoArguments, RunsArguments
 from ral_gym.config import SECTIONS, Config, RALConfig
 from ral_gym.errors import ConfigError
-from ral_gym.presets import PRESETS, get_preset
+from ral_gym.presets import PRESETS
 from ral_gym.registry import EXTRACTORS, METRICS, allow_given, load_plugins
 from ral_gym.settings import check_parts
 
@@ -162,6 +165,7 @@ class CacheArguments:
 
 Arguments = (
     TrainArguments
+    | DemoArguments
     | ImportArguments
     | SampleArguments
     | CompleteArguments
@@ -170,8 +174,10 @@ Arguments = (
     | VerifyArguments
     | ReportArguments
     | ReferenceArguments
+    | RunsArguments
     | PresetsArguments
     | CacheArguments
+    | CompletionArguments
 )
 
 
@@ -183,11 +189,14 @@ def parse(argv: Sequence[str]) -> Arguments:
         SystemExit: wrong arguments (2) or --help (0), by tyro.
     """
     _check_command(argv)
+    if list(argv[:1]) == ["train"] and is_short_help(argv):
+        return parse_train(argv[1:])
     _load_plugins(argv)
     base = _preset(argv)
     train: Any = tyro.conf.subcommand("train", default=TrainArguments(base), description=_training_help())
     commands: Any = Union[  # noqa: UP007 (made at run time)
         Annotated[TrainArguments, train],
+        Annotated[DemoArguments, tyro.conf.subcommand("demo")],
         Annotated[ImportArguments, tyro.conf.subcommand("import")],
         Annotated[SampleArguments, tyro.conf.subcommand("sample")],
         Annotated[CompleteArguments, tyro.conf.subcommand("complete")],
@@ -196,8 +205,10 @@ def parse(argv: Sequence[str]) -> Arguments:
         Annotated[VerifyArguments, tyro.conf.subcommand("verify")],
         Annotated[ReportArguments, tyro.conf.subcommand("report")],
         Annotated[ReferenceArguments, tyro.conf.subcommand("reference")],
+        Annotated[RunsArguments, tyro.conf.subcommand("runs")],
         Annotated[PresetsArguments, tyro.conf.subcommand("presets")],
         Annotated[CacheArguments, tyro.conf.subcommand("cache")],
+        Annotated[CompletionArguments, tyro.conf.subcommand("completion")],
     ]
     arguments = cast(
         Arguments,
@@ -205,7 +216,7 @@ def parse(argv: Sequence[str]) -> Arguments:
             commands,
             prog="ral-gym",
             description="Images -> VQ-VAE -> PixelCNN -> reinforced adversarial learning.",
-            args=list(argv),
+            args=with_full_help(argv),
             config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.AvoidSubcommands),
         ),
     )
@@ -214,6 +225,7 @@ def parse(argv: Sequence[str]) -> Arguments:
 
 COMMANDS = (
     "train",
+    "demo",
     "import",
     "sample",
     "complete",
@@ -222,8 +234,10 @@ COMMANDS = (
     "verify",
     "report",
     "reference",
+    "runs",
     "presets",
     "cache",
+    "completion",
 )
 
 
@@ -268,7 +282,11 @@ def parse_train(argv: Sequence[str]) -> TrainArguments:
     _load_plugins(argv)
     base = _preset(argv)
     default = TrainArguments(base)
-    return _complete(tyro.cli(TrainArguments, args=list(argv), default=default, description=_training_help()), base)
+    if is_short_help(argv):
+        print_short_help(default, Console())
+        raise SystemExit(0)
+    words = with_full_help(argv)
+    return _complete(tyro.cli(TrainArguments, args=words, default=default, description=_training_help()), base)
 
 
 def _load_plugins(argv: Sequence[str]) -> None:
@@ -295,18 +313,18 @@ def _preset(argv: Sequence[str]) -> Config:
     first.add_argument("--start-from", "--start_from", default=None)
     given = first.parse_known_args(argv)[0]
     if given.start_from is None:
-        return get_preset(given.preset or "demo")
+        return known_preset(given.preset or "demo")
     from ral_gym.runs.run import read_config  # imports torch
 
     config = read_config(given.start_from)
     if given.preset is None:
         return config
-    recipe = get_preset(given.preset)
+    recipe = known_preset(given.preset)
     return dataclasses.replace(config, critic=recipe.critic, ral=recipe.ral)
 
 
 def _training_help() -> str:
-    return f"{inspect.getdoc(TrainArguments)}\n\nPresets: {', '.join(PRESETS)}."
+    return inspect.getdoc(TrainArguments) or ""
 
 
 def _complete(arguments: TrainArguments, base: Config) -> TrainArguments:

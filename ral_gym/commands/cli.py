@@ -11,12 +11,14 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from ral_gym.commands.arguments import (
+    Arguments,
     CacheArguments,
     CompleteArguments,
     EvaluateArguments,
     PresetsArguments,
     ReferenceArguments,
     ReportArguments,
+    RunsArguments,
     SampleArguments,
     TrainArguments,
     VerifyArguments,
@@ -26,14 +28,27 @@ from ral_gym.commands.arguments import (
 from ral_gym.commands.draw_arguments import PlayArguments
 from ral_gym.commands.ending import run_command
 from ral_gym.commands.import_arguments import ImportArguments
+from ral_gym.commands.look_arguments import CompletionArguments, DemoArguments, training_words
+from ral_gym.commands.next_steps import say_next, welcome
 from ral_gym.commands.train import evaluate_run, train
 
 __all__ = ["main", "train_main"]
 
 
-def _dispatch(argv: Sequence[str], console: Console) -> None:
-    """Parse and run one command."""
+def _run(argv: Sequence[str], console: Console) -> None:
+    """Parse and run one command, and say what to try next; without a command, say what to begin with."""
+    if not argv:
+        welcome(console)
+        return
     arguments = parse(argv)
+    if isinstance(arguments, DemoArguments):
+        arguments = parse_train(training_words(arguments))
+    _dispatch(arguments, console)
+    say_next(arguments, console)
+
+
+def _dispatch(arguments: Arguments, console: Console) -> None:
+    """Run one command."""
     match arguments:
         case TrainArguments():
             train(arguments, console)
@@ -67,6 +82,10 @@ def _dispatch(argv: Sequence[str], console: Console) -> None:
             from ral_gym.commands.reference import write_reference
 
             write_reference(arguments, console)
+        case RunsArguments():
+            from ral_gym.commands.run_list import list_runs
+
+            list_runs(arguments, console)
         case PresetsArguments():
             from ral_gym.commands.overview import show_presets
 
@@ -75,17 +94,23 @@ def _dispatch(argv: Sequence[str], console: Console) -> None:
             from ral_gym.commands.cache import show_cache
 
             show_cache(arguments, console)
+        case CompletionArguments():
+            from ral_gym.commands.completion import print_completion
+
+            print_completion(arguments)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """``ral-gym``."""
-    return run_command(_dispatch, sys.argv[1:] if argv is None else argv, ends_process=argv is None)
+    return run_command(_run, sys.argv[1:] if argv is None else argv, ends_process=argv is None)
 
 
 def train_main(argv: Sequence[str] | None = None) -> int:
     """The training command alone, for ``examples/train_celeba.py``."""
-    return run_command(
-        lambda args, console: train(parse_train(args), console),
-        sys.argv[1:] if argv is None else argv,
-        ends_process=argv is None,
-    )
+
+    def run(words: Sequence[str], console: Console) -> None:
+        arguments = parse_train(words)
+        train(arguments, console)
+        say_next(arguments, console)
+
+    return run_command(run, sys.argv[1:] if argv is None else argv, ends_process=argv is None)

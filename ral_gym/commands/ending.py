@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.text import Text
 from tqdm import tqdm
 
-from ral_gym.errors import LONGEST_LINE, RalGymError, printable
+from ral_gym.errors import LONGEST_LINE, Listed, RalGymError, printable
 
 INTERRUPT_SECONDS = 1.0
 """Another Ctrl-C within this time (in seconds) counts as the same one."""
@@ -74,7 +74,7 @@ def run_command(
     Returns:
         the exit code: 0, 2 after an error that a user can fix, 130 after Ctrl-C, 141 if the output pipe is closed.
     """
-    rank = int(os.environ.get("RANK", "0"))
+    rank, more = int(os.environ.get("RANK", "0")), list[str]()
     logger, handler = logging.getLogger("ral_gym"), logging.NullHandler() if rank else _Lines()
     logger.addHandler(handler)
     thread_hook, threading.excepthook = threading.excepthook, _quiet_about_files
@@ -89,6 +89,7 @@ def run_command(
         return 0
     except RalGymError as error:
         message, code = f"error: {error}", 2
+        more = error.lines if isinstance(error, Listed) else []
     except BrokenPipeError:
         _end_output()
         return 141
@@ -115,6 +116,8 @@ def run_command(
         bar.close()
     message = printable(message)
     print(f"process {rank}: {message}" if rank else message, file=sys.stderr)
+    for line in more:
+        print(f"  {printable(line)}", file=sys.stderr)
     if code == 130 and not ends_process and signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     return code

@@ -10,8 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 from ral_gym.commands.arguments import PresetsArguments, TrainArguments
+from ral_gym.commands.help import known_preset
 from ral_gym.config import Config, settings
-from ral_gym.presets import PRESETS, get_preset
+from ral_gym.presets import PRESETS
 
 if TYPE_CHECKING:
     from ral_gym.commands.counting import StageCost
@@ -23,7 +24,7 @@ def show_presets(arguments: PresetsArguments, console: Console) -> None:
     Raises:
         ConfigError: there is no such preset.
     """
-    console.print(_all_presets() if arguments.name is None else _one_preset(get_preset(arguments.name)))
+    console.print(_all_presets() if arguments.name is None else _one_preset(known_preset(arguments.name)))
     if arguments.name is None:
         console.print("All settings of one: ral-gym presets NAME", highlight=False)
 
