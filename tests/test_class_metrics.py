@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from ral_gym.commands.train import guidance_verdict
+from ral_gym.commands.results import guidance_verdict
 from ral_gym.errors import ConfigError
 from ral_gym.metrics import image_nll
 from ral_gym.stages import class_metrics

@@ -45,6 +45,20 @@ def check_extras(config: Config, stages: Sequence[str]) -> None:
     check_installed(needed)
 
 
+def check_source(source: str | None, extractor: str | None = None) -> None:
+    """Refuse a command whose images or features need packages that are not installed.
+
+    Args:
+        source: of images, as data.source; None: none.
+        extractor: of features; None: none.
+
+    Raises:
+        ConfigError: lists all missing packages and the one command that installs them.
+    """
+    needed = {} if source is None else {source: SOURCES.get(source.partition(":")[0])}
+    check_installed(needed | ({} if extractor is None else {f"the extractor {extractor}": EXTRACTORS.get(extractor)}))
+
+
 def check_installed(needed: Mapping[str, Need | None]) -> None:
     """Refuse what needs packages that are not installed.
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from ral_gym.commands.arguments import check_name
+from ral_gym.commands.extras import check_source
 from ral_gym.commands.import_arguments import ImportArguments, LlamaGenArguments, TamingArguments
 from ral_gym.data.labels import read_class_names
 from ral_gym.errors import ConfigError, RunError, printable
@@ -40,6 +41,7 @@ def import_released(arguments: ImportArguments, console: Console) -> Run:
     path = Path(given.runs) / given.name
     if path.exists() or path.is_symlink():
         raise RunError(f"{path} exists: choose another --name, or remove it")
+    check_source(given.data)
     device = resolve_device(given.device)
     if given.image_size < 8:
         raise ConfigError(f"--image-size is {given.image_size}: give the side of the images in pixels, 8 or more")

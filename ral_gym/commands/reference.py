@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from ral_gym.commands.arguments import ReferenceArguments
+from ral_gym.commands.extras import check_source
 from ral_gym.errors import printable
 from ral_gym.registry import EXTRACTORS
 
@@ -20,6 +21,7 @@ def write_reference(arguments: ReferenceArguments, console: Console) -> None:
         RunError: not a run folder, or nothing can be written there.
     """
     EXTRACTORS.check(arguments.features)
+    check_source(arguments.data, arguments.features)
     from ral_gym.rewards.reference import save_reference
     from ral_gym.stages.reference import run_reference
 

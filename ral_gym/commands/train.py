@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from ral_gym.commands.arguments import STAGES, EvaluateArguments, TrainArguments, parse_train
+from ral_gym.commands.results import report, say
 from ral_gym.commands.stage_files import files_of, finished_files
 from ral_gym.config import Config, effect_notes
-from ral_gym.errors import RalGymError, RunError, printable
+from ral_gym.errors import RunError
 from ral_gym.registry import PRESETS
 from ral_gym.settings import check_prompt
 
@@ -50,11 +51,11 @@ def train(arguments: TrainArguments, console: Console) -> dict[str, Any]:
     from ral_gym.rewards.options import judge_notes
     from ral_gym.rewards.provenance import check_reward_files
     from ral_gym.runs.results import load_results
-    from ral_gym.runs.run import Run
+    from ral_gym.runs.run import Run, discard_start
     from ral_gym.stages.device import resolve_device
     from ral_gym.stages.evaluate import check_measuring
     from ral_gym.stages.levels import check_prior_settings
-    from ral_gym.stages.processes import launcher_note, process_index
+    from ral_gym.stages.processes import launcher_note, process_count, process_index
     from ral_gym.stages.without_images import check_without_images
 
     config, stages = arguments.config, arguments.stages
@@ -71,10 +72,10 @@ def train(arguments: TrainArguments, console: Console) -> dict[str, Any]:
     if not (path / "results.json").exists():
         check_extras(config, stages)
     if note := launcher_note():
-        _say(console, [note])
-    run = Run(path, config) if arguments.start_from is None else _fork(arguments.start_from, path, config)
-    main = process_index() == 0
+        say(console, [note])
+    main, new = process_index() == 0, not path.exists() or process_count() > 1  # another process may have made it
     try:
+        run = Run(path, config) if arguments.start_from is None else _fork(arguments.start_from, path, config)
         if "evaluate" in stages and all(map(run.has, finished_files(config))):
             return report(run, load_results(run.file("results.json")), console)
         _check_stages(run, stages)
@@ -83,19 +84,25 @@ def train(arguments: TrainArguments, console: Console) -> dict[str, Any]:
             check_rewards(config)
             check_reward_files(run)
             if main:
-                _say(console, judge_notes(config))
+                say(console, judge_notes(config))
         if "evaluate" in stages:
             check_measuring(run)
         if main and config.preset in PRESETS.builtin:
-            _say(console, effect_notes(config, PRESETS[config.preset]))
+            say(console, effect_notes(config, PRESETS[config.preset]))
         pipeline = Pipeline(run, device, arguments, console)
         check_memory(run, stages, device, pipeline.compute)
         with run.locked() if main else nullcontext():
             return _run_stages(pipeline, stages, console)
-    except (RalGymError, OSError):
-        if main:
-            run.discard_if_empty()
+    except BaseException:
+        if main and new:
+            discard_start(path, _started_with(arguments, config))
         raise
+
+
+def _started_with(arguments: TrainArguments, config: Config) -> tuple[str, ...]:
+    """The files that a run may have before anything is trained in it: those that --start-from copies, above all."""
+    stages = STAGES[:2] if arguments.start_from is not None else ()
+    return ("rewards.json", *(name for stage in stages for name in files_of(stage, config)))
 
 
 def _fork(source: str, path: Path, config: Config) -> Run:
@@ -199,7 +206,7 @@ class Pipeline:
 
         grid = sequence_grid(self.run.config, self.vqvae.grid, self.codes)
         if self.codes.classes and not grid.classes:
-            _say(
+            say(
                 self.console,
                 [f"  Labels are not used: prior.kind {self.run.config.prior.kind} takes no argument classes"],
             )
@@ -241,7 +248,7 @@ class Pipeline:
         with fast_products(self.device):
             prior = train_prior(self.run, codes, self.grid, self.device, self.progress, self.compute)
         if self.grid.classes:
-            _say(self.console, _label_lines(self.run, prior.levels))
+            say(self.console, _label_lines(self.run, prior.levels))
 
     def train_ral(self) -> None:
         """Stage 3."""
@@ -252,7 +259,7 @@ class Pipeline:
         config = self.run.config.ral
         notes = find_algorithm(config.algo).notes(config)
         if notes and process_index() == 0:
-            _say(self.console, [f"{config.algo}: {'; '.join(notes)}"])
+            say(self.console, [f"{config.algo}: {'; '.join(notes)}"])
         codes = self.codes if self.has_images else None
         train_ral(self.run, self.vqvae, self.prior, codes, self.device, self.progress)
 
@@ -293,7 +300,7 @@ def _introduce(images: ImageSet, run: Run, device: torch.device, console: Consol
     if run.config.data.source == "faces":
         lines += ["  Your own: --data celeba:PATH (img_align_celeba, folder or zip) or --data folder:PATH"]
     lines += [f"Run:  {run.path}  (preset {run.config.preset}, {run.config.ral.algo}, {device})"]
-    _say(console, lines)
+    say(console, lines)
 
 
 def _label_lines(run: Run, levels: int) -> list[str]:
@@ -313,53 +320,7 @@ def _label_lines(run: Run, levels: int) -> list[str]:
 
 def _list_files(run: Run, stages: Sequence[str], console: Console) -> None:
     """Print the stages' files, if there is no table to print."""
-    _say(console, [f"  {run.file(name)}" for stage in stages for name in files_of(stage, run.config)])
-
-
-def _say(console: Console, lines: Sequence[str]) -> None:
-    for line in lines:
-        console.print(printable(line), highlight=False, soft_wrap=True, markup=False)
-
-
-def report(run: Run, results: dict[str, Any], console: Console) -> dict[str, Any]:
-    """Print the table and the pictures' paths.
-
-    Raises:
-        RunError: the results were not written by ral_gym.
-    """
-    from ral_gym.pictures import results_table
-
-    try:
-        table = results_table(results)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise RunError(f"{run.file('results.json')} is not a results file; remove it to evaluate again") from error
-    console.print(table)
-    if verdict := guidance_verdict(results):
-        _say(console, [verdict])
-    _say(console, [f"  {picture}" for picture in sorted(run.file("samples").glob("*.png"))])
-    return results
-
-
-def guidance_verdict(results: dict[str, Any]) -> str:
-    """Whether RAL without guidance is as good as its start at the start's best scale, by FD and the judge's accuracy.
-
-    Returns:
-        one sentence; "" if it was not measured.
-    """
-    rows = results["rows"]
-    start, tuned = rows.get("mle_best_guidance"), rows.get("ral")
-    if start is None or tuned is None:
-        return ""
-    scale = f"s = {start.get('guidance', 1.0):g}"
-    figures = f"FD {tuned['fd']:.4g} at s = 1 after RAL, {start['fd']:.4g} at {scale}, the best one, before"
-    as_good = tuned["fd"] <= start["fd"]
-    if tuned.get("accuracy") is not None and start.get("accuracy") is not None:
-        figures += f"; accuracy {tuned['accuracy']:.3f} and {start['accuracy']:.3f}"
-        as_good = as_good and tuned["accuracy"] >= start["accuracy"]
-    if as_good:
-        return f"No guidance needed: {figures}."
-    helps = start.get("guidance", 1.0) != 1
-    return f"{'Guidance still helps' if helps else 'RAL is not better than its start'}: {figures}."
+    say(console, [f"  {run.file(name)}" for stage in stages for name in files_of(stage, run.config)])
 
 
 def evaluate_run(arguments: EvaluateArguments, console: Console) -> None:

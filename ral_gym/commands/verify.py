@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ral_gym.commands.arguments import VerifyArguments
+from ral_gym.commands.extras import check_source
 from ral_gym.commands.generate import open_run
 from ral_gym.data.images import load_images
 from ral_gym.errors import ConfigError, RunError, printable
@@ -99,6 +100,7 @@ def verify_run(arguments: VerifyArguments, console: Console) -> Comparison:
     if not 0 <= arguments.tolerance < math.inf:
         raise ConfigError(f"--tolerance is {arguments.tolerance}: give 0 or more")
     device, run, results = resolve_device(arguments.device), *_open(arguments.run)
+    check_source(run.config.data.source, run.config.evaluation.extractor)
     saved = flat_rows(results, run)
     if unknown := [name for name in arguments.rows if name not in saved]:
         raise RunError(f"{run.path} has no row {', '.join(unknown)}: choose among {', '.join(saved)}")

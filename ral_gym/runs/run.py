@@ -30,7 +30,7 @@ from __future__ import annotations
 import contextlib
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -149,15 +149,6 @@ class Run:
             RunError: another process has the lock.
         """
         return locked(self.path)
-
-    def discard_if_empty(self) -> None:
-        """After a failed start, remove the folder if it holds nothing but its settings."""
-        held = list(self.path.iterdir()) if self.path.is_dir() else []
-        if {item.name for item in held} <= {"config.json", LOCK} and not self.path.is_symlink():
-            with contextlib.suppress(OSError):
-                for item in held:
-                    item.unlink()
-                self.path.rmdir()
 
     def file(self, name: str) -> Path:
         """Path of `name` inside the folder."""
@@ -281,6 +272,21 @@ def _visible(path: Path) -> list[Path]:
     """A folder's contents, without hidden files (such as a killed process's temporary ones) and empty folders."""
     found = [item for item in path.iterdir() if not item.name.startswith(".")] if path.is_dir() else []
     return [item for item in found if not item.is_dir() or any(item.iterdir())]
+
+
+def discard_start(path: Path, also: Collection[str] = ()) -> None:
+    """After a failed start, remove a run folder that holds nothing but its settings.
+
+    Args:
+        path: the folder.
+        also: names of other files that this start may have put there; a folder with any other file stays.
+    """
+    held = list(path.iterdir()) if path.is_dir() and not path.is_symlink() else []
+    if held and {item.name for item in held} <= {"config.json", LOCK, *also}:
+        with contextlib.suppress(OSError):
+            for item in held:
+                item.unlink()
+            path.rmdir()
 
 
 def read_config(path: Path | str) -> Config:
