@@ -73,7 +73,8 @@ def flag(name: str) -> str:
 def meaning(defaults: Any, name: str) -> str:
     """The text below a setting's field."""
     holder, field = _holder(defaults, name)
-    return _meanings(type(holder))[field]
+    kind: Any = type(holder)
+    return _meanings(kind)[field]
 
 
 def known_preset(name: str) -> Config:
@@ -108,7 +109,7 @@ def _described(config: Config) -> str:
 
 
 @functools.cache
-def _meanings(cls: type) -> dict[str, str]:
+def _meanings(cls: Any) -> dict[str, str]:
     """The strings below the fields of a dataclass, which Python itself does not keep."""
     body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
     assert isinstance(body, ast.ClassDef)
