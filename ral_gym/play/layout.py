@@ -164,9 +164,7 @@ class Layout:
         with gr.Row():
             self.make_gif = gr.Button("Make an animation", elem_id="make-gif", min_width=300, scale=0)
         self.animation = gr.HTML(elem_id="animation")
-        gr.HTML(
-            '<p class="hint">Five lines of Python that repeat this episode, with <code>pip install ral-gym</code>:</p>'
-        )
+        gr.HTML('<p class="hint">Five lines of Python that repeat this episode, wherever ral_gym is installed:</p>')
         self.lines = gr.HTML(js_on_load=COPY, elem_id="lines")
 
     @property
