@@ -17,7 +17,13 @@ from rich.console import Console
 from ral_gym.commands.draw_arguments import CompleteArguments, PlayArguments, Plugins, RunFolder, SampleArguments
 from ral_gym.commands.help import is_short_help, known_preset, print_short_help, with_full_help
 from ral_gym.commands.import_arguments import ImportArguments
-from ral_gym.commands.look_arguments import CompletionArguments, DemoArguments, RunsArguments
+from ral_gym.commands.look_arguments import (
+    CompareArguments,
+    CompletionArguments,
+    DemoArguments,
+    RunsArguments,
+    WatchArguments,
+)
 from ral_gym.config import SECTIONS, Config, RALConfig
 from ral_gym.errors import ConfigError
 from ral_gym.presets import PRESETS
@@ -170,11 +176,13 @@ Arguments = (
     | SampleArguments
     | CompleteArguments
     | PlayArguments
+    | WatchArguments
     | EvaluateArguments
     | VerifyArguments
     | ReportArguments
     | ReferenceArguments
     | RunsArguments
+    | CompareArguments
     | PresetsArguments
     | CacheArguments
     | CompletionArguments
@@ -201,11 +209,13 @@ def parse(argv: Sequence[str]) -> Arguments:
         Annotated[SampleArguments, tyro.conf.subcommand("sample")],
         Annotated[CompleteArguments, tyro.conf.subcommand("complete")],
         Annotated[PlayArguments, tyro.conf.subcommand("play")],
+        Annotated[WatchArguments, tyro.conf.subcommand("watch")],
         Annotated[EvaluateArguments, tyro.conf.subcommand("evaluate")],
         Annotated[VerifyArguments, tyro.conf.subcommand("verify")],
         Annotated[ReportArguments, tyro.conf.subcommand("report")],
         Annotated[ReferenceArguments, tyro.conf.subcommand("reference")],
         Annotated[RunsArguments, tyro.conf.subcommand("runs")],
+        Annotated[CompareArguments, tyro.conf.subcommand("compare")],
         Annotated[PresetsArguments, tyro.conf.subcommand("presets")],
         Annotated[CacheArguments, tyro.conf.subcommand("cache")],
         Annotated[CompletionArguments, tyro.conf.subcommand("completion")],
@@ -224,20 +234,8 @@ def parse(argv: Sequence[str]) -> Arguments:
 
 
 COMMANDS = (
-    "train",
-    "demo",
-    "import",
-    "sample",
-    "complete",
-    "play",
-    "evaluate",
-    "verify",
-    "report",
-    "reference",
-    "runs",
-    "presets",
-    "cache",
-    "completion",
+    *("train", "demo", "import", "sample", "complete", "play", "watch", "evaluate"),
+    *("verify", "report", "reference", "runs", "compare", "presets", "cache", "completion"),
 )
 
 

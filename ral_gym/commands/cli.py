@@ -28,7 +28,13 @@ from ral_gym.commands.arguments import (
 from ral_gym.commands.draw_arguments import PlayArguments
 from ral_gym.commands.ending import run_command
 from ral_gym.commands.import_arguments import ImportArguments
-from ral_gym.commands.look_arguments import CompletionArguments, DemoArguments, training_words
+from ral_gym.commands.look_arguments import (
+    CompareArguments,
+    CompletionArguments,
+    DemoArguments,
+    WatchArguments,
+    training_words,
+)
 from ral_gym.commands.next_steps import say_next, welcome
 from ral_gym.commands.train import evaluate_run, train
 
@@ -70,6 +76,10 @@ def _dispatch(arguments: Arguments, console: Console) -> None:
             from ral_gym.commands.play import play
 
             play(arguments, console)
+        case WatchArguments():
+            from ral_gym.commands.watch import watch
+
+            watch(arguments, console)
         case VerifyArguments():
             from ral_gym.commands.verify import verify_run
 
@@ -86,6 +96,10 @@ def _dispatch(arguments: Arguments, console: Console) -> None:
             from ral_gym.commands.run_list import list_runs
 
             list_runs(arguments, console)
+        case CompareArguments():
+            from ral_gym.commands.compare import compare_runs
+
+            compare_runs(arguments, console)
         case PresetsArguments():
             from ral_gym.commands.overview import show_presets
 

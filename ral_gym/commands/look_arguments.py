@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from ral_gym.commands.draw_arguments import Plugins
+
 
 @dataclass
 class DemoArguments:
@@ -41,6 +43,59 @@ class RunsArguments:
 
     folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")] = "runs"
     """The folder that holds the run folders."""
+
+
+@dataclass
+class CompareArguments:
+    """Put the tables and samples of several runs side by side, here and on one HTML page.
+
+    Runs that differ in their seed only are one line: mean and 95 % interval by Student's t. With two seeds or more,
+    differences are paired by seed.
+    """
+
+    runs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN ..")]
+    """Two or more measured run folders; differences are to the first one's settings."""
+    output: str | None = None
+    """HTML file; the picture of the samples is a PNG file of the same name beside it. With a name that ends with .png
+    only the picture. None: comparison.html beside the first run."""
+    n: int = 16
+    """Number of images of each run."""
+    seed: int = 0
+    """Seed of the images: the same random numbers for every run."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda` or `cuda:N`."""
+    plugins: Plugins = ()
+    """Your own parts: modules that register some, or `module:Class` names that the runs' files may ask for."""
+
+
+@dataclass
+class WatchArguments:
+    """Watch a generator draw, code by code: in a window, in the terminal, or as a GIF file."""
+
+    run: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")] = None
+    """A run folder with stages 1 and 2, for instance runs/demo. None: the face photos that come with the package."""
+    n: int = 4
+    """Number of images."""
+    generator: Literal["MLE", "RAL"] | None = None
+    """Who draws: the prior before (MLE) or after (RAL) reinforcement learning. None: RAL if the run has it."""
+    label: Annotated[tuple[str, ...], tyro.conf.arg(metavar="CLASS ..")] = ()
+    """Classes to draw, by name or number, in turn; none: all classes in turn, if the run has some."""
+    temperature: float = 1.0
+    """Divides the logits; below 1 sharper and less diverse."""
+    guidance: float = 1.0
+    """Scale of classifier-free guidance, for a generator with classes; 1: none."""
+    seed: int = 0
+    """Seed of the first image; the others have the next seeds. As in `ral-gym play`."""
+    speed: float = 1.0
+    """2: twice as fast."""
+    gif: str | None = None
+    """Write this GIF file and open no window."""
+    terminal: bool = False
+    """Draw in the terminal, even where a window could be opened."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda` or `cuda:N`."""
+    plugins: Plugins = ()
+    """Your own parts: modules that register some, or `module:Class` names that the run's files may ask for."""
 
 
 @dataclass

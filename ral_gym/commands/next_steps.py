@@ -88,6 +88,12 @@ def next_lines(arguments: Any) -> list[str]:
             return [f"ral-gym sample {path} --temperature 0.8 --seed 1   others, sharper", f"ral-gym play {path}"]
         case "Complete":
             return [f"ral-gym complete {path} IMAGE --visible-rows 0.25   less to go by", f"ral-gym report {path}"]
+        case "Watch":
+            of = f" {path}" if path else ""
+            return [f"ral-gym watch{of} --gif episode.gif --n 1   a file of it", f"ral-gym play{of}   draw yourself"]
+        case "Compare":
+            first = _word(Path(arguments.runs[0]))
+            return [f"ral-gym report {first}   all of one run on a page"]
         case "Verify":
             return [f"ral-gym report {path}   one HTML page of the run"]
         case "Report":

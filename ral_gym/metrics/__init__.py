@@ -24,7 +24,7 @@ from ral_gym.metrics.features import (
     extract,
     make_extractor,
 )
-from ral_gym.metrics.intervals import Estimate, distance_estimates, mean_estimate, repeated, subsampled
+from ral_gym.metrics.intervals import Estimate, distance_estimates, mean_estimate, paired_estimate, repeated, subsampled
 from ral_gym.metrics.memorisation import Memorisation
 from ral_gym.metrics.neighbourhood import Neighbourhood, NeighbourhoodScores
 from ral_gym.metrics.neighbours import nearest
@@ -79,6 +79,7 @@ __all__ = [
     "nearest",
     "nll",
     "oracle_metrics",
+    "paired_estimate",
     "perplexity",
     "prefix_curve",
     "repeated",
