@@ -20,6 +20,7 @@ from ral_gym.presets import SMOKE
 from ral_gym.priors.two_level import split_prior
 from ral_gym.runs.run import Run, random_state, read_config
 from ral_gym.runs.storage import weights_of
+from ral_gym.stages import boards
 from ral_gym.stages import train_vqvae as stage_1
 from ral_gym.stages.boards import N_IMAGES, add_grid, add_samples, due
 from ral_gym.stages.levels import load_generator, load_vqvae
@@ -71,7 +72,9 @@ def test_stage_1_shows_curves_and_reconstructions_and_is_not_changed_by_them(
     looked, blind = (Run(tmp_path / name, config) for name in ("looked", "blind"))
     vqvae = train_vqvae(looked, images, CPU, progress=False)
     monkeypatch.setattr(stage_1, "due", lambda step, steps: False)
+    monkeypatch.setattr(boards.FirstImages, "show", lambda self, step: None)
     train_vqvae(blind, images, CPU, progress=False)
+    assert looked.file(boards.PROGRESS).is_file() and not blind.file(boards.PROGRESS).exists()
     assert looked.file("vqvae.safetensors").read_bytes() == blind.file("vqvae.safetensors").read_bytes()
     found = events(looked.file("tensorboard"))
     scalars = {f"vqvae/{name}" for name in ("loss", "reconstruction_error", "perplexity", "code_usage")}
@@ -87,6 +90,43 @@ def test_stage_1_shows_curves_and_reconstructions_and_is_not_changed_by_them(
         codes = torch.cat(vqvae.encode(torch.from_numpy(held_out[:1]).float() / 127.5 - 1), dim=1)
         assert (decode_codes(vqvae, codes)[0, 0].numpy() == grid[side:, :side]).all()
     assert not events(blind.file("tensorboard")).Tags()["images"]
+
+
+def test_first_images_are_shown_early_and_named_once(tmp_path: Path, monkeypatch, capsys) -> None:
+    seconds, written = [0.0], list[int]()
+    monkeypatch.setattr(boards.time, "monotonic", lambda: seconds[0])
+    monkeypatch.setattr(boards, "save_first_images", lambda path, vqvae, images, step, steps: written.append(step))
+    path, images = tmp_path / "progress.png", np.zeros((1, 1, 4, 4), np.uint8)
+    shown = boards.FirstImages(path, None, images, steps=100, quiet=False)  # type: ignore[arg-type]
+    for step in range(1, 41):
+        shown.show(step)
+        seconds[0] += 2.0
+    assert written == [11, 20, 40]  # after 20 s, then at every grid
+    assert capsys.readouterr().err == f"First images: {path} (drawn again as training goes on)\n"
+    again = boards.FirstImages(path, None, images, steps=100, quiet=True)  # type: ignore[arg-type]
+    again.show(20)
+    assert written[3:] == [20] and capsys.readouterr().err == ""
+
+
+def test_first_images_are_of_codes_at_their_own_places(tmp_path: Path, monkeypatch) -> None:
+    images = np.repeat(np.arange(16, dtype=np.uint8), 16).reshape(16, 1, 4, 4)
+    codes = np.stack([np.arange(16), 100 + np.arange(16)], 1).astype(np.int16)  # (M, T): each place has its own codes
+    monkeypatch.setattr(boards, "encode_images", lambda vqvae, picked, progress: codes[: len(picked)])
+    decoded: list[np.ndarray] = []
+
+    def decode(vqvae: Any, drawn: np.ndarray) -> torch.Tensor:
+        decoded.append(np.asarray(drawn))
+        return torch.zeros(len(drawn), 1, 4, 4, dtype=torch.uint8)
+
+    monkeypatch.setattr(boards, "decode_codes", decode)
+    state = as_text(random_state())
+    for _ in range(2):
+        boards.save_first_images(tmp_path / "a.png", None, images, 3, 10)  # type: ignore[arg-type]
+    assert as_text(random_state()) == state and (tmp_path / "a.png").is_file()
+    rebuilt, drawn, _, again = decoded
+    assert (rebuilt == codes).all() and (drawn == again).all() and drawn.shape == (16, 2)
+    assert set(drawn[:, 0]) <= set(range(16)) and set(drawn[:, 1]) <= set(range(100, 116))
+    assert (drawn[:, 1] - drawn[:, 0] != 100).any()  # independent of each other
 
 
 @pytest.mark.parametrize("levels", [1, 2])

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import shutil
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,8 +16,10 @@ from ral_gym.metrics import Neighbourhood, entropy, extract, nll
 from ral_gym.metrics.neighbourhood import SCORES
 from ral_gym.runs.run import Run, read_config
 from ral_gym.runs.storage import load_json, save_json
+from ral_gym.stages import evaluate as stage_4
 from ral_gym.stages import given_rows
-from ral_gym.stages.generator_metrics import GeneratorMetrics
+from ral_gym.stages.evaluate import measure
+from ral_gym.stages.generator_metrics import PARTS, GeneratorMetrics
 from ral_gym.stages.given_rows import measure_given_rows
 from ral_gym.stages.levels import load_generator
 from ral_gym.stages.pictures import sample_codes
@@ -75,6 +78,34 @@ def test_the_figures_are_those_of_their_metrics(evaluation) -> None:
         assert row[key] == pytest.approx(measured[key], rel=1e-9), key
     assert row["diversity"] == pytest.approx(measured["diversity"])
     assert (row["fd"], row["kid"]) == pytest.approx((measured["fd"], measured["kid"]), rel=1e-9)
+
+
+def test_the_bar_moves_within_every_row(evaluation, monkeypatch) -> None:
+    seen: list[tuple[int, int]] = []
+
+    class Bar:
+        n = 0
+
+        def __init__(self, **given: Any) -> None:
+            self.total = given["total"]
+
+        def update(self, n: int) -> None:
+            self.n += n
+            seen.append((n, self.n))
+
+        def set_postfix(self, **figures: Any) -> None: ...
+
+        def close(self) -> None: ...
+
+    monkeypatch.setattr(stage_4, "progress_bar", Bar)
+    rows: dict[str, Any] = {}
+    prior = load_generator(evaluation.run, "prior")
+    measure(evaluation, {"mle": prior, "mle_ema": prior}, rows, only={"mle", "mle_ema"})
+    assert list(rows) == ["mle", "mle_ema"]
+    assert seen == [(1, number) for number in range(1, 2 * PARTS + 1)]
+    seen.clear()
+    measure(evaluation, {"mle": prior, "mle_ema": prior}, rows, only={"mle", "mle_ema"})
+    assert seen == [(PARTS, PARTS), (PARTS, 2 * PARTS)]  # measured before
 
 
 def test_training_images_count_as_memorised_and_held_out_ones_do_not(evaluation) -> None:

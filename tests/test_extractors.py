@@ -237,3 +237,14 @@ def test_importing_the_package_does_not_import_torchmetrics():
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
     )
+
+
+def test_activations_in_place_change_no_bit() -> None:
+    extractor: Any = make_extractor("lite0")
+    activations = [part for part in extractor.modules() if isinstance(part, torch.nn.ReLU6)]
+    assert activations and all(part.inplace for part in activations)
+    images = torch.randint(0, 256, (8, 1, 64, 64), dtype=torch.uint8)
+    before, fast = images.clone(), extract(extractor, images)
+    for part in activations:
+        part.inplace = False
+    assert torch.equal(extract(extractor, images), fast) and torch.equal(images, before)

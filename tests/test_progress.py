@@ -54,6 +54,8 @@ def test_a_loop_that_need_not_stay_or_fails_says_nothing_at_its_end(capsys) -> N
     with pytest.raises(ZeroDivisionError), progress_bar(total=1, desc="decoding", unit="img"):
         print(1 / 0)
     assert capsys.readouterr().err == ""
+    assert list(progress_bar([1], desc="decoding", unit="img", delay=0.5)) == [1]  # too short to be shown
+    assert capsys.readouterr().err == ""
     bar = progress_bar(total=2, desc="4 evaluation", unit="row")
     bar.update(2)
     bar.close()

@@ -48,7 +48,13 @@ def progress_bar(
         return tqdm(iterable, disable=disable, delay=delay, **given)
     if _in_notebook():
         return _notebook_bar()(iterable, delay=delay, **given)
-    return LogLines(iterable, **given)
+    return LogLines(iterable, delay=delay, **given)
+
+
+def note(text: str, disable: bool = False) -> None:
+    """A line above the bars, on the error stream."""
+    if not disable:
+        tqdm.write(text, file=sys.stderr)
 
 
 class LogLines:
@@ -58,13 +64,21 @@ class LogLines:
     nothing then. A loop that is left by an error says nothing either.
 
     Args:
-        iterable, total, desc, unit, initial, leave: as `progress_bar`.
+        iterable, total, desc, unit, initial, leave, delay: as `progress_bar`.
     """
 
     def __init__(
-        self, iterable: Iterable[Any] | None, total: int | None, desc: str, unit: str, initial: int, leave: bool
+        self,
+        iterable: Iterable[Any] | None,
+        total: int | None,
+        desc: str,
+        unit: str,
+        initial: int,
+        leave: bool,
+        delay: float = 0.0,
     ) -> None:
         self._iterable, self.desc, self.unit, self.initial, self.leave = iterable, desc, unit, initial, leave
+        self._delay = delay
         if total is None and isinstance(iterable, Sized):
             total = initial + len(iterable)
         self.total, self.n = total, initial
@@ -106,8 +120,9 @@ class LogLines:
         if self._closed:
             return
         self._closed = True
-        if self.leave:
-            self._print(f"{self._count()} in {_clock(time.monotonic() - self._begun)}")
+        elapsed = time.monotonic() - self._begun
+        if self.leave and elapsed >= self._delay:
+            self._print(f"{self._count()} in {_clock(elapsed)}")
 
     def _state(self, now: float) -> str:
         elapsed, done = now - self._begun, self.n - self.initial

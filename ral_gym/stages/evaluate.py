@@ -27,7 +27,7 @@ from ral_gym.runs.results import check_rows
 from ral_gym.runs.run import Run
 from ral_gym.runs.storage import differences, load_json, save_json
 from ral_gym.stages.common import Clock
-from ral_gym.stages.generator_metrics import MEASUREMENT, GeneratorMetrics, Row
+from ral_gym.stages.generator_metrics import MEASUREMENT, PARTS, GeneratorMetrics, Row
 from ral_gym.stages.given_rows import measure_given_rows
 from ral_gym.stages.levels import load_generator
 from ral_gym.stages.pictures import draw_pictures
@@ -146,18 +146,28 @@ def measure(
     """
     run, mle = evaluation.run, priors["mle"]
     planned = len(priors) + len(SWEPT) * len(run.config.evaluation.temperatures) + 4 + 4
-    bar = progress_bar(total=planned, desc="4 evaluation", unit="row", disable=not progress)
+    bar = progress_bar(total=planned * PARTS, desc="4 evaluation", unit="part", disable=not progress)
+    begun = 0  # rows; the parts of one are counted as they end
+
+    def tell() -> None:
+        if bar.n < begun * PARTS - 1:
+            bar.update(1)
 
     def wanted(*names: str) -> bool:
         return only is None or any(name in only for name in names)
 
     def add(name: str, measured: Callable[[], Row]) -> Row:
+        nonlocal begun
+        begun += 1
+        bar.total = max(bar.total, begun * PARTS)  # a sweep may continue below the planned temperatures
         if name not in rows:
+            bar.set_postfix(row=name)
             rows[name] = measured()
             keep(rows)
-        bar.total = max(bar.total, bar.n + 1)  # a sweep may continue below the planned temperatures
-        bar.update(1)
+        bar.update(begun * PARTS - bar.n)
         return rows[name]
+
+    evaluation.tell = tell
 
     def draw(name: str, prior: Prior, temperature: float = 1.0, sampling: Sampling = PLAIN) -> Row:
         return add(name, lambda: evaluation.row(prior, temperature, sampling))

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,6 @@ from ral_gym.metrics import (
     image_nll,
     make_extractor,
     match_temperature,
-    mean_estimate,
 )
 from ral_gym.metrics.codes import Codes
 from ral_gym.metrics.distances import kid_subset_size
@@ -49,6 +49,7 @@ from ral_gym.stages.class_metrics import ClassJudge, accuracy, class_distance, t
 from ral_gym.stages.levels import wrong_labels
 from ral_gym.stages.pictures import balanced_labels, sample_codes
 from ral_gym.stages.rejection import Judge, rejection_sample
+from ral_gym.stages.row_parts import image_mean, interval_ends
 from ral_gym.tokenizers.base import Tokenizer, encoder_features
 from ral_gym.tokenizers.code_set import CodeSet, decode_codes, encode_images
 
@@ -73,6 +74,9 @@ MEASUREMENT = 2
 2: both use seeded random subsets, of `n_samples` and `evaluation.held_out` images.
 """
 
+PARTS = 5
+"""Parts of a row, about equally long: drawing, features, distances, neighbours and memory, likelihoods."""
+
 Row = dict[str, Any]
 """A row of the table: metrics, facts needed to interpret them, and `intervals` {metric: [low, high]} (95 %)."""
 
@@ -91,6 +95,7 @@ class GeneratorMetrics:
     Attributes:
         held_out: the held-out codes behind the NLLs, by set: `test` and, where there are any, `new_people`.
         classes: how many classes the images have; 0: none.
+        tell: called after every part of a row (`PARTS`), for a progress bar.
 
     Raises:
         ConfigError: the extractor or a metric of your own is not available.
@@ -113,6 +118,7 @@ class GeneratorMetrics:
             )
         self.run, self.vqvae, self.codes, self.images, self.device = run, vqvae, codes, images, device
         self.measurement = measurement
+        self.tell: Callable[[], None] = lambda: None
         config = run.config.evaluation
         self.own_metrics = own_metrics(config.metrics)
         self.n_samples, self.seed = config.n_samples, run.config.seed * 1000 + 6
@@ -154,15 +160,16 @@ class GeneratorMetrics:
         retrained networks, which need other seeds. Photos of the same person count as independent.
         """
         codes = sample_codes(prior, self.n_samples, self.seed, temperature, sampling)  # (N, T)
+        self.tell()
         labels = self._asked(prior, len(codes))
         row = self.distances(codes, labels)
         estimates: dict[str, Estimate | None] = {"diversity": hamming_distance(codes)}
         if not sampling.guided:
             estimates |= self._likelihoods(prior, temperature)
             drawn = _labelled(prior, codes, labels)
-            estimates["entropy"] = _mean(image_entropy(prior, drawn, temperature, self.batch_size, self.device))
+            estimates["entropy"] = image_mean(image_entropy(prior, drawn, temperature, self.batch_size, self.device))
         row |= {name: None if estimate is None else estimate.value for name, estimate in estimates.items()}
-        row["intervals"] |= _intervals(estimates)
+        row["intervals"] |= interval_ends(estimates)
         guided = {"guidance": sampling.guidance} if sampling.guided else {}
         return row | {"samples_per_kept": 1.0, "temperature": temperature} | guided
 
@@ -194,9 +201,10 @@ class GeneratorMetrics:
             return _labelled(prior, sample_codes(prior, n, self.seed), self._asked(prior, n))
 
         kept = rejection_sample(drawn, judge, self.n_samples, REJECTION_SHARE)
+        self.tell()
         codes = prior.grid.without_labels(kept.codes)
         row, varied = self.distances(codes, prior.grid.labels_of(kept.codes)), hamming_distance(codes)
-        row["intervals"] |= _intervals({"diversity": varied})
+        row["intervals"] |= interval_ends({"diversity": varied})
         return row | {"diversity": varied.value, "samples_per_kept": kept.samples_per_kept, "temperature": 1.0}
 
     def distances(self, codes: Tensor, labels: Tensor | None = None) -> Row:
@@ -206,19 +214,22 @@ class GeneratorMetrics:
         """
         images = decode_codes(self.vqvae, codes)  # (N, C, S, S)
         features = extract(self.extractor, images)  # (N, F)
+        self.tell()
         row = self._against(self.distance.features, features)
         real = self._against(self.real_distance, features)
         row |= {f"{name}_real": real[name] for name in ("fd", "kid")}
         row["intervals"] |= {f"{name}_real": ends for name, ends in real["intervals"].items()}
+        self.tell()
         if labels is not None:
             right = accuracy(self.judge, images, labels)
             row |= {"accuracy": right.value} | self._class_distance(features, labels)
-            row["intervals"] |= _intervals({"accuracy": right})
+            row["intervals"] |= interval_ends({"accuracy": right})
         generated = {"images": images, "codes": codes, "features": features}
         own = measure_own(self.own_metrics, generated, self._reference(), self.seed)
         for part in (self._neighbours(self.neighbourhood, features), self._memorised(features), own):
             row["intervals"] |= part.pop("intervals")
             row |= part
+        self.tell()
         return row
 
     def real_rows(self) -> dict[str, Row]:
@@ -231,7 +242,7 @@ class GeneratorMetrics:
         if self.classes and len(self.held_out["test"]):
             right = accuracy(self.judge, decode_codes(self.vqvae, self.held_out["test"]), self._test_labels)
             rows["reconstruction"] |= {"accuracy": right.value}
-            rows["reconstruction"]["intervals"] |= _intervals({"accuracy": right})
+            rows["reconstruction"]["intervals"] |= interval_ends({"accuracy": right})
         # The halves of `FeatureDistance.floor`.
         reference = self.distance.features.reference  # (N, F)
         order = torch.randperm(len(reference), generator=torch.Generator().manual_seed(self.seed))
@@ -270,7 +281,7 @@ class GeneratorMetrics:
 
     def nll(self, prior: Prior, codes: np.ndarray | Tensor, temperature: float) -> Estimate:
         """Nats per code of held-out codes (N, T), or sequences with labels; the interval is over images."""
-        return _mean(image_nll(prior, codes, temperature, self.batch_size, self.device))
+        return image_mean(image_nll(prior, codes, temperature, self.batch_size, self.device))
 
     def temperature_of(self, prior: Prior, target_entropy: float) -> float:
         """The temperature at which `prior` has the target entropy."""
@@ -348,7 +359,7 @@ class GeneratorMetrics:
         estimates = distance_estimates(distance, features, seed=self.seed)
         return {name: estimate.value for name, estimate in estimates.items()} | {
             **counts,
-            "intervals": _intervals(estimates),
+            "intervals": interval_ends(estimates),
         }
 
     def _neighbours(self, neighbourhood: Neighbourhood, features: Tensor) -> Row:
@@ -357,7 +368,7 @@ class GeneratorMetrics:
             measured = dict(neighbourhood.measure(features))
             return {name: measured[name] for name in SCORES} | {"intervals": {}}
         estimates = neighbourhood.estimates(features, repetitions=NEIGHBOURHOOD_REPETITIONS, seed=self.seed)
-        return {name: estimate.value for name, estimate in estimates.items()} | {"intervals": _intervals(estimates)}
+        return {name: estimate.value for name, estimate in estimates.items()} | {"intervals": interval_ends(estimates)}
 
     def _memorised(self, features: Tensor) -> Row:
         """The memorisation scores; None if there is nothing to compare with."""
@@ -369,7 +380,7 @@ class GeneratorMetrics:
             for name, metric in zip(names[key], ("score", "near"), strict=True):
                 if name is not None:
                     row[name] = measured[metric]
-                    row["intervals"] |= _intervals({name: estimates.get(metric)})
+                    row["intervals"] |= interval_ends({name: estimates.get(metric)})
         return row
 
 
@@ -377,20 +388,3 @@ def _labelled(prior: Prior, codes: Codes, labels: Tensor | None) -> Tensor:
     """What the prior reads: codes (N, T), with their labels (N,) at the end if there are any."""
     codes = torch.as_tensor(codes)
     return codes if labels is None else prior.grid.with_labels(codes, labels)
-
-
-def _intervals(estimates: dict[str, Estimate | None] | dict[str, Estimate]) -> dict[str, list[float]]:
-    """The interval ends of the estimates that have one."""
-    return {
-        name: [estimate.low, estimate.high]
-        for name, estimate in estimates.items()
-        if estimate is not None and estimate.low < estimate.high
-    }
-
-
-def _mean(values: Tensor) -> Estimate:
-    """Mean of a metric over images (N,); a single one has no interval."""
-    if len(values) < 2:
-        value = float(values.mean())
-        return Estimate(value, value, value, len(values), "one image", 0.0)
-    return mean_estimate(values, method="mean over images", bounds=(0.0, float("inf")))

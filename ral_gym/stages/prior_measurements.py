@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,10 +11,11 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 from ral_gym.data.subsets import subset
+from ral_gym.pictures import save_grid
 from ral_gym.priors.base import Prior, load_prior
 from ral_gym.runs.run import Run
 from ral_gym.runs.storage import weights_of
-from ral_gym.stages.boards import add_samples
+from ral_gym.stages.boards import N_IMAGES, PROGRESS, add_samples
 from ral_gym.stages.common import WeightAverage
 from ral_gym.stages.levels import LevelCodes, held_out_nll, load_vqvae
 from ral_gym.stages.processes import process_index
@@ -93,10 +95,11 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Board:
-    """Shows decoded samples of the prior in TensorBoard; changes no random state."""
+    """Shows decoded samples of the prior in TensorBoard and in the run folder; changes no random state."""
 
     vqvae: Tokenizer
     top: Prior | None
+    file: Path
 
     @classmethod
     def of(cls, run: Run, level: int, device: torch.device) -> Board | None:
@@ -107,8 +110,9 @@ class Board:
         if not run.has("vqvae.safetensors") or process_index() or level < run.config.vqvae.levels - 1:
             return None
         top = load_prior(run.file("prior.safetensors"), device) if level else None
-        return cls(load_vqvae(run, device), top)
+        return cls(load_vqvae(run, device), top, run.file(PROGRESS))
 
     def show(self, writer: SummaryWriter, tag: str, prior: Any, step: int) -> None:
-        """Add a grid of samples."""
-        add_samples(writer, tag, prior, self.vqvae, step, self.top)
+        """Add a grid of samples, and write it as the run's picture of its progress."""
+        images = add_samples(writer, tag, prior, self.vqvae, step, self.top)
+        save_grid(self.file, images, columns=N_IMAGES, title=f"Stage 2, the prior, after {step:,} steps")

@@ -16,7 +16,7 @@ from ral_gym.runs.event_log import open_event_log
 from ral_gym.runs.progress import progress_bar
 from ral_gym.runs.run import Run, seed_everything
 from ral_gym.runs.storage import config_arguments
-from ral_gym.stages.boards import add_reconstructions, due
+from ral_gym.stages.boards import PROGRESS, FirstImages, add_reconstructions, due
 from ral_gym.stages.common import Clock, check_finite, check_weights, restore_optimizer, step_of
 from ral_gym.stages.image_losses import ImageLosses, TrainingStep
 from ral_gym.stages.processes import Compute, JointBatches, make_accelerator, partners
@@ -75,6 +75,7 @@ def train_vqvae(
     if main:
         run.forget_after(STAGE, start)
         writer = open_event_log(run.path, STAGE, start)
+    first = FirstImages(run.file(PROGRESS), vqvae, images.train, config.training_steps, quiet=not progress)
     steps = progress_bar(
         range(start + 1, config.training_steps + 1),
         desc="1 VQ-VAE",
@@ -108,6 +109,8 @@ def train_vqvae(
                 steps.set_postfix({name: f"{metrics[name]:.4g}" for name in SHOWN if name in metrics})
         if writer is not None and due(step, config.training_steps):
             add_reconstructions(writer, "vqvae/real_and_reconstruction", vqvae, shown, step)
+        if writer is not None:
+            first.show(step)
         if main and clock.due():
             if writer is not None:
                 writer.flush()  # a checkpoint must not be ahead of the log
