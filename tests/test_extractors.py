@@ -240,7 +240,7 @@ def test_importing_the_package_does_not_import_torchmetrics():
 
 
 def test_activations_in_place_change_no_bit() -> None:
-    extractor: Any = make_extractor("lite0")
+    extractor = make_extractor("lite0")
     activations = [part for part in extractor.modules() if isinstance(part, torch.nn.ReLU6)]
     assert activations and all(part.inplace for part in activations)
     images = torch.randint(0, 256, (8, 1, 64, 64), dtype=torch.uint8)
