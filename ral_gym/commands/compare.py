@@ -6,12 +6,14 @@ import dataclasses
 import itertools
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from markupsafe import Markup
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -23,6 +25,7 @@ from ral_gym.commands.results import say
 from ral_gym.config.flags import settings
 from ral_gym.errors import ConfigError, RunError
 from ral_gym.metrics.intervals import Estimate, mean_estimate, paired_estimate
+from ral_gym.metrics.table import Text
 from ral_gym.pictures import save_comparison
 from ral_gym.runs.results import load_results
 from ral_gym.runs.run import Run
@@ -42,6 +45,8 @@ METRICS = {
     "nll_test": "NLL",
     "entropy": "entropy",
 }
+_SEED = re.compile(r"[-_. ]?seed[-_. ]?\d+")
+"""The part of a run's name that tells its seed."""
 MOST_RUNS = 24
 SAME = ("extractor", "n_samples", "reference")
 """What tables must share for their distances to compare."""
@@ -127,7 +132,9 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
         group.runs[run.config.seed], group.results[run.config.seed] = run, results
     groups = list(found.values())
     several = [
-        dataclasses.replace(group, name=f"{group.name} ({len(group.runs)} seeds)") if len(group.runs) > 1 else group
+        dataclasses.replace(group, name=f"{_SEED.sub('', group.name)} ({len(group.runs)} seeds)")
+        if len(group.runs) > 1
+        else group
         for group in groups
     ]
     if len({group.name for group in several}) < len(several):
@@ -214,12 +221,17 @@ def terminal_table(title: str, lines: Sequence[Line]) -> Table:
     """The lines as a table; metrics that no line has are left out."""
     table = Table(title=title, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("", overflow="fold")
-    shown = [metric for metric in METRICS if any(line.cells[metric] is not None for line in lines)]
+    shown = shown_metrics(lines)
     for metric in shown:
         table.add_column(METRICS[metric], justify="right")
     for line in lines:
         table.add_row(line.name, *("\n".join(_words(line.cells[metric])) for metric in shown))
     return table
+
+
+def shown_metrics(lines: Sequence[Line]) -> list[str]:
+    """The metrics that some line has."""
+    return [metric for metric in METRICS if any(line.cells[metric] is not None for line in lines)]
 
 
 def _words(cell: Estimate | float | None) -> list[str]:
@@ -248,15 +260,13 @@ def html(
     seed: int,
 ) -> str:
     """The page: one file that loads nothing else."""
-    from markupsafe import Markup
-
     from ral_gym.report import page
     from ral_gym.report.figures import strip
 
-    tables = [page.table("Runs", ["", *METRICS.values()], _page_rows(lines))]
+    tables = [_page_table("Runs", lines)]
     if differences:
         tables += [page.paragraph("Differences, paired by seed:")]
-        tables += [page.table("Differences, paired by seed", ["", *METRICS.values()], _page_rows(differences))]
+        tables += [_page_table("Differences, paired by seed", differences)]
     figures = [
         page.figure(f"run-{number}", strip(images, f"samples of {name}", 4), name, _caption(groups, name, seed))
         for number, (name, images) in enumerate(drawn.items())
@@ -270,15 +280,17 @@ def html(
     return page.page(f"{title}, compared", page.paragraph("Lower FD and KID are better."), sections, "ral-gym compare")
 
 
-def _page_rows(lines: Sequence[Line]) -> list[tuple[str, list[Any]]]:
-    from ral_gym.metrics.table import Text
+def _page_table(label: str, lines: Sequence[Line]) -> Markup:
+    from ral_gym.report import page
 
     def text(cell: Estimate | float | None) -> Text:
         if isinstance(cell, Estimate):
             return Text(_figure(cell.value), _figure(cell.low), _figure(cell.high))
         return Text(_words(cell)[0])
 
-    return [(line.name, [text(line.cells[metric]) for metric in METRICS]) for line in lines]
+    shown = shown_metrics(lines)
+    rows = [(line.name, [text(line.cells[metric]) for metric in shown]) for line in lines]
+    return page.table(label, ["", *(METRICS[metric] for metric in shown)], rows)
 
 
 def _caption(groups: Sequence[Group], name: str, seed: int) -> str:
