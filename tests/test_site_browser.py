@@ -12,7 +12,8 @@ PAGES = ["index", "idea", "environments/toy", "algorithms/ppo", "extending/prior
 LOOK = """() => {
   const root = document.documentElement, style = getComputedStyle(document.body);
   return {
-    width: root.scrollWidth, room: root.clientWidth, text: style.color, ground: style.backgroundColor,
+    width: root.scrollWidth, room: root.clientWidth, article: document.querySelector("article").scrollWidth,
+    text: style.color, ground: style.backgroundColor,
     broken: [...document.images].filter((image) => image.complete && !image.naturalWidth).map((image) => image.src),
     headings: document.querySelectorAll("h1").length,
     equations: [...document.querySelectorAll("math")].filter((math) => !math.getBoundingClientRect().width).length,
@@ -53,7 +54,7 @@ def test_pages_fit_and_ask_for_nothing_elsewhere(html: Path, browser: Any, width
     for name in PAGES:
         page.goto((html / f"{name}.html").as_uri())
         found = page.evaluate(LOOK)
-        assert found["width"] <= found["room"] == width, name
+        assert found["width"] <= found["room"] == width and found["article"] <= width, name
         assert found["headings"] == 1 and found["broken"] == [] and found["equations"] == 0, (name, found)
         dark = brightness(found["ground"]) < brightness(found["text"])
         assert dark == (scheme == "dark") and abs(brightness(found["ground"]) - brightness(found["text"])) > 400, name
