@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union, cast
 
 import tyro
-from rich.console import Console
 
 from ral_gym.commands.draw_arguments import CompleteArguments, PlayArguments, Plugins, RunFolder, SampleArguments
+from ral_gym.commands.ending import output
 from ral_gym.commands.help import is_short_help, known_preset, print_short_help, with_full_help
 from ral_gym.commands.import_arguments import ImportArguments
 from ral_gym.commands.look_arguments import (
@@ -281,7 +281,7 @@ def parse_train(argv: Sequence[str]) -> TrainArguments:
     base = _preset(argv)
     default = TrainArguments(base)
     if is_short_help(argv):
-        print_short_help(default, Console())
+        print_short_help(default, output())
         raise SystemExit(0)
     words = with_full_help(argv)
     return _complete(tyro.cli(TrainArguments, args=words, default=default, description=_training_help()), base)

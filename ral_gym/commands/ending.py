@@ -53,6 +53,11 @@ class _Output(Console):
         raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
 
 
+def output(quiet: bool = False) -> Console:
+    """Where commands print."""
+    return _Output(quiet=quiet, markup=False)  # a name from a file may look like markup
+
+
 def _quiet_about_files(arguments: threading.ExceptHookArgs) -> None:
     """No traceback from TensorBoard's writing thread: the main thread raises the same error at its next write."""
     if not issubclass(arguments.exc_type, OSError):
@@ -83,7 +88,7 @@ def run_command(
             if not sys.warnoptions:
                 warnings.simplefilter("ignore")  # libraries' warnings are for programmers
             try:
-                command(argv, _Output(quiet=rank > 0, markup=False))  # a name from a file may look like markup
+                command(argv, output(quiet=rank > 0))
             finally:
                 sys.stdout.flush()  # detects a closed pipe here, not when Python exits
         return 0
