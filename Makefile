@@ -19,7 +19,7 @@ PIP := $(PY) -m pip --quiet --quiet --no-input --disable-pip-version-check
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo results assets docs test test-commands test-processes test-browser test-parity test-slow test-cuda gpu-check test-faults soak test-lowest check format bench clean distclean
+.PHONY: help venv demo results assets docs test test-commands test-processes test-browser test-parity test-slow test-cuda gpu-check test-faults soak test-lowest check format package bench clean distclean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
@@ -91,6 +91,11 @@ check: $(STAMP) ## Lint, formatting, types
 format: $(STAMP) ## Apply the formatter and the linter's safe fixes
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
+
+package: $(STAMP) ## Source archive and wheel in dist/, checked
+	rm -rf dist build
+	$(PY) -m build --no-isolation --outdir dist .
+	$(PY) -m twine check --strict dist/*
 
 bench: $(STAMP) ## Run every benchmark
 	@for script in $(filter-out benchmarks/gpu_check.py,$(wildcard benchmarks/*.py)); do echo "== $$script"; $(PY) $$script $(ARGS) || exit 1; done
