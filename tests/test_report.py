@@ -43,7 +43,7 @@ FIGURES = {
     *(f"fig-completion-{number}" for number in range(1, 5)),
     *("fig-results", "fig-frontier", "fig-exposure_curves", "fig-exposure_given_rows"),
     *("fig-scores-real", "fig-scores-mle", "fig-scores-ral"),
-    *(f"fig-curve-{number}" for number in ("0-vqvae", "1-vqvae", "2-prior", "4-ral", "5-ral", "6-ral")),
+    *(f"fig-curve-{number}" for number in ("0-vqvae", "1-vqvae", "6-prior", "8-ral", "9-ral", "10-ral")),
 }
 
 

@@ -26,7 +26,7 @@ from ral_gym.rewards.scorer import CriticScorer
 from ral_gym.rewards.view import FinishedImages, View, takes_labels
 from ral_gym.runs.checked_state import integer_of, number_of
 from ral_gym.runs.sharing import Processes
-from ral_gym.stages.common import restore_optimizer
+from ral_gym.stages.common import make_adam, restore_optimizer
 from ral_gym.tokenizers.base import Tokenizer
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ class CoTrainedCritic:
 
     def _adam(self, config: CriticConfig) -> torch.optim.Optimizer:
         betas = (config.adam_beta1, config.adam_beta2)
-        return torch.optim.Adam(self.critic.parameters(), lr=config.learning_rate, betas=betas)
+        return make_adam(self.critic, config.learning_rate, betas)
 
     def _choose_held_out(self, number: int) -> None:
         """Choose this many held-out images, or all if there are fewer or `number` is 0; always the same ones."""

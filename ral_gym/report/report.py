@@ -54,7 +54,7 @@ from ral_gym.runs.run import Run
 from ral_gym.runs.storage import write_text
 from ral_gym.stages.completion import complete
 from ral_gym.stages.levels import load_generator, load_vqvae
-from ral_gym.stages.pictures import sample_codes
+from ral_gym.stages.pictures import balanced_labels, sample_codes
 from ral_gym.tokenizers.base import Tokenizer
 from ral_gym.tokenizers.code_set import CodeSet, decode_codes, encode_images
 
@@ -109,8 +109,11 @@ class Report:
         """Held-out images (N, C, S, S) uint8, the first `N_SHOWN` in a seeded order."""
         if isinstance(self.images, str) or not len(self.images.test):
             return None
-        order = torch.randperm(len(self.images.test), generator=torch.Generator().manual_seed(self.seed))
-        return torch.from_numpy(self.images.test[order[:N_SHOWN].numpy()].copy())
+        return torch.from_numpy(self.images.test[self._shown(len(self.images.test))].copy())
+
+    def _shown(self, n: int) -> np.ndarray:
+        """Which of n held-out images are shown (N_SHOWN,)."""
+        return torch.randperm(n, generator=torch.Generator().manual_seed(self.seed))[:N_SHOWN].numpy()
 
     @property
     def no_images(self) -> str:
@@ -124,10 +127,23 @@ class Report:
             return None
         if self.held_out is not None:
             return encode_images(self.vqvae, self.held_out.numpy(), progress=False)
-        if not self.run.has("codes.safetensors"):
+        test = None if self.code_set is None else self.code_set.test
+        return None if test is None else test[subset(len(test), N_SHOWN, self.seed)]
+
+    @functools.cached_property
+    def code_set(self) -> CodeSet | None:
+        """The run's codes, if it has any."""
+        known = self.vqvae if self.run.has("codes.safetensors") else None
+        return None if known is None else CodeSet.load(self.run.file("codes.safetensors"), known.grid)
+
+    @functools.cached_property
+    def reconstructed_labels(self) -> Tensor | None:
+        """The classes (N,) of `reconstructed_codes`; None if the images have none."""
+        source = self.code_set if self.held_out is None else self.images
+        if source is None or isinstance(source, str) or source.labels is None:
             return None
-        codes = CodeSet.load(self.run.file("codes.safetensors"), self.vqvae.grid).test
-        return codes[subset(len(codes), N_SHOWN, self.seed)]
+        known = torch.from_numpy(source.labels.test)
+        return known[subset(len(known), N_SHOWN, self.seed) if self.held_out is None else self._shown(len(known))]
 
     @functools.cached_property
     def reconstruction(self) -> Tensor | None:
@@ -239,7 +255,7 @@ class Report:
         codes = {} if real is None else {"Real": torch.from_numpy(real[:N_SCORED].astype(np.int64))}
         codes |= {label: drawn[:N_SCORED] for label, drawn in self.drawn.items()}
         images = {label: decode_codes(self.vqvae, those) for label, those in codes.items()}
-        maps = {label: self._scores(codes[label], shown) for label, shown in images.items()}
+        maps = {label: self._scores(codes[label], shown, self._classes(label)) for label, shown in images.items()}
         if not maps:
             return missing(f"No images to score: {self.no_images}")
         both = torch.cat([scores.flatten() for scores in maps.values()])
@@ -266,10 +282,16 @@ class Report:
         )
         return paragraph(intro) + scale + grid(figures, "maps")
 
-    def _scores(self, codes: Tensor, images: Tensor) -> Tensor:
-        """Normalised score maps (N, h, w) of codes (N, T) and their images (N, C, S, S) uint8."""
+    def _classes(self, label: str) -> Tensor | None:
+        """The classes of the scored images of a kind; None if the generators have none."""
+        classes = max((prior.grid.classes for prior in self.generators.values()), default=0)
+        labels = self.reconstructed_labels if label == "Real" else balanced_labels(N_SHOWN, max(classes, 1))
+        return labels[:N_SCORED] if classes and labels is not None else None
+
+    def _scores(self, codes: Tensor, images: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Normalised score maps (N, h, w) of codes (N, T), their images (N, C, S, S) uint8 and their classes (N,)."""
         assert self.scorer is not None and self.vqvae is not None
-        view = View(codes, lambda _: to_float(images).to(self.device), batch_size=len(codes))
+        view = View(codes, lambda _: to_float(images).to(self.device), labels, batch_size=len(codes))
         scores = self.scorer.normalizer(self.scorer.scores(view))
         return self.scorer.score_map(scores, self.vqvae.grid.height).cpu()
 

@@ -22,7 +22,7 @@ from ral_gym.priors.base import Prior, build_prior, config_of, load_prior, save_
 from ral_gym.priors.two_level import SUFFIXES, join_priors, split_prior
 from ral_gym.runs.run import Run, seed_everything
 from ral_gym.runs.storage import load_json, save_json
-from ral_gym.stages.common import WeightAverage, check_weights
+from ral_gym.stages.common import WeightAverage, check_weights, make_adam
 from ral_gym.stages.learning_rate import LearningRate
 from ral_gym.stages.levels import LevelCodes
 from ral_gym.stages.processes import main_process_first, make_accelerator
@@ -121,7 +121,7 @@ def _train_level(
     model = build_prior(config_of(prior)).to(accelerator.device)
     model.load_state_dict(prior.state_dict())
     betas = (config.adam_beta1, config.adam_beta2)
-    optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate, betas=betas)
+    optimizer = make_adam(model, config.learning_rate, betas)
     average = WeightAverage(model, config.ema_decay)
     task = Task(
         stage=control.name + suffix,

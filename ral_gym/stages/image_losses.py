@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from ral_gym.config import VQVAEConfig
 from ral_gym.errors import ConfigError
 from ral_gym.rewards.critic import PatchCritic
-from ral_gym.stages.common import check_finite, check_weights, restore_optimizer
+from ral_gym.stages.common import check_finite, check_weights, make_adam, restore_optimizer
 from ral_gym.stages.perceptual import Perceptual, make_perceptual, network_facts
 from ral_gym.stages.processes import JointBatches
 
@@ -55,7 +55,7 @@ class ImageLosses:
             self.discriminator = make_discriminator(config, tokenizer)
             rate = config.discriminator_learning_rate or config.learning_rate
             betas = (config.adam_beta1, config.adam_beta2)
-            optimizer = torch.optim.Adam(self.discriminator.parameters(), lr=rate, betas=betas)
+            optimizer = make_adam(self.discriminator, rate, betas)
             self.model, self.optimizer = accelerator.prepare(self.discriminator, optimizer)
 
     def begun(self, step: int) -> bool:

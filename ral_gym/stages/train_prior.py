@@ -138,7 +138,7 @@ def _train_level(
     n_parts = compute.gradient_accumulation if compute else 1
     clock = fit(run, task, prior, optimizer, average, data, held_out, accelerator, n_parts, progress)
     if accelerator.is_main_process:
-        _finish(run, task, prior, data, held_out, grid, suffix, codes.classes)
+        _finish(run, task, prior, data, held_out, codes.classes if grid.classes else ())
         clock.book()
     accelerator.wait_for_everyone()
     return load_prior(file, device)
@@ -225,20 +225,18 @@ def fit(
 def _finish(
     run: Run,
     task: Task,
-    prior: nn.Module,
+    prior: Any,
     data: LevelCodes,
     held_out: HeldOut,
-    grid: CodeGrid,
-    suffix: str,
-    classes: tuple[str, ...],
+    class_names: tuple[str, ...],
 ) -> None:
-    """Write the best weights, and warn if they are no better than code frequencies."""
-    best = held_out.best
+    """Write the best weights, and warn if they are no better than code frequencies; no names without classes."""
+    best, suffix = held_out.best, task.stage.removeprefix(STAGE)
     if len(best.weights) < len(best.nll):
         raise DivergedError(
             f"stage {task.stage}: no held-out NLL was finite; the last good checkpoint is kept; {task.remedy}"
         )
-    unigram = unigram_nll(data.codes, held_out.test.codes, grid.codebook_size)
+    unigram = unigram_nll(data.codes, held_out.test.codes, prior.codebook_size)
     if best.nll["live"] >= unigram:
         logger.warning(
             "the%s prior's held-out NLL %.3f does not beat the unigram's %.3f nats per code: it has memorised, or not "
@@ -247,21 +245,21 @@ def _finish(
             best.nll["live"],
             unigram,
         )
-    facts: dict[str, Any] = {"unigram_nll": unigram} | _with_other_labels(run, prior, held_out, grid)
-    if grid.classes:
-        facts["class_names"] = list(classes)
+    facts: dict[str, Any] = {"unigram_nll": unigram} | _with_other_labels(run, prior, held_out, len(class_names))
+    if class_names:
+        facts["class_names"] = list(class_names)
     for which, name in (("ema", "prior_ema"), ("live", "prior")):
         facts |= {"nll_test": best.nll[which], "step": best.step[which]} | task.sampling.metrics(best.step[which])
         save_prior(run.file(f"{name}{suffix}.safetensors"), prior, best.weights[which], **facts)
 
 
-def _with_other_labels(run: Run, prior: Any, held_out: HeldOut, grid: CodeGrid) -> dict[str, float]:
+def _with_other_labels(run: Run, prior: Any, held_out: HeldOut, classes: int) -> dict[str, float]:
     """With classes: the best weights' held-out NLL with wrong labels and with none; warns if right ones do not help."""
-    if not grid.classes:
+    if not classes:
         return {}
     right = held_out.best.nll["live"]
     prior.load_state_dict(held_out.best.weights["live"])
-    others = label_nlls(prior.eval(), held_out.test, grid.classes, run.config.seed * 1000 + 2)
+    others = label_nlls(prior.eval(), held_out.test, classes, run.config.seed * 1000 + 2)
     worst = min(others.values(), default=float("inf"))
     if right >= worst:
         logger.warning(

@@ -17,7 +17,7 @@ from ral_gym.runs.progress import progress_bar
 from ral_gym.runs.run import Run, seed_everything
 from ral_gym.runs.storage import config_arguments
 from ral_gym.stages.boards import PROGRESS, FirstImages, add_reconstructions, due
-from ral_gym.stages.common import Clock, check_finite, check_weights, restore_optimizer, step_of
+from ral_gym.stages.common import Clock, check_finite, check_weights, make_adam, restore_optimizer, step_of
 from ral_gym.stages.image_losses import ImageLosses, TrainingStep
 from ral_gym.stages.processes import Compute, JointBatches, make_accelerator, partners
 from ral_gym.tokenizers.base import LOOP, load_tokenizer, save_tokenizer, tokenizer_of
@@ -62,7 +62,7 @@ def train_vqvae(
     if not hasattr(vqvae, "training_loss"):
         return _fit(run, vqvae, images, accelerator, progress)
     betas = (config.adam_beta1, config.adam_beta2)
-    optimizer = torch.optim.Adam(vqvae.parameters(), lr=config.learning_rate, betas=betas)
+    optimizer = make_adam(vqvae, config.learning_rate, betas)
     losses = ImageLosses(config, vqvae, accelerator)
     model, optimizer = accelerator.prepare(TrainingStep(vqvae, losses), optimizer)
     n_parts = compute.gradient_accumulation
