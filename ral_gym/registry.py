@@ -314,7 +314,7 @@ ALGORITHMS = Registry(
     },
 )
 _PRESET_NAMES = [
-    *("demo", "demo-2level", "demo-attention", "demo-classes", "celeba64", "celeba64-oracle"),
+    *("demo", "demo-patchgan", "demo-2level", "demo-attention", "demo-classes", "celeba64", "celeba64-oracle"),
     *("lsun64-8x8", "lsun64-16x16"),
     *("celeba128-16x16", "lsun128-16x16", "celeba128", "lsun128", "celeba256", "celebahq512"),
     *("vqgan-f16", "vq-16", "vq-8"),
