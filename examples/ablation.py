@@ -71,7 +71,7 @@ class Arguments:
     """Which ablations to make; the reference and the controls come along."""
     quick: bool = False
     """20 updates, 1,000 samples a row (500 with two levels), one seed."""
-    preset: str = "demo"
+    preset: str = "demo-patchgan"
     """One level: where the base runs and the reference's settings come from."""
     two_level_preset: str = "demo-2level"
     """The same for the group `levels`."""

@@ -68,7 +68,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 class Arguments:
     """Which tokenizers, and for how long."""
 
-    preset: str = "demo"
+    preset: str = "demo-patchgan"
     """Preset of the images and of the first tokenizer."""
     data: str | None = None
     """Other images, as `ral-gym train --data` takes them."""

@@ -93,7 +93,7 @@ class Arguments:
     critic_steps: int = 5
     """Critic steps per update."""
     mle_coef: float = 0.0
-    """RAL's share of maximum likelihood on the bundled samples of the oracle; the preset `demo` has 0.1."""
+    """RAL's share of maximum likelihood on the bundled samples of the oracle; the preset `demo-patchgan` has 0.1."""
     weak_steps: int = 500
     """Training steps of each poor PixelCNN."""
     n: int = 1024

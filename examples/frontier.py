@@ -1,6 +1,6 @@
 """Does RL help beyond sharpening? Every recipe against the temperature curves of maximum likelihood.
 
-    python examples/frontier.py                      # seeds 0, 1, 2 of the preset demo
+    python examples/frontier.py                      # seeds 0, 1, 2 of the preset demo-patchgan
     python examples/frontier.py --quick              # one tiny seed: does everything run?
 
 A lower sampling temperature lowers FD too, for nothing ("Language GANs Falling Short", Caccia et al., 2018). So the
@@ -132,7 +132,7 @@ class Arguments:
             ConfigError: nothing to do, an unknown recipe, or temperatures without 1.
         """
         self.seeds = self.seeds or ((0,) if self.quick else (0, 1, 2))
-        self.preset = self.preset or ("smoke" if self.quick else "demo")
+        self.preset = self.preset or ("smoke" if self.quick else "demo-patchgan")
         self.equal_time = self.equal_time or self.quick
         if self.quick:
             self.curve, self.temperatures = (1.0, 0.8, 0.6), (1.0, 0.8)

@@ -23,7 +23,7 @@ from ral_gym.agents import CoTrainedCritic
 from ral_gym.assets import FOLDER
 from ral_gym.config import Config
 from ral_gym.metrics import nll
-from ral_gym.presets import DEMO
+from ral_gym.presets import DEMO_PATCHGAN
 from ral_gym.priors.base import maximum_likelihood_loss
 from ral_gym.priors.pixelcnn import PixelCNN
 from ral_gym.priors.sampler import CachedSampler
@@ -94,7 +94,7 @@ def make_critic(
     vqvae: VQVAE, prior: PixelCNN, codes: CodeSet, config: Config, steps: int
 ) -> tuple[CoTrainedCritic, dict[str, float]]:
     """A critic that tells real codes from the prior's samples, and its metrics on held-out ones."""
-    settings = dataclasses.replace(DEMO.critic, loss="hinge")
+    settings = dataclasses.replace(DEMO_PATCHGAN.critic, loss="hinge")
     network = PatchCritic(vqvae.image_size, vqvae.channels, hidden_units=settings.hidden_units, layers=settings.layers)
     critic = CoTrainedCritic(vqvae, network, codes.train, codes.test, settings, seed=config.seed)
     fakes = samples(prior, 6000, seed=1).long()

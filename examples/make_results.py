@@ -59,7 +59,7 @@ class Experiment:
         script: in ``examples``, and the name of its folder in ``runs``.
         figures: which of its figures the document shows, as glob patterns.
         flags: of every command.
-        from_base: it starts from stages 1 and 2 of the demo run of its seed.
+        from_base: it starts from stages 1 and 2 of the run of `demo-patchgan` of its seed.
         groups: values of its flag `--groups`, a command each.
         seeds: its own seeds, whatever the others have; None: theirs.
         at_once: one command for all seeds: by itself, a seed would do what only the first one has to.
@@ -145,27 +145,26 @@ def plan(arguments: Arguments) -> list[Job]:
     ]
     experiments = [(name, EXPERIMENTS[name]) for name in ALL_PARTS if name in EXPERIMENTS and name in parts]
     needed = {seed for _, one in experiments if one.from_base for seed in one.seeds or arguments.seeds}
-    trained = {seed: "demo" for seed in (arguments.seeds if "demo" in parts else ())}
     # One after the other would make the same base run; side by side they would be refused.
-    flags = ("--stages", "vqvae", "prior", "--runs", arguments.runs, "--quiet")
-    for seed in sorted(needed - trained.keys()):
-        trained[seed] = "base"
-        jobs.append(Job(f"base-seed{seed}", (script("examples", "train_celeba"), "--seed", str(seed), *flags)))
+    flags = ("--preset", "demo-patchgan", "--stages", "vqvae", "prior", "--runs", arguments.runs, "--quiet")
+    jobs += [
+        Job(f"base-seed{seed}", (script("examples", "train_celeba"), "--seed", str(seed), *flags))
+        for seed in sorted(needed)
+    ]
     for name, experiment in experiments:
-        jobs += experiment_jobs(name, experiment, trained, arguments)
+        jobs += experiment_jobs(name, experiment, arguments)
     if "gradient" in parts:
         log = runs / "results/logs/gradient.log"
         jobs.append(Job("gradient", (script("benchmarks", "gradient"), *GRADIENT), makes=log))
     return jobs
 
 
-def experiment_jobs(name: str, experiment: Experiment, trained: dict[int, str], arguments: Arguments) -> list[Job]:
+def experiment_jobs(name: str, experiment: Experiment, arguments: Arguments) -> list[Job]:
     """The jobs of one experiment: its pieces, then the one that finds all of them done and makes the table.
 
     Args:
         name: of the part.
         experiment: the part.
-        trained: seed -> whether `demo` or `base` trains stages 1 and 2 of it.
         arguments: the command's.
     """
     command = (script("examples", experiment.script), *experiment.flags)
@@ -180,7 +179,7 @@ def experiment_jobs(name: str, experiment: Experiment, trained: dict[int, str], 
     jobs = []
     for piece, flags in pieces.items():
         starts = [seed for seed in seeds if experiment.from_base and (experiment.groups or piece == f"seed{seed}")]
-        needs = tuple(f"{trained[seed]}-seed{seed}" for seed in starts)
+        needs = tuple(f"base-seed{seed}" for seed in starts)
         jobs.append(Job(f"{name}-{piece}", (*command, *flags, *common), needs, makes=table))
     needs, makes = tuple(job.name for job in jobs), table if experiment.at_once else None
     return [*jobs, Job(f"{name}-summary", (*command, *all_seeds, *common), needs, makes=makes)]

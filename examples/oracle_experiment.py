@@ -97,7 +97,7 @@ VARIANTS: dict[str, Figures] = {
 }
 # Tuned on seed 100 only.
 DEMO = Settings(
-    preset="demo",
+    preset="demo-patchgan",
     prior={"hidden_units": 16, "residual_units": 16, "layers": 2, "dropout": 0.0, "output_stack_layers": 1}
     | {"training_steps": 1000, "evaluate_every": 100},
     critic={"warmup_steps": 600, "n_critic": 10},

@@ -132,8 +132,8 @@ DEMO_PATCHGAN = Config(
     evaluation=EvaluationConfig(n_samples=2000, temperatures=(0.75, 0.85)),
 )
 
-# What draws best in the same minutes, tuned on seed 100 only: a perceptual loss of the tokenizer, a prior whose learning
-# rate falls to 0, the causal critic with leave-one-out FD, and maximum likelihood of equal time beside it.
+# What draws best in the same minutes, tuned on seed 100 only: a perceptual loss of the tokenizer, a prior whose
+# learning rate falls to 0, the causal critic with leave-one-out FD, and maximum likelihood of equal time beside it.
 DEMO = replace(
     DEMO_PATCHGAN,
     preset="demo",

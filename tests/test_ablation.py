@@ -17,7 +17,7 @@ from rich.console import Console
 from ral_gym import presets
 from ral_gym.config import PriorConfig
 from ral_gym.errors import ConfigError, RunError
-from ral_gym.presets import DEMO, SMOKE
+from ral_gym.presets import DEMO_PATCHGAN, SMOKE
 from ral_gym.runs.run import Run, read_config
 from ral_gym.runs.storage import differences, load_json, save_json
 
@@ -180,12 +180,12 @@ def test_the_quick_grid_is_smaller(ablation: ModuleType) -> None:
         arguments.check()
     assert quick.seeds == (0,) and full.seeds == (0, 1, 2)
     assert quick.updates == 20 and full.updates is None
-    assert [quick.samples_of(p) for p in ("demo", "demo-2level")] == [1000, 500]
-    assert full.samples_of("demo") == DEMO.evaluation.n_samples
+    assert [quick.samples_of(p) for p in ("demo-patchgan", "demo-2level")] == [1000, 500]
+    assert full.samples_of("demo-patchgan") == DEMO_PATCHGAN.evaluation.n_samples
 
 
 def test_the_demo_grid_is_valid_and_shares_its_reference() -> None:
-    config = reference_config(DEMO, 20)
+    config = reference_config(DEMO_PATCHGAN, 20)
     variants = variants_of(config, GROUPS)
     for variant in variants:
         variant.applied(config).check()
@@ -202,7 +202,7 @@ def test_the_demo_grid_is_valid_and_shares_its_reference() -> None:
 def test_equal_time_is_equal(ablation: ModuleType, tmp_path: Path) -> None:
     """Full: 30 s + 20 updates of 3 s = 90 s. Partial: 10 s + 2 s an update, on a clock that runs at half speed."""
     monkey = ablation.Ablation.__new__(ablation.Ablation)
-    monkey.folder, monkey.config, monkey.seed, monkey.levels = tmp_path, reference_config(DEMO, 20), 0, 1
+    monkey.folder, monkey.config, monkey.seed, monkey.levels = tmp_path, reference_config(DEMO_PATCHGAN, 20), 0, 1
     monkey.arguments, monkey.console = ablation.Arguments(), Console(file=io.StringIO())
     for name, mode, start, each in (("reference", "full", 30, 3), ("partial_equal_updates", "mixed", 10, 2)):
         config = dataclasses.replace(monkey.config, ral=dataclasses.replace(monkey.config.ral, reset_mode=mode))
@@ -219,7 +219,7 @@ def test_equal_time_is_equal(ablation: ModuleType, tmp_path: Path) -> None:
 
 
 def test_an_interrupted_run_has_a_cost_per_update(ablation: ModuleType, tmp_path: Path) -> None:
-    made = Run(tmp_path, reference_config(DEMO, 4))
+    made = Run(tmp_path, reference_config(DEMO_PATCHGAN, 4))
     for step, clock in enumerate((10.0, 12.0, 9.0, 11.0)):
         made.log("ral", step, {"time/time_elapsed": clock})
     save_json(made.file("seconds.json"), {"ral": 40.0})

@@ -11,7 +11,7 @@ import pytest
 from ral_gym.commands.arguments import parse_train
 from ral_gym.config import Config, effect_notes, without_effect
 from ral_gym.config.effects import EFFECTS
-from ral_gym.presets import DEMO, DEMO_2LEVEL, PRESETS, SMOKE
+from ral_gym.presets import DEMO_2LEVEL, DEMO_PATCHGAN, PRESETS, SMOKE
 from tests.odd_settings import ODD
 
 ONE_LEVEL = {"ral.train_levels", "ral.per_level_discount", "prior.conditioning_stack_layers"}
@@ -54,12 +54,12 @@ def with_setting(config: Any, name: str, value: Any) -> Any:
 
 def test_every_field_of_the_demo_has_an_effect_or_is_named() -> None:
     named_so = set()
-    for name in names(DEMO):
-        base = with_setting(DEMO, name, "another value")  # the effect of none of them depends on the base
-        for note in effect_notes(DEMO, base):
+    for name in names(DEMO_PATCHGAN):
+        base = with_setting(DEMO_PATCHGAN, name, "another value")  # the effect of none of them depends on the base
+        for note in effect_notes(DEMO_PATCHGAN, base):
             assert note.startswith(f"{name} is ")
             named_so.add(name)
-    bottom = {name for name in names(DEMO) if name.startswith("bottom.")}
+    bottom = {name for name in names(DEMO_PATCHGAN) if name.startswith("bottom.")}
     assert named_so == DEMO_HAS_NO | bottom
 
 

@@ -206,12 +206,12 @@ def test_pieces_of_the_document(tmp_path: Path) -> None:
 
 def test_the_plan_trains_each_base_once_and_before_what_starts_from_it(script) -> None:
     jobs = {job.name: job for job in script.plan(script.Arguments())}
-    assert jobs["oracle-seed1"].needs == ("demo-seed1",) and not any(name.startswith("base") for name in jobs)
+    assert jobs["oracle-seed1"].needs == ("base-seed1",) and "--preset demo-patchgan" in str(jobs["base-seed1"])
     assert jobs["oracle-summary"].needs == ("oracle-seed0", "oracle-seed1", "oracle-seed2")
     assert jobs["swap-seed2"].needs == () and "--seeds 2 --runs runs" in str(jobs["swap-seed2"])
     assert [name for name in jobs if name.startswith("exposure")] == ["exposure-summary"]
     assert all(jobs[name].alone for name in script.BENCHMARKS) and not jobs["gradient"].alone
-    assert jobs["ablation-maps"].needs == ("demo-seed0",) and "--groups maps" in str(jobs["ablation-maps"])
+    assert jobs["ablation-maps"].needs == ("base-seed0",) and "--groups maps" in str(jobs["ablation-maps"])
     some = {job.name: job for job in script.plan(script.Arguments(parts=("oracle", "ablation"), seeds=(1,)))}
     assert {name for name in some if name.startswith("base")} == {"base-seed0", "base-seed1"}
     assert some["oracle-seed1"].needs == ("base-seed1",) and some["ablation-gamma"].needs == ("base-seed0",)
