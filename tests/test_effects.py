@@ -95,7 +95,7 @@ def test_the_table_names_settings_that_exist() -> None:
 def test_presets_and_what_they_set_are_left_alone(preset: str) -> None:
     base = PRESETS[preset]
     assert not effect_notes(base, base)
-    if base.ral.uses_critic:
+    if base.ral.uses_critic and base.critic.kind == "patch":
         assert not effect_notes(replace(base, critic=replace(base.critic, loss="hinge")), base)
     assert not effect_notes(replace(base, ral=replace(base.ral, reward_weights={"kid": 1.0})), base)
     assert not effect_notes(replace(base, vqvae=replace(base.vqvae, levels=1)), base)
@@ -104,21 +104,21 @@ def test_presets_and_what_they_set_are_left_alone(preset: str) -> None:
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
-        ("--preset demo --critic.gradient-penalty 5", "critic.gradient_penalty is 5.0"),
-        ("--preset demo --prior.conditioning-stack-layers 3", "prior.conditioning_stack_layers"),
-        ("--preset demo --bottom.layers 3", "bottom.layers is 3"),
+        ("--preset demo-patchgan --critic.gradient-penalty 5", "critic.gradient_penalty is 5.0"),
+        ("--preset demo-patchgan --prior.conditioning-stack-layers 3", "prior.conditioning_stack_layers"),
+        ("--preset demo-patchgan --bottom.layers 3", "bottom.layers is 3"),
         ("--preset demo-2level --bottom.augmented-passes 3", "bottom.augmented_passes is 3"),
-        ("--preset demo --prior.scheduled-sampling-share 0.3", "prior.scheduled_sampling two_pass"),
-        ("--preset demo --ral.no-per-level-discount", "vqvae.levels 2"),
-        ("--preset demo --prior.attention-heads 2", "prior.attention_layers above 0"),
-        ("--preset demo --ral.reward-ema 0.3", "ral.reward_ema is 0.3"),
-        ("--preset demo --ral.reward-weights kid 1 --critic.layers 3", "critic.layers is 3"),
-        ("--preset demo --ral.reward-weights kid 1 --ral.reward single", "ral.reward is single"),
-        ("--preset demo --ral.algo grpo --ral.grpo.group-size 4", "ral.reset_mode continue or mixed"),
+        ("--preset demo-patchgan --prior.scheduled-sampling-share 0.3", "prior.scheduled_sampling two_pass"),
+        ("--preset demo-patchgan --ral.no-per-level-discount", "vqvae.levels 2"),
+        ("--preset demo-patchgan --prior.attention-heads 2", "prior.attention_layers above 0"),
+        ("--preset demo-patchgan --ral.reward-ema 0.3", "ral.reward_ema is 0.3"),
+        ("--preset demo-patchgan --ral.reward-weights kid 1 --critic.layers 3", "critic.layers is 3"),
+        ("--preset demo-patchgan --ral.reward-weights kid 1 --ral.reward single", "ral.reward is single"),
+        ("--preset demo-patchgan --ral.algo grpo --ral.grpo.group-size 4", "ral.reset_mode continue or mixed"),
         ("--preset smoke --vqvae.perceptual-network lpips:vgg16.pth,vgg.pth", "vqvae.perceptual_weight above 0"),
         ("--preset smoke --vqvae.adversarial-start 5", "vqvae.adversarial_weight above 0"),
         ("--preset smoke --vqvae.discriminator-layers 2", "vqvae.adversarial_weight above 0"),
-        ("--preset demo --evaluation.guidance 2", "evaluation.guidance is (2.0,)"),
+        ("--preset demo-patchgan --evaluation.guidance 2", "evaluation.guidance is (2.0,)"),
         ("--preset demo-classes --data.labels none --ral.label-draw data", "or data.labels none turns off"),
     ],
 )
@@ -133,11 +133,11 @@ def test_a_command_line_says_what_has_no_effect(flags: str, named: str, tmp_path
 @pytest.mark.parametrize(
     "flags",
     [
-        "--preset demo --critic.loss wgan_gp --critic.gradient-penalty 5",
+        "--preset demo-patchgan --critic.loss wgan_gp --critic.gradient-penalty 5",
         "--preset demo-2level --bottom.layers 3 --ral.train-levels top --prior.augmented-passes 3",
-        "--preset demo --prior.scheduled-sampling two_pass --prior.scheduled-sampling-share 0.3",
-        "--preset demo --prior.attention-layers 1 --prior.attention-heads 2",
-        "--preset demo --ral.reward-weights loo_fd 1 --ral.reward-ema 0.3 --ral.reward-features pyramid",
+        "--preset demo-patchgan --prior.scheduled-sampling two_pass --prior.scheduled-sampling-share 0.3",
+        "--preset demo-patchgan --prior.attention-layers 1 --prior.attention-heads 2",
+        "--preset demo-patchgan --ral.reward-weights loo_fd 1 --ral.reward-ema 0.3 --ral.reward-features pyramid",
         "--preset smoke --ral.algo grpo --ral.grpo.group-size 4",
         "--preset demo-2level --vqvae.levels 1",
         "--preset smoke --vqvae.adversarial-weight 0.1 --vqvae.adversarial-start 5 --vqvae.discriminator-units 8",
