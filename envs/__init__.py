@@ -12,11 +12,11 @@ if TYPE_CHECKING:
     from ral_gym.envs.core import GenerationCore
     from ral_gym.envs.faces import FacesEnv, FacesVectorEnv
     from ral_gym.envs.finished import Finished
+    from ral_gym.envs.from_run import run_world
     from ral_gym.envs.generation import GenerationEnv
     from ral_gym.envs.latent_code import LatentCodeEnv, LatentCodeVectorEnv
     from ral_gym.envs.oracle import OracleEnv, OracleVectorEnv
     from ral_gym.envs.resets import StartDistribution
-    from ral_gym.envs.run_world import run_world
     from ral_gym.envs.toy import ToyEnv, ToyVectorEnv
     from ral_gym.envs.toy_classes import ToyClassesEnv, ToyClassesVectorEnv
     from ral_gym.envs.vector import GenerationVectorEnv, RegisteredVectorEnv
@@ -30,7 +30,7 @@ _MODULES = {
     "latent_code": ("LatentCodeEnv", "LatentCodeVectorEnv"),
     "oracle": ("OracleEnv", "OracleVectorEnv"),
     "resets": ("StartDistribution",),
-    "run_world": ("run_world",),
+    "from_run": ("run_world",),
     "toy": ("ToyEnv", "ToyVectorEnv"),
     "toy_classes": ("ToyClassesEnv", "ToyClassesVectorEnv"),
     "vector": ("GenerationVectorEnv", "RegisteredVectorEnv"),

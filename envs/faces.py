@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ral_gym.assets import asset_path
+from ral_gym.envs.from_run import run_world
 from ral_gym.envs.generation import RegisteredEnv
-from ral_gym.envs.run_world import run_world
 from ral_gym.envs.vector import RegisteredVectorEnv
 from ral_gym.envs.worlds import World
 

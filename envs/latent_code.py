@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from ral_gym.envs.from_run import run_world
 from ral_gym.envs.generation import RegisteredEnv
-from ral_gym.envs.run_world import run_world
 from ral_gym.envs.vector import RegisteredVectorEnv
 
 

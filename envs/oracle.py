@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ral_gym.assets import asset_path
+from ral_gym.envs.from_run import load_frozen, load_frozen_prior, load_real_codes
 from ral_gym.envs.generation import RegisteredEnv
-from ral_gym.envs.run_world import load_frozen, load_frozen_prior, load_real_codes
 from ral_gym.envs.vector import RegisteredVectorEnv
 from ral_gym.envs.worlds import World, check_reward, make_masks
 from ral_gym.grid import CodeGrid

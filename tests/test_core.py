@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ral_gym.envs.core import GenerationCore
 from ral_gym.envs.finished import Finished
+from ral_gym.envs.from_run import run_world
 from ral_gym.envs.resets import RESET_MODES
-from ral_gym.envs.run_world import run_world
 from ral_gym.envs.toy_classes import toy_classes_world
 from ral_gym.envs.worlds import World, toy_images, toy_world
 from ral_gym.grid import CodeGrid

@@ -28,7 +28,7 @@ from ral_gym.agents import (
     policy_for,
 )
 from ral_gym.agents.algorithm import trainable_algorithms
-from ral_gym.envs.run_world import _load_once
+from ral_gym.envs.from_run import _load_once
 from ral_gym.priors.pixelcnn import PixelCNN
 from ral_gym.priors.sampler import CachedSampler, sample_naive
 from tests.pretend_device import pretend_cuda

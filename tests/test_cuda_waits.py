@@ -20,7 +20,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from ral_gym.agents import ALGORITHMS, algorithm_defaults, make_sb3_env, policy_for
 from ral_gym.commands.cli import main
 from ral_gym.data.images import augment, float_batch, to_float
-from ral_gym.envs.run_world import _load_once
+from ral_gym.envs.from_run import _load_once
 from ral_gym.presets import SMOKE
 from ral_gym.priors.guidance import PLAIN, Sampling
 from ral_gym.priors.pixelcnn import PixelCNN

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 
+from ral_gym.commands import ending
 from ral_gym.commands.cli import train_main
 from ral_gym.commands.ending import run_command
 from ral_gym.commands.extras import check_extras
@@ -188,3 +189,14 @@ def test_an_lmdb_that_is_open_already_is_not_to_be_downloaded_again(tmp_path) ->
         assert own is not None
         with pytest.raises(DataError, match="is open already in this process"):
             open_lmdb(str(tmp_path / "db"))
+
+
+def test_idle_threads_soon_sleep_unless_the_user_says_how_they_wait(monkeypatch) -> None:
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(name, raising=False)
+    ending._wait_gently()
+    assert os.environ.pop("GOMP_SPINCOUNT") == ending.SPIN_COUNT
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    ending._wait_gently()
+    assert "GOMP_SPINCOUNT" not in os.environ

@@ -23,9 +23,9 @@ from stable_baselines3.common.env_checker import check_env as sb3_check_env
 
 import ral_gym  # noqa: F401
 from ral_gym.envs import latent_code
+from ral_gym.envs.from_run import run_world
 from ral_gym.envs.generation import GenerationEnv
 from ral_gym.envs.resets import RESET_MODES
-from ral_gym.envs.run_world import run_world
 from ral_gym.envs.toy import ToyEnv
 from ral_gym.errors import DeviceError, RunError
 from ral_gym.rewards.critic import PatchCritic
@@ -326,3 +326,19 @@ def test_a_file_written_again_is_read_again(tmp_path: Path) -> None:
     os.utime(run / "codes.safetensors", ns=(1, 1))  # however coarse the file system's clock
     after = run_world(str(run)).real_codes
     assert before is not None and after is not None and (before != after).any()
+
+
+def test_public_names_stay_what_they_are_when_all_modules_are_imported() -> None:
+    """A module of the same name as a lazily imported function would take its place once it is imported."""
+    import importlib
+    import pkgutil
+    import types
+
+    import ral_gym.envs
+    import ral_gym.metrics
+
+    for package in (ral_gym.envs, ral_gym.metrics):
+        for found in pkgutil.iter_modules(package.__path__):
+            importlib.import_module(f"{package.__name__}.{found.name}")
+        for name in package.__all__:
+            assert not isinstance(getattr(package, name), types.ModuleType), (package.__name__, name)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ral_gym.agents.vec_env import make_sb3_env
 from ral_gym.envs.core import GenerationCore
-from ral_gym.envs.run_world import run_world
+from ral_gym.envs.from_run import run_world
 from ral_gym.envs.toy_classes import CLASS_NAMES, GRID, toy_classes_sequences, toy_classes_world
 from ral_gym.envs.worlds import World, toy_world
 from ral_gym.errors import RunError

@@ -18,7 +18,7 @@ from ral_gym import registry
 from ral_gym.agents import GRPO
 from ral_gym.agents.train_ral import load_run
 from ral_gym.commands.cli import main
-from ral_gym.envs.run_world import run_world
+from ral_gym.envs.from_run import run_world
 from ral_gym.errors import RunError
 from ral_gym.metrics import PyramidFeatures, extract
 from ral_gym.presets import get_preset

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ral_gym.assets import asset_path
 from ral_gym.config import DataConfig
-from ral_gym.envs.run_world import run_world
+from ral_gym.envs.from_run import run_world
 from ral_gym.envs.worlds import World
 from ral_gym.errors import RunError
 from ral_gym.grid import CodeGrid
