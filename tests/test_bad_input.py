@@ -77,7 +77,6 @@ def remove(run: Path, *names: str) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ("--preset celebahq", "preset 'celebahq' is unknown (did you mean celebahq512?): choose one of demo, "),
         ("--algo sarsa", "algorithm 'sarsa' is unknown: choose one of reinforce, ppo"),
         ("--ral.algo sarsa", "algorithm 'sarsa' is unknown"),
         ("--device cuda", "device 'cuda' asked for, but 0 CUDA devices are visible; use --device cpu or auto"),

@@ -44,7 +44,7 @@ def error(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
         (["demo"], "demo"),
         (["train", "--data", "lsun:/x"], "lsun,demo"),
         (["train", "--data", "hf:x/y"], "hf,demo"),
-        (["train", "--data", "hf:x/y", "--evaluation.extractor", "encoder"], "hf"),
+        (["train", "--preset", "demo-patchgan", "--data", "hf:x/y", "--evaluation.extractor", "encoder"], "hf"),
         (["train", "--data", "emoji", "--evaluation.extractor", "inception"], "demo,fid"),
         (["train", "--preset", "lsun128", "--data", "lsun:/x", "--evaluation.extractor", "inception"], "lsun,fid"),
         (["play"], "play"),
