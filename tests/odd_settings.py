@@ -139,6 +139,7 @@ ODD = Config(
         warmup_steps=3,
         n_critic=2,
         fakes="fresh",
+        replay=2,
         held_out=13,
     ),
     ral=RALConfig(
@@ -156,6 +157,7 @@ ODD = Config(
         adam_beta1=0.47,
         adam_beta2=0.97,
         gamma=0.57,
+        image_gamma=0.83,
         normalize_advantage=False,
         mle_coef=0.11,
         kl_coef=0.13,

@@ -252,6 +252,7 @@ LOOKS: dict[str, Callable[[Seen], Any]] = {
     "critic.n_critic": given("train", "n_steps", 1),
     "critic.fakes": lambda seen: "fresh" if len(seen.calls["_fresh"]) == 1 + ODD.ral.n_updates else "previous",
     "critic.held_out": lambda seen: len(_critic(seen).held_out_codes),
+    "critic.replay": lambda seen: _critic(seen).config.replay,
     "ral.algo": lambda seen: next(n for n in SECTIONS if find_algorithm(n).cls is type(seen.stage.model)),
     "ral.options": lambda seen: {"fast_path": seen.stage.model.fast_path},
     "ral.reward": lambda seen: _critic(seen).reward,
@@ -269,6 +270,7 @@ LOOKS: dict[str, Callable[[Seen], Any]] = {
     "ral.mle_coef": attribute("model.mle_coef"),
     "ral.kl_coef": attribute("model.kl_coef"),
     "ral.train_levels": attribute("model.policy.train_levels"),
+    "ral.image_gamma": attribute("model.rollout_buffer.image_gamma"),
     "ral.per_level_discount": attribute("model.rollout_buffer.per_level_discount"),
     "ral.max_grad_norm": attribute("model.max_grad_norm"),
     "ral.ema_decay": attribute("run_callback.average.decay"),
@@ -299,6 +301,7 @@ def fields_of(section: Any, path: str = "") -> Iterator[str]:
 def test_no_setting_is_left_out() -> None:
     every = set(fields_of(Config()))
     unused = {"prior.conditioning_stack_layers"}  # the bottom prior's alone, as its page says
+    unused |= {f"critic.{name}" for name in ("dropout", "weight_decay", "max_grad_norm")}  # test_causal_critic.py
     assert every == LOOKS.keys() | BY_ALGORITHM | ELSEWHERE.keys() | unused
     same = [n for n in LOOKS if operator.attrgetter(n)(ODD) == operator.attrgetter(n)(DEFAULTS)]
     assert same == ["data.source"], "an odd value is no default"  # replaced by a folder below
@@ -317,7 +320,9 @@ def test_the_cache_lies_where_it_is_asked_for(seen: Seen) -> None:
 
 def test_the_critic_trains_on_training_images_and_is_measured_on_others(seen: Seen) -> None:
     codes, critic = seen.one("encode_set")["returned"], seen.stage.critic
-    assert np.array_equal(critic.real_codes, codes.train) and np.array_equal(critic.all_held_out_codes, codes.test)
+    assert np.array_equal(critic.real_codes, codes.train) and np.array_equal(
+        critic.all_held_out_codes, codes.test if codes.augmented is None else codes.augmented
+    )
 
 
 # The control --------------------------------------------------------------------------------------------------------
