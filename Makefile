@@ -32,7 +32,7 @@ demo: $(STAMP) ## Face photos -> VQ-VAE -> PixelCNN -> RAL, table and pictures; 
 results: $(STAMP) ## All of docs/results.md again, about 75 minutes on 2 cores; options: ARGS="--parts oracle"
 	$(PY) examples/make_results.py $(ARGS)
 
-assets: $(STAMP) ## Make the models that come with the package again, from the run of `make demo`
+assets: $(STAMP) ## Make the models that come with the package again, from a run of the preset demo-patchgan
 	$(PY) examples/make_assets.py $(ARGS)
 
 docs: $(STAMP) ## The site, in docs/_build/html; needs no network, warnings are errors

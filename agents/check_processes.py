@@ -43,8 +43,7 @@ class CheckProcesses(BaseCallback):
     @property
     def processes(self) -> Processes:
         """Those of the policy."""
-        found: Processes | None = getattr(self.model.policy, "processes", None)
-        return found or Processes()
+        return Processes.of(self.model.policy)
 
     def _compared(self) -> dict[str, Any]:
         if self._state is not None:

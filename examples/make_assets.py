@@ -1,4 +1,4 @@
-"""Make the models that come with the package (ral_gym/assets): `make demo` first, then `make assets`.
+"""Make the models of the package (ral_gym/assets): a run of the preset `demo-patchgan`, then `make assets`.
 
 `ral_gym/Faces-v0`: the demo run's VQ-VAE, codes and PixelCNN, a critic trained to tell real codes from that
 PixelCNN's samples, and for `ral-gym play` the run's averaged RAL policy. `ral_gym/Oracle-v0`: an oracle PixelCNN
@@ -39,8 +39,8 @@ from ral_gym.tokenizers.vqvae import VQVAE
 class Arguments:
     """Make the package's models from a finished demo run."""
 
-    run: str = "runs/demo"
-    """The run folder of `make demo`."""
+    run: str = "runs/demo-patchgan"
+    """The run folder of `ral-gym train --preset demo-patchgan`."""
     output: str = str(FOLDER)
     """Where the files go."""
     oracle_steps: int = 1500

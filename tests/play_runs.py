@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 
+from ral_gym.play.models import Models, load_models
 from ral_gym.priors.base import save_prior
 from ral_gym.runs.run import Run, read_config
 from ral_gym.stages.levels import load_generator
@@ -31,3 +33,21 @@ def make_play_runs(root: Path) -> dict[str, Path]:
         "two levels": add_policy(make_tiny_run(root / "two", levels=2)),
         "classes": add_policy(make_class_run(root / "classes")),
     }
+
+
+@pytest.fixture(scope="module")
+def faces() -> Models:
+    """The bundled models."""
+    return load_models(device="cpu")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """`make_play_runs`."""
+    return make_play_runs(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="module", params=RUNS)
+def models(request: pytest.FixtureRequest, folders: dict[str, Path]) -> Models:
+    """The models of each run."""
+    return load_models(str(folders[request.param]), "cpu")

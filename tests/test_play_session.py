@@ -1,7 +1,6 @@
 """The page's logic without the page: an episode, a wrong code, two models side by side, what can be shared."""
 
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +8,7 @@ import torch
 
 from ral_gym.errors import ConfigError, RunError
 from ral_gym.play.comparison import last_mistake
-from ral_gym.play.models import Models, load_models
+from ral_gym.play.models import load_models
 from ral_gym.play.session import Session
 from ral_gym.play.sharing import python_lines
 from ral_gym.priors.base import load_prior
@@ -18,23 +17,10 @@ from ral_gym.runs.run import Run, read_config
 from ral_gym.stages.completion import complete, seeded_uniforms
 from ral_gym.stages.levels import load_vqvae
 from tests.class_runs import NAMES
-from tests.play_runs import RUNS, make_play_runs
+from tests.play_runs import faces, folders, models
 from tests.tiny import make_tiny_run
 
-
-@pytest.fixture(scope="module")
-def faces() -> Models:
-    return load_models(device="cpu")
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return make_play_runs(tmp_path_factory.mktemp("runs"))
-
-
-@pytest.fixture(scope="module", params=RUNS)
-def models(request: pytest.FixtureRequest, folders: dict[str, Path]) -> Models:
-    return load_models(str(folders[request.param]), "cpu")
+__all__ = ["faces", "folders", "models"]  # fixtures
 
 
 # Drawing --------------------------------------------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """What `ral-gym play` compares and gives away: models side by side, the GIF, the five lines that repeat an episode."""
 
 import io
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,26 +8,13 @@ import pytest
 from PIL import Image
 
 from ral_gym.play.comparison import finish_by_each
-from ral_gym.play.models import Models, load_models
+from ral_gym.play.models import load_models
 from ral_gym.play.session import Session
 from ral_gym.play.sharing import MOST_FRAMES, gif, python_lines, stages
-from tests.play_runs import RUNS, make_play_runs
+from tests.play_runs import faces, folders, models
 from tests.tiny import make_tiny_run
 
-
-@pytest.fixture(scope="module")
-def faces() -> Models:
-    return load_models(device="cpu")
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return make_play_runs(tmp_path_factory.mktemp("runs"))
-
-
-@pytest.fixture(scope="module", params=RUNS)
-def models(request: pytest.FixtureRequest, folders: dict[str, Path]) -> Models:
-    return load_models(str(folders[request.param]), "cpu")
+__all__ = ["faces", "folders", "models"]  # fixtures
 
 
 # Side by side ---------------------------------------------------------------------------------------------------------

@@ -308,12 +308,11 @@ class EpisodeAlgorithm(OnPolicyAlgorithm):
         buffer = self.rollout_buffer
         if self.mixed_precision == "no":
             return buffer.log_probs
-        processes, lengths, sizes = self.policy.processes, buffer.lengths, [0]
+        processes, lengths = self.policy.processes, buffer.lengths
         with torch.no_grad():
             parts = [buffer.episodes(rows) for rows in self._chunks(lengths)]
             found = [look(self.policy, episodes, self.mixed_precision).log_prob for episodes in parts]
-        if processes.size > 1:
-            sizes = [int(lengths[processes.share_of(len(lengths), rank)].sum()) for rank in range(processes.size)]
+        sizes = [int(lengths[processes.share_of(len(lengths), rank)].sum()) for rank in range(processes.size)]
         return processes.gather(torch.cat(found), sizes).cpu().numpy()
 
     def _epoch(self, advantages: np.ndarray, old_log_probs: np.ndarray) -> Metrics:

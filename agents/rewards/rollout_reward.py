@@ -58,8 +58,7 @@ class RolloutReward(BaseCallback):
     @property
     def processes(self) -> Processes:
         """Those that share the work with this one."""
-        found: Processes | None = getattr(self.model.policy, "processes", None)
-        return found or Processes()
+        return Processes.of(self.model.policy)
 
     @property
     def world(self) -> World:

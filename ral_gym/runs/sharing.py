@@ -89,6 +89,12 @@ class Processes:
         checks = dist.new_group(backend="gloo")
         return cls(dist.get_rank(), dist.get_world_size(), kind, checks, patience)
 
+    @classmethod
+    def of(cls, policy: Any) -> Processes:
+        """Those that share a policy's passes; with a policy that knows of none this one alone."""
+        found: Processes | None = getattr(policy, "processes", None)
+        return found or cls()
+
     def __reduce__(self) -> tuple[Any, ...]:
         return (Processes, ())
 
