@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ral_gym.commands.cli import train_main
 from ral_gym.commands.cost_of_ral import PENALTY_PASSES, ral_cost
-from ral_gym.commands.cost_of_sharing import READ, Sharing, sharing_of
+from ral_gym.commands.cost_of_sharing import READ, sharing_of
 from ral_gym.commands.counting import StageCost
 from ral_gym.commands.dry_run import dry_run
 from ral_gym.config import Config
@@ -288,23 +288,17 @@ def test_lite0_counts_the_layers_that_it_runs() -> None:
     assert cost.parts["lite0"] == counter.get_total_flops()
 
 
-def paper(processes: int, n_envs: int) -> Sharing:
-    """Stage 3 of celeba128 on so many GPUs."""
-    config = get_preset("celeba128")
-    config = dataclasses.replace(config, ral=dataclasses.replace(config.ral, n_envs=n_envs))
-    return sharing_of(dry_run(config, processes=processes).stages[-1], processes)
-
-
 def test_stage_3_gains_from_gpus_only_with_images_to_go_with_them() -> None:
-    few, many = paper(8, 16), paper(8, 512)
+    config = get_preset("celeba128")  # the paper's 16 images
+    *_, top, bottom, cost = dry_run(config).stages
+    more = dry_run(dataclasses.replace(config, ral=dataclasses.replace(config.ral, n_envs=512))).stages[-1]
+    few, many, alone = sharing_of(cost, 8), sharing_of(more, 8), sharing_of(cost, 1)
     assert few.efficiency < 0.4 < 0.8 < many.efficiency < 1
-    assert paper(1, 16).efficiency == 1 and paper(1, 16).sending == 0
+    assert alone.efficiency == 1 and alone.sending == 0
     # Reading the weights of both networks once per code is what no number of GPUs shortens.
-    cost = dry_run(get_preset("celeba128"), processes=8).stages[-1]
-    assert paper(10_000, 16).seconds > cost.read / READ
-    top, bottom = (stage.sent for stage in dry_run(get_preset("celeba128")).stages[1:3])
-    assert cost.read == 256 * top + 1024 * bottom
-    assert cost.sent > top + bottom  # and the critic's
+    assert sharing_of(cost, 10_000).seconds > cost.read / READ
+    assert cost.read == 256 * top.sent + 1024 * bottom.sent
+    assert cost.sent > top.sent + bottom.sent  # and the critic's
 
 
 def test_memory_of_stage_3_falls_with_processes() -> None:

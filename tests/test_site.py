@@ -16,6 +16,9 @@ from tests.site_pages import ROOT, SitePage, build_site
 DOCS = ROOT / "docs"
 
 
+pytestmark = pytest.mark.commands  # building the site takes as long as a run
+
+
 @pytest.fixture(scope="module")
 def html(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
     own = tmp_path_factory.getbasetemp()
