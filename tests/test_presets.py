@@ -65,7 +65,10 @@ TABLES = {
         "64x64 | 128 | 128 | 128 | 16 | 0 | 5 | 0.1 | 20 | 42187",
     ),
 }
-SMALL = {"demo", "demo-patchgan", "demo-classes", "demo-2level", "demo-attention", "smoke"}
+SMALL = {
+    *("demo", "demo-patchgan", "demo-classes", "demo-2level", "demo-attention", "demo-cifar10", "demo-celeba"),
+    "smoke",
+}
 TOKENIZERS = {"vqgan-f16": (1024, 256, 16), "vq-16": (16_384, 8, 16), "vq-8": (16_384, 8, 32)}
 """K, dimension of a code vector, side of the grid."""
 LLAMAGEN = {
