@@ -47,5 +47,7 @@ if __name__ == "__main__":
     torch.set_num_threads(2 if fault == "threads" and os.environ.get("RANK") == "1" else 1)
     join = Processes.join
     train_ral.Processes.join = lambda device: join(device, PATIENCE)  # type: ignore[method-assign, assignment]
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and os.environ["RANK"] == "1":
+        time.sleep(3)  # the other one must not take the address of this one's predecessor for its own
     go_wrong(fault, Path(flag))
     sys.exit(main(arguments))

@@ -27,6 +27,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 from vector_quantize_pytorch import VectorQuantize
 
 from ral_gym.errors import ConfigError, DeviceError, RunError
@@ -88,7 +89,26 @@ def make_accelerator(device: torch.device, compute: Compute | None = None) -> Ac
         raise DeviceError("this CUDA device has no bf16: leave --mixed-precision out")
     if _made_for_another(device, compute):
         AcceleratorState._reset_state(reset_partial_state=process_count() == 1)
+    _join_after_restart(device)
     return Accelerator(cpu=device.type == "cpu", mixed_precision=compute.mixed_precision)
+
+
+def _join_after_restart(device: torch.device) -> None:
+    """Connect the processes that torchrun has restarted, under names of this attempt.
+
+    torchrun keeps one store over its restarts. In it a process finds the address of a partner that is gone, if its new
+    partner has not written its own yet, and waits without end or is refused (PyTorch 2.13).
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if process_count() == 1 or attempt == "0" or torch.distributed.is_initialized():
+        return
+    store, rank, size = next(rendezvous("env://"))
+    torch.distributed.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=torch.distributed.PrefixStore(f"restart_{attempt}", store),
+        rank=rank,
+        world_size=size,
+    )
 
 
 def _made_for_another(device: torch.device, compute: Compute) -> bool:
