@@ -20,6 +20,7 @@ from ral_gym.agents.episode_storage import EpisodeStorage
 from ral_gym.grid import CodeGrid
 from ral_gym.priors.base import Prior
 from ral_gym.priors.guidance import mix
+from ral_gym.priors.transfer import sent
 
 
 class Episodes:
@@ -229,6 +230,11 @@ class EpisodeRolloutBuffer(EpisodeStorage):
         last = rewards[np.arange(len(rewards)), self.stop - 1]
         alone = (np.where(self.mask, rewards, 0) != 0).sum(1) <= 1
         return np.where(alone, last, 0)
+
+    def to_torch(self, array: np.ndarray, copy: bool = True) -> Tensor:
+        """SB3's, without a wait for a CUDA device."""
+        device = torch.device(self.device)
+        return sent(np.ascontiguousarray(array), device) if device.type == "cuda" else super().to_torch(array, copy)
 
     def episodes(self, rows: np.ndarray | None = None) -> Episodes:
         """The finished episodes (or some of them) as the policy's input, in order."""

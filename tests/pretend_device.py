@@ -128,7 +128,7 @@ class Kernels(TorchDispatchMode):
         masks = name in ("index", "index_put") and any(x.dtype in (torch.bool, torch.uint8) for x in tensors(args[1]))
         waits = (name in WAITS and (name != "repeat_interleave" or len(inputs) > 1)) or masks
         crosses = name in ("copy", "_to_copy") and len({on_device(x) for x in inputs}) > 1
-        if waits:
+        if waits and not device.unlooked:
             device.wait(name)
         if graph is not None and crosses:
             device.refuse("a copy between the devices")
@@ -198,11 +198,15 @@ class Python(TorchFunctionMode):
             device.cross(to_device=True)
         if making and kwargs.get("generator") is not None and device.recording is not None:
             device.refuse("a generator of one's own")
+        # The CPU looks whether classes are in range; on CUDA kernels do, and only their number has to be looked for.
+        device.unlooked = name == "one_hot" and making
+        if device.unlooked and (args[1] if len(args) > 1 else kwargs.get("num_classes", -1)) == -1:
+            device.wait(name)
         before, device.making = device.making, making or device.making
         try:
             out = func(*args, **kwargs)
         finally:
-            device.making = before
+            device.making, device.unlooked = before, False
         if making and not there:
             if name in ("as_tensor", "asarray"):  # may be a view of the host's memory
                 out = out.clone()
@@ -285,6 +289,7 @@ class Device:
         self.sent: Counter[torch.dtype] = Counter()
         self.recording: Graph | None = None
         self.making = False
+        self.unlooked = False  # the operators of this call are the CPU's only
         self.current = 0  # how many `torch.cuda.device` are entered
 
     def refuse(self, what: str) -> None:

@@ -16,17 +16,22 @@ import numpy as np
 import pytest
 import torch
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import configure
 
 from ral_gym.agents import ALGORITHMS, algorithm_defaults, make_sb3_env, policy_for
 from ral_gym.commands.cli import main
 from ral_gym.data.images import augment, float_batch, to_float
 from ral_gym.envs.from_run import _load_once
+from ral_gym.errors import ConfigError
 from ral_gym.presets import SMOKE
 from ral_gym.priors.guidance import PLAIN, Sampling
 from ral_gym.priors.pixelcnn import PixelCNN
 from ral_gym.priors.sampler import make_sampler
 from ral_gym.priors.transformer import Transformer
 from ral_gym.priors.two_level import TwoLevelPrior
+from ral_gym.rewards.critic import PatchCritic, critic_loss
+from ral_gym.stages.common import UnseenLosses
+from ral_gym.tokenizers.vqvae import VQVAE
 from tests.pretend_device import Device, pretend_cuda
 from tests.tiny import make_tiny_run
 
@@ -50,10 +55,14 @@ def device(run: str) -> Iterator[Device]:
 # Agents -----------------------------------------------------------------------------------------------------------
 
 
-def make(run: str, algo: str, **env: Any) -> Any:
+def make(run: str, algo: str, settings: dict[str, Any] | None = None, **env: Any) -> Any:
     arguments = {"reset_mode": "full", "lockstep": True, "paired": False, "seed": 0} | env
     venv = make_sb3_env("ral_gym/LatentCode-v0", E, run=run, device="cuda", **arguments)
-    given = algorithm_defaults(algo, venv) | {"device": "cuda", "seed": 0, "policy_kwargs": {"prior": run}}
+    given = (
+        algorithm_defaults(algo, venv)
+        | {"device": "cuda", "seed": 0, "policy_kwargs": {"prior": run}}
+        | (settings or {})
+    )
     return ALGORITHMS[algo](policy_for(algo), venv, **given)
 
 
@@ -210,18 +219,124 @@ def per_step(
 
 
 def test_a_step_of_stage_1_sends_bytes_and_waits_for_no_copy(tmp_path: Path) -> None:
-    """Its images as uint8, 16 of 32 x 32 grey pixels; what the host waits for is the loss, and the quantiser's."""
+    """Its images as uint8, 16 of 32 x 32 grey pixels; every tenth step the host looks at losses, metrics and codes."""
     added, sent = per_step(tmp_path, ["vqvae"], "--vqvae.training-steps")
     assert added["blocking"] == 0
     assert sent == {torch.uint8: 10 * SMOKE.vqvae.batch_size * 32 * 32}
-    assert added["syncs"] <= 10 * 7
+    assert added["syncs"] <= 3
 
 
-def test_a_step_of_stage_2_waits_for_its_loss_only(tmp_path: Path) -> None:
+def test_ten_steps_of_stage_2_wait_twice(tmp_path: Path) -> None:
+    """For their losses, and for the log; codes are sent as they are stored."""
     added, sent = per_step(tmp_path, ["vqvae", "prior"], "--prior.training-steps")
     assert added["blocking"] == 0
-    assert added["syncs"] <= 10 + 1  # and once for the log
-    assert set(sent) == {torch.int64}
+    assert added["syncs"] <= 2
+    assert sent == {torch.int16: 10 * SMOKE.prior.batch_size * 16}
+
+
+def test_losses_are_looked_at_together_on_a_device_and_at_once_elsewhere(device: Device) -> None:
+    there, here = UnseenLosses(5), UnseenLosses(5)
+    losses = torch.arange(12.0) / 3
+    assert [here.add(loss, step) for step, loss in enumerate(losses, 1)] == [
+        [(loss.item(), step)] for step, loss in enumerate(losses, 1)
+    ]
+    on_it = losses.to("cuda")
+    device.counts.clear()
+    seen = [there.add(on_it[step - 1], step, last=step == 12) for step in range(1, 13)]
+    assert [len(found) for found in seen] == [0, 0, 0, 0, 5, 0, 0, 0, 0, 5, 0, 2] and device.counts["syncs"] == 3
+    assert [one for found in seen for one in found] == [(losses[step - 1].item(), step) for step in range(1, 13)]
+
+
+# Updates ------------------------------------------------------------------------------------------------------------
+
+UPDATES: dict[str, tuple[str, dict[str, Any], int]] = {
+    "reinforce": ("reinforce", {}, 1),
+    "with all terms, in parts": (
+        "reinforce",
+        {"baseline": "value", "mle_coef": 0.1, "kl_coef": 0.1, "ent_coef": 0.01, "batch_size": 32},
+        1,
+    ),
+    "grpo": ("grpo", {}, 1),
+    "grpo that may stop early": ("grpo", {"n_epochs": 3, "target_kl": 1e9, "kl_coef": 0.1}, 1 + 3),
+}
+
+
+@pytest.mark.parametrize("case", UPDATES)
+def test_an_update_looks_at_its_figures_once(run: str, device: Device, case: str) -> None:
+    algo, settings, waits = UPDATES[case]
+    model = make(run, algo, settings=settings)
+    collect(model, device)
+    model.set_logger(configure(None, []))
+    device.counts.clear()
+    model.train()
+    assert {name: device.counts[name] for name in WAITS} == {"syncs": waits, "blocking": 0}
+    logged = model.logger.name_to_value
+    assert {"train/loss", "train/approx_kl", "train/grad_norm"} <= set(logged)
+    assert all(isinstance(value, int | float) for value in logged.values())
+
+
+def test_minibatches_of_ppo_are_sent_without_a_wait(run: str, device: Device) -> None:
+    model = make(run, "ppo")
+    collect(model, device)
+    device.counts.clear()
+    for _ in model.rollout_buffer.get(32):
+        pass
+    assert device.counts["h2d"] > 0 and {name: device.counts[name] for name in WAITS} == dict.fromkeys(WAITS, 0)
+
+
+@pytest.mark.parametrize("loss", ["wgan_gp", "hinge"])
+def test_a_step_of_the_critic_waits_once(device: Device, loss: Any) -> None:
+    critic, images = PatchCritic(16, 1, hidden_units=4, layers=2).to("cuda"), torch.rand(8, 1, 16, 16).to("cuda")
+    weights = torch.rand(4).to("cuda")
+    device.counts.clear()
+    total, metrics = critic_loss(critic, images[:4], images[4:], 10.0, None, loss, weights=weights)
+    total.backward()
+    assert device.counts["syncs"] == 1 and device.counts["blocking"] == 0
+    assert metrics["loss"] == total.item()
+
+
+# Batch sizes and codes ----------------------------------------------------------------------------------------------
+
+
+def test_a_new_batch_size_is_recorded_anew_and_a_known_one_replayed(device: Device) -> None:
+    """Graphs hold addresses of one batch's tensors: those of another size must never be replayed for it."""
+    torch.manual_seed(0)
+    sampler = make_sampler(pixelcnn().eval().to("cuda"))
+    plain = make_sampler(sampler.prior)
+    plain.use_cuda_graphs = False
+    recorded: list[tuple[int, int]] = []
+    for batch in (2, 2, 2, 3, 3, 3, 2, 3, 5, 2):
+        uniforms = torch.rand(batch, T).to("cuda")
+        device.counts.clear()
+        codes, _ = sampler.sample(batch, uniforms=uniforms)
+        recorded.append((device.counts["captures"], device.counts["replays"]))
+        assert torch.equal(codes, plain.sample(batch, uniforms=uniforms)[0])
+    # Each is recorded at its third call: a graph per column serves 4 codes of an image, one per later grid row 1.
+    assert [captures for captures, _ in recorded] == [4, 0, 3, 4, 0, 3, 0, 0, 4, 4]
+    assert [replays for _, replays in recorded] == [4, 16, 16, 4, 16, 16, 19, 19, 4, 4]
+    assert set(sampler._caches) == {5, 2}  # the last two sizes: size 2 had gone, and begins anew
+
+
+@pytest.mark.parametrize("filling", [-1, 11, 12])
+def test_what_fills_a_sequence_behind_its_start_is_never_an_index(sampler: Any, device: Device, filling: int) -> None:
+    """-1 would be an IndexError on the CPU, and end the process's use of a GPU."""
+    grid = sampler.prior.grid
+    codes, behind = sequences(sampler, [grid.n_codes] * 3), torch.from_numpy(grid.mask(2, grid.height)).to("cuda")
+    uniforms = torch.rand(3, grid.n_codes).to("cuda")
+    given = [codes.masked_fill(behind, with_) for with_ in (grid.not_drawn, filling)]
+    drawn = [sampler.sample(codes=x, prefix_rows=2, uniforms=uniforms)[0] for x in given]
+    assert torch.equal(*drawn) and int(drawn[0].min()) >= 0 and int(drawn[0].max()) < 11
+
+
+def test_a_negative_code_that_is_given_is_refused_before_it_is_used(device: Device) -> None:
+    sampler = make_sampler(pixelcnn().eval().to("cuda"))
+    codes = torch.tensor([[3, 4, -1] + [-1] * 13]).to("cuda")
+    assert sampler.sample(codes=codes, start=2)[0].min() >= 0
+    with pytest.raises(ConfigError, match=r"a given code is -1; codes are 0 or more"):
+        sampler.sample(codes=codes, start=3)
+    vqvae = VQVAE(8, 1, codebook_size=11, codebook_dim=4, hidden_units=4, residual_units=4, layers=1).eval().to("cuda")
+    with pytest.raises(ConfigError, match=r"codes in -1\.\.4"):
+        vqvae.decode(codes)
 
 
 def test_images_are_converted_and_augmented_on_the_device_as_on_the_cpu(device: Device) -> None:

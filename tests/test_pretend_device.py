@@ -52,6 +52,8 @@ def test_what_a_real_device_refuses_is_refused(
         (lambda x: x.tolist(), 1),
         (lambda x: x[x > 0], 1),
         (lambda x: (x > 0).nonzero(), 1),
+        (lambda x: torch.nn.functional.one_hot(x.long(), 3), 0),
+        (lambda x: torch.nn.functional.one_hot(x.long()), 1),
         (lambda x: x + torch.tensor([1.0, 2.0, 3.0]).to("cuda"), 0),
     ],
 )

@@ -74,6 +74,31 @@ def test_evaluation_in_pieces_moves_nothing(monkeypatch: pytest.MonkeyPatch) -> 
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("features", [3, 40])
+def test_dead_codes_restart_at_distinct_features_without_asking_which(features: int) -> None:
+    """As the library does it, which waits for the device: with fewer features than dead codes, some codes wait."""
+    book, x = make(threshold=2)._codebook, torch.randn(features, 4)
+    book.embed.normal_()
+    book.cluster_size[0] = torch.tensor([0.0, 5.0] * 8)
+    before, dead = book.embed[0].clone(), book.cluster_size[0] < 2
+    book._restart(x)
+    moved = (book.embed[0] != before).any(1)
+    assert not moved[~dead].any() and moved.sum() == min(8, features)
+    taken = torch.cdist(book.embed[0][moved], x).argmin(1)
+    torch.testing.assert_close(book.embed[0][moved], x[taken])
+    assert len(set(taken.tolist())) == min(8, features)
+    assert (book.cluster_size[0][moved] == 2).all() and torch.equal(book.embed_avg[0][moved], 2 * x[taken])
+
+
+def test_a_loaded_codebook_is_asked_again_whether_it_has_started() -> None:
+    model, fresh = make(), make()
+    model(torch.randn(6, 20, 4))
+    assert model._codebook.started and bool(model._codebook.initted)
+    model.load_state_dict(fresh.state_dict())
+    model(torch.randn(6, 20, 4))
+    assert bool(model._codebook.initted) and model.codebook.any()
+
+
 def test_it_is_the_librarys_class_with_its_weights() -> None:
     model = make()
     assert isinstance(model, nn.Module) and type(model).__mro__[1].__name__ == "VectorQuantize"

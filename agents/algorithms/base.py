@@ -19,15 +19,15 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedul
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
-from ral_gym.agents.algorithms.passes import Precision, autocast, check_policy, checked_precision, in_32_bits, look
+from ral_gym.agents.algorithms import passes
+from ral_gym.agents.algorithms.passes import Figures, Precision, autocast, in_32_bits, in_64_bits, look
 from ral_gym.agents.episodes import EpisodeRolloutBuffer
 from ral_gym.agents.policy import PriorPolicy, PriorWeights
 from ral_gym.agents.spaces import sequence_shape
 from ral_gym.agents.vec_env import CodeVecEnv, check_code_env, real_codes
 from ral_gym.errors import ConfigError
 from ral_gym.priors.base import Prior, maximum_likelihood_loss
-
-Metrics = dict[str, float]
+from ral_gym.priors.transfer import numbers, sent
 
 
 class EpisodeArguments(TypedDict, total=False):
@@ -123,10 +123,10 @@ class EpisodeAlgorithm(OnPolicyAlgorithm):
     ) -> None:
         if isinstance(env, VectorEnv):
             raise ConfigError(f"{type(env).__name__} is not a Stable-Baselines3 VecEnv: use make_sb3_env(id, n_envs)")
-        check_policy(policy, self.policy_aliases, type(self).__name__)
+        passes.check_policy(policy, self.policy_aliases, type(self).__name__)
         self.mle_coef, self.kl_coef = mle_coef, kl_coef
         self.batch_size, self.fast_path = batch_size, fast_path
-        self.mixed_precision = checked_precision(mixed_precision)
+        self.mixed_precision = passes.checked_precision(mixed_precision)
         self._reference: Prior | None = None
         super().__init__(
             policy,
@@ -241,7 +241,7 @@ class EpisodeAlgorithm(OnPolicyAlgorithm):
 
     def policy_loss(
         self, log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, row: Tensor
-    ) -> tuple[Tensor, Metrics]:
+    ) -> tuple[Tensor, Figures]:
         """The loss of every transition, another hook; here -A log pi, whose gradient is REINFORCE's (Eq. 2).
 
         Args:
@@ -251,7 +251,7 @@ class EpisodeAlgorithm(OnPolicyAlgorithm):
             row: (N,) int64, the episode that each belongs to.
 
         Returns:
-            losses (N,), and numbers for the log, summed over the transitions.
+            losses (N,), and numbers for the log, summed over the transitions: floats, or scalars on the device.
         """
         return -(advantages * log_prob), {}
 
@@ -270,8 +270,8 @@ class EpisodeAlgorithm(OnPolicyAlgorithm):
         """Squared errors of the value head (N,), or None without one."""
         return None
 
-    def _stop_early(self, metrics: Metrics) -> bool:
-        """Whether to skip the remaining epochs."""
+    def _stop_early(self, figures: Figures) -> bool:
+        """Whether to skip the remaining epochs; reading a figure of an epoch waits for the device."""
         return False
 
     def train(self) -> None:
@@ -279,14 +279,16 @@ class EpisodeAlgorithm(OnPolicyAlgorithm):
         self.policy.set_training_mode(True)
         self._update_learning_rate(self.policy.optimizer)
         advantages, old_log_probs = self.advantages(), self._old_log_probs()
-        epochs: list[Metrics] = []
+        epochs: list[Figures] = []
         for _ in range(self.n_epochs):
             epochs.append(self._epoch(advantages, old_log_probs))
             self._n_updates += 1
             if self._stop_early(epochs[-1]):
                 break
-        for name in epochs[0]:
-            self.logger.record(f"train/{name}", sum(metrics[name] for metrics in epochs) / len(epochs))
+        found = numbers([figures[name] for name in epochs[0] for figures in epochs])
+        for number, name in enumerate(epochs[0]):
+            own = found[number * len(epochs) : (number + 1) * len(epochs)]
+            self.logger.record(f"train/{name}", sum(own) / len(own))
         self.logger.record("train/advantage_std", float(advantages.std()))
         self.logger.record("train/n_updates", self._n_updates)
 
@@ -315,7 +317,7 @@ class EpisodeAlgorithm(OnPolicyAlgorithm):
         sizes = [int(lengths[processes.share_of(len(lengths), rank)].sum()) for rank in range(processes.size)]
         return processes.gather(torch.cat(found), sizes).cpu().numpy()
 
-    def _epoch(self, advantages: np.ndarray, old_log_probs: np.ndarray) -> Metrics:
+    def _epoch(self, advantages: np.ndarray, old_log_probs: np.ndarray) -> Figures:
         """One optimizer step on all episodes; gradients are summed over chunks of them, and over processes."""
         buffer = self.rollout_buffer
         returns, lengths = buffer.returns, buffer.lengths
@@ -324,20 +326,21 @@ class EpisodeAlgorithm(OnPolicyAlgorithm):
         share = processes.share(len(lengths))
         counts = 1.0 if share.stop > share.start else 0.0  # see `Processes.rows`
         self.policy.optimizer.zero_grad()
-        sums: Metrics = {}
+        sums: Figures = {}
         for rows in self._chunks(lengths):
             flat = slice(offsets[rows[0]], offsets[rows[-1] + 1])
-            loss, metrics = self._loss(rows, advantages[flat], returns[flat], old_log_probs[flat], len(advantages))
+            loss, figures = self._loss(rows, advantages[flat], returns[flat], old_log_probs[flat], len(advantages))
             (counts * loss).backward()
-            for name, value in metrics.items():
+            for name, value in figures.items():
                 sums[name] = sums.get(name, 0.0) + counts * value
         if self.mle_coef:
             sums["mle_loss"] = self._mle_backward(len(lengths))
         processes.sum_gradients(self.policy.parameters())
-        sums = processes.sum_numbers(sums)
+        if processes.size > 1:
+            sums = dict(processes.sum_numbers(dict(zip(sums, numbers(list(sums.values())), strict=True))))
         norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
         self.policy.optimizer.step()
-        return sums | {"grad_norm": norm.item()}
+        return sums | {"grad_norm": norm}
 
     def _chunks(self, lengths: np.ndarray) -> list[np.ndarray]:
         """This process's episodes, in parts of at most `batch_size` transitions (at least one episode each)."""
@@ -349,45 +352,43 @@ class EpisodeAlgorithm(OnPolicyAlgorithm):
 
     def _loss(
         self, rows: np.ndarray, advantages: np.ndarray, returns: np.ndarray, old_log_probs: np.ndarray, total: int
-    ) -> tuple[Tensor, Metrics]:
+    ) -> tuple[Tensor, Figures]:
         """The share of some episodes in the loss, and in the logged means over all `total` transitions."""
         episodes = self.rollout_buffer.episodes(rows)
         features, position, stop, log_probs, log_prob, actions = look(self.policy, episodes, self.mixed_precision)
         entropy = -(log_probs.exp() * log_probs).sum(1)  # (N,)
-        old_log_prob = torch.as_tensor(old_log_probs, device=self.device)
-        losses, metrics = self.policy_loss(
-            log_prob, old_log_prob, torch.as_tensor(advantages, device=self.device), episodes.row
-        )
+        old_log_prob = sent(old_log_probs, self.device)
+        losses, logged = self.policy_loss(log_prob, old_log_prob, sent(advantages, self.device), episodes.row)
         policy_loss = losses.sum() / total
         loss = policy_loss - self.ent_coef * entropy.sum() / total
-        metrics = {name: value / total for name, value in metrics.items()}
-        metrics |= {"policy_gradient_loss": policy_loss.item(), "entropy_loss": -entropy.sum().item() / total}
+        figures: Figures = {name: in_64_bits(value) / total for name, value in logged.items()}
+        figures |= {"policy_gradient_loss": in_64_bits(policy_loss), "entropy_loss": -in_64_bits(entropy.sum()) / total}
         with torch.no_grad():
             log_ratio = log_prob - old_log_prob
-            metrics["approx_kl"] = (log_ratio.exp() - 1 - log_ratio).sum().item() / total
-        value_losses = self._value_loss(features, position, stop, torch.as_tensor(returns, device=self.device))
+            figures["approx_kl"] = in_64_bits((log_ratio.exp() - 1 - log_ratio).sum()) / total
+        value_losses = self._value_loss(features, position, stop, sent(returns, self.device))
         if value_losses is not None:
             value_loss = value_losses.sum() / total
             loss = loss + self.vf_coef * value_loss
-            metrics["value_loss"] = value_loss.item()
+            figures["value_loss"] = in_64_bits(value_loss)
         if self._reference is not None:
             with torch.no_grad(), autocast(self.policy, self.mixed_precision):
                 reference = self.policy.episode_logits(episodes, network=self._reference)
             reference = in_32_bits(reference).log_softmax(1)  # (N, K)
             divergence = self._prior_kl(log_probs, log_prob, reference, actions).sum() / total
             loss = loss + self.kl_coef * divergence
-            metrics["kl_to_prior"] = divergence.item()
-        metrics["loss"] = loss.item()
-        return loss, metrics
+            figures["kl_to_prior"] = in_64_bits(divergence)
+        figures["loss"] = in_64_bits(loss)
+        return loss, figures
 
-    def _mle_backward(self, n_images: int) -> float:
+    def _mle_backward(self, n_images: int) -> Tensor | float:
         """Gradient of the maximum-likelihood term, on a batch of real codes."""
         assert self._real_codes is not None
         rows = np.random.randint(len(self._real_codes), size=n_images)[self.policy.processes.share(n_images)]
         if not len(rows):
             return 0.0
-        codes = torch.as_tensor(self._real_codes[rows].astype(np.int64), device=self.device)  # (B, L)
+        codes = sent(self._real_codes[rows], self.device).long()  # (B, L)
         with autocast(self.policy, self.mixed_precision):
             loss = len(rows) / n_images * maximum_likelihood_loss(self.policy.prior, codes)
         (self.mle_coef * loss).backward()
-        return loss.item()
+        return in_64_bits(loss)

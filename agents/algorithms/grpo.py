@@ -25,7 +25,8 @@ from stable_baselines3.common.utils import FloatSchedule
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
-from ral_gym.agents.algorithms.base import EpisodeAlgorithm, EpisodeArguments, Metrics
+from ral_gym.agents.algorithms.base import EpisodeAlgorithm, EpisodeArguments
+from ral_gym.agents.algorithms.passes import Figures
 from ral_gym.agents.algorithms.reinforce import batch_baseline
 from ral_gym.agents.episodes import EpisodeRolloutBuffer
 from ral_gym.agents.policy import PriorPolicy
@@ -51,19 +52,17 @@ def clipped_surrogate(
         old_log_prob: (N,) when drawn.
         advantages: (N,).
         clip_range: ratios are clipped to 1 - clip_range .. 1 + clip_range.
-        row: (N,) int64, which episode a code is of: the ratio is the geometric mean over the episode's codes, the
-            gradient stays each code's own (GSPO-token). None: the code's own ratio.
+        row: (N,) int64 below N, which episode a code is of: the ratio is the geometric mean over the episode's codes,
+            the gradient stays each code's own (GSPO-token). None: the code's own ratio.
 
     Returns:
         the loss (N,), and the ratios (N,).
     """
     log_ratio = log_prob - old_log_prob
     if row is not None:
-        n = int(row.max()) + 1
-        counts = torch.bincount(row, minlength=n)
-        mean = torch.zeros(n, dtype=log_ratio.dtype, device=row.device).index_add_(
-            0, row, log_ratio.detach()
-        ) / counts.clamp_min(1)
+        sums, counts = log_ratio.new_zeros(len(row)), row.new_zeros(len(row))  # room for any number of episodes
+        sums.index_add_(0, row, log_ratio.detach())
+        mean = sums / counts.index_add_(0, row, torch.ones_like(row)).clamp_min(1)  # by episode
         log_ratio = mean[row] + log_prob - log_prob.detach()
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
@@ -210,20 +209,20 @@ class GRPO(EpisodeAlgorithm):
 
     def policy_loss(
         self, log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, row: Tensor
-    ) -> tuple[Tensor, Metrics]:
+    ) -> tuple[Tensor, Figures]:
         """The clipped surrogate of every transition (N,), and how many ratios were clipped."""
         clip_range = self._clip_range
         losses, ratio = clipped_surrogate(
             log_prob, old_log_prob, advantages, clip_range, row if self.ratio == "sequence" else None
         )
-        return losses, {"clip_fraction": ((ratio - 1).abs() > clip_range).float().sum().item()}
+        return losses, {"clip_fraction": ((ratio - 1).abs() > clip_range).float().sum()}
 
     def _prior_kl(self, log_probs: Tensor, log_prob: Tensor, reference: Tensor, actions: Tensor) -> Tensor:
         difference = reference.gather(1, actions[:, None]).squeeze(1) - log_prob  # (N,)
         return difference.exp() - difference - 1
 
-    def _stop_early(self, metrics: Metrics) -> bool:
-        return self.target_kl is not None and metrics["approx_kl"] > 1.5 * self.target_kl
+    def _stop_early(self, figures: Figures) -> bool:
+        return self.target_kl is not None and float(figures["approx_kl"]) > 1.5 * self.target_kl
 
     def train(self) -> None:
         """An update from the finished episodes of the round: one optimizer step per epoch."""

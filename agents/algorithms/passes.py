@@ -13,6 +13,8 @@ from ral_gym.agents.policy import PriorPolicy
 from ral_gym.errors import ConfigError
 
 Precision = Literal["no", "bf16"]
+Figures = dict[str, Tensor | float]
+"""Numbers for the log; scalars on the device are fetched once per update, since each fetch waits for the device."""
 
 
 class Pass(NamedTuple):
@@ -51,6 +53,11 @@ def autocast(policy: PriorPolicy, precision: Precision) -> torch.autocast:
 def in_32_bits(tensor: Tensor) -> Tensor:
     """float16 and bfloat16 as float32; others as they are."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def in_64_bits(value: Tensor | float) -> Tensor | float:
+    """A number for the log without its gradient, as precise as Python's own."""
+    return value.detach().double() if isinstance(value, Tensor) else value
 
 
 def checked_precision(precision: Precision) -> Precision:

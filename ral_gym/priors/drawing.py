@@ -127,7 +127,8 @@ class Request:
             self.uniforms = self._all_uniforms(like.device)
         # Batch rows that start later are drawn along with the others, but keep their given codes up to their start.
         self.starts = None if (starts == starts[0]).all() else on_device(starts, like.device)
-        self.codes = codes[:, :stop].clamp(max=prior.codebook_size - 1)  # (B, stop)
+        _check_given(codes, starts)
+        self.codes = codes[:, :stop].clamp(0, prior.codebook_size - 1)  # (B, stop)
         self.drawn: list[Tensor] = []  # (B,) per position
         self.log_probs: list[Tensor] = []
         self.dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
@@ -163,6 +164,22 @@ class Request:
             self.codes[:, self.begin :] = torch.stack(self.drawn, dim=1)
             log_probs[:, self.begin :] = torch.stack(self.log_probs, dim=1)
         return self.codes, log_probs
+
+
+def _check_given(codes: Tensor, starts: np.ndarray) -> None:
+    """Refuse negative codes (B, T) before each row's start (B,): as an index one may end the use of a GPU.
+
+    Behind the start any filling is fine: it is drawn over.
+
+    Raises:
+        ConfigError: the lowest one.
+    """
+    if not starts.any():
+        return
+    given = torch.arange(codes.shape[1], device=codes.device) < on_device(starts, codes.device)[:, None]  # (B, T)
+    lowest = int(codes.masked_fill(~given, 0).min())
+    if lowest < 0:
+        raise ConfigError(f"sample: a given code is {lowest}; codes are 0 or more, and start is the first not given")
 
 
 def check_length(prior: Prior, length: int) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ral_gym.errors import ConfigError
+from ral_gym.priors.transfer import numbers
 
 CriticLoss = Literal["wgan_gp", "hinge"]
 
@@ -155,7 +156,12 @@ def critic_loss(
     gap = real_map.mean() - fake_map.mean()
     if loss == "hinge":
         total = F.relu(1 - real_map).mean() + F.relu(1 + fake_map).mean()
-        return total, {"loss": total.item(), "gap": gap.item()}
+        return total, _fetched(loss=total, gap=gap)
     penalty = gradient_penalty(critic, real, fake, generator, labels, weights)
     total = -gap + penalty_weight * penalty
-    return total, {"loss": total.item(), "gap": gap.item(), "gradient_penalty": penalty.item()}
+    return total, _fetched(loss=total, gap=gap, gradient_penalty=penalty)
+
+
+def _fetched(**metrics: Tensor) -> dict[str, float]:
+    """Numbers for the log, in one transfer."""
+    return dict(zip(metrics, numbers(list(metrics.values())), strict=True))

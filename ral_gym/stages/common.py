@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ral_gym.errors import DivergedError
+from ral_gym.priors.transfer import numbers
 from ral_gym.runs.checked_state import integer_of, tensor_like
 from ral_gym.runs.run import Run
 from ral_gym.runs.storage import weights_of
@@ -35,6 +36,35 @@ def check_finite(loss: Tensor | float, stage: str, step: int, remedy: str) -> fl
             f"stage {stage}: the loss is {value} at step {step}; the last good checkpoint is kept; {remedy}"
         )
     return value
+
+
+class UnseenLosses:
+    """Losses of a training loop until `check_finite` has seen them.
+
+    On the CPU that is at once. On CUDA looking at a number waits for the device, which then has nothing to do while the
+    host makes the next batch: there the losses of some steps are fetched together.
+
+    Args:
+        every: on CUDA, how many steps are looked at together.
+    """
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+        self._waiting: list[tuple[Tensor, int]] = []
+
+    def add(self, loss: Tensor, step: int, last: bool = False) -> list[tuple[float, int]]:
+        """Add a step's loss; returns the losses to be looked at now, each with its step.
+
+        Args:
+            loss: a scalar.
+            step: of training, from 1.
+            last: whether there is none after it, so that nothing may wait.
+        """
+        self._waiting.append((loss.detach(), step))
+        if loss.is_cuda and step % self.every and not last:
+            return []
+        waiting, self._waiting = self._waiting, []
+        return list(zip(numbers([one for one, _ in waiting]), [at for _, at in waiting], strict=True))
 
 
 def check_weights(module: nn.Module, stage: str, step: int, remedy: str) -> None:

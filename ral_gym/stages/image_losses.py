@@ -22,12 +22,14 @@ from torch.nn import functional as F
 from ral_gym.config import VQVAEConfig
 from ral_gym.errors import ConfigError
 from ral_gym.rewards.critic import PatchCritic
-from ral_gym.stages.common import check_finite, check_weights, make_adam, restore_optimizer
+from ral_gym.stages.common import UnseenLosses, check_finite, check_weights, make_adam, restore_optimizer
 from ral_gym.stages.perceptual import Perceptual, make_perceptual, network_facts
 from ral_gym.stages.processes import JointBatches
 
 STAGE = "vqvae"
 REMEDY = "lower vqvae.discriminator_learning_rate"
+LOOK_EVERY = 10
+"""On CUDA, how many of the discriminator's losses are looked at together."""
 
 
 class ImageLosses:
@@ -49,6 +51,7 @@ class ImageLosses:
         self.config, self.kind, self.accelerator = config, type(tokenizer).__name__, accelerator
         self.perceptual: Perceptual | None = None
         self.discriminator: PatchCritic | None = None
+        self.unseen = UnseenLosses(LOOK_EVERY)
         if config.perceptual_weight:
             self.perceptual = make_perceptual(config.perceptual_network).to(accelerator.device)
         if config.adversarial_weight:
@@ -115,7 +118,8 @@ class ImageLosses:
             scores = self.model(torch.cat([images, painted.detach()])).float()  # (2 B, h, w)
             real, fake = scores.chunk(2)
             loss = (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
-            check_finite(loss, STAGE, step, REMEDY)
+            for value, at in self.unseen.add(loss, step, last=step == self.config.training_steps):
+                check_finite(value, STAGE, at, REMEDY)
             self.accelerator.backward(loss / batches.parts)
         figures = {"loss": loss, "real": real.mean(), "fake": fake.mean()}
         return {f"discriminator_{name}": value.detach() for name, value in figures.items()}

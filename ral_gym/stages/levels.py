@@ -21,6 +21,7 @@ from ral_gym.metrics import nll
 from ral_gym.presets import PRESETS
 from ral_gym.priors.base import KIND, build_prior, prior_class
 from ral_gym.priors.check import check_prior
+from ral_gym.priors.transfer import sent
 from ral_gym.priors.two_level import load_levels
 from ral_gym.runs.run import Run
 from ral_gym.settings import constructor_parameters, part_arguments
@@ -143,10 +144,9 @@ class LevelCodes:
         return LevelCodes(self.codes[rows], None if self.condition is None else self.condition[rows])
 
     def to(self, device: torch.device) -> LevelCodes:
-        """As int64 on a device; the host does not wait for it."""
-        parts = [None if x is None else x.long().to(device, non_blocking=True) for x in (self.codes, self.condition)]
-        assert parts[0] is not None
-        return LevelCodes(parts[0], parts[1])
+        """As int64 on a device; sent as they are stored, and the host does not wait for it."""
+        condition = None if self.condition is None else sent(self.condition, device).long()
+        return LevelCodes(sent(self.codes, device).long(), condition)
 
 
 def held_out_nll(prior: Any, data: LevelCodes) -> float:

@@ -31,6 +31,7 @@ from torch.distributed.rendezvous import rendezvous
 from vector_quantize_pytorch import VectorQuantize
 
 from ral_gym.errors import ConfigError, DeviceError, RunError
+from ral_gym.priors.transfer import numbers
 
 LOST = re.compile(r"gloo|nccl|connection (closed|reset|refused)|timed out", re.IGNORECASE)
 """Words in the communication library's error when another process is gone."""
@@ -233,6 +234,12 @@ class JointBatches:
         """The mean over parts and processes, all of equal size; every process must call it."""
         value = torch.stack([value.detach().float() for value in values]).mean()
         return self.accelerator.reduce(value, "mean").item()
+
+    def means(self, values: dict[str, list[Tensor]]) -> dict[str, float]:
+        """`mean` of several, fetched together."""
+        found = [torch.stack([value.detach().float() for value in parts]).mean() for parts in values.values()]
+        reduced = [self.accelerator.reduce(value, "mean") for value in found]
+        return dict(zip(values, numbers(reduced), strict=True))
 
     def any(self, mine: bool) -> bool:
         """Whether a condition holds in one of the processes; every process must call it."""

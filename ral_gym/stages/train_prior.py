@@ -28,6 +28,7 @@ from ral_gym.runs.run import Run, seed_everything
 from ral_gym.stages.boards import due
 from ral_gym.stages.common import (
     Clock,
+    UnseenLosses,
     WeightAverage,
     check_finite,
     check_weights,
@@ -175,6 +176,7 @@ def fit(
         unit="step",
     )
     prior.train()
+    unseen = UnseenLosses(LOG_EVERY)
     for step in steps:
         rate.set(step)
         optimizer.zero_grad()
@@ -183,7 +185,8 @@ def fit(
             batch = data[rows].to(accelerator.device)  # (B, T')
             with batches.part(model, number):
                 loss = task.sampling.loss(model, batch, step)
-                check_finite(loss, task.stage, step, task.remedy)
+                for value, at in unseen.add(loss, step, last=step == rate.last):
+                    check_finite(value, task.stage, at, task.remedy)
                 accelerator.backward(loss / n_parts)
             losses.append(loss.detach())
         accelerator.clip_grad_norm_(model.parameters(), task.max_grad_norm)

@@ -17,7 +17,15 @@ from ral_gym.runs.progress import progress_bar
 from ral_gym.runs.run import Run, seed_everything
 from ral_gym.runs.storage import config_arguments
 from ral_gym.stages.boards import PROGRESS, FirstImages, add_reconstructions, due
-from ral_gym.stages.common import Clock, check_finite, check_weights, make_adam, restore_optimizer, step_of
+from ral_gym.stages.common import (
+    Clock,
+    UnseenLosses,
+    check_finite,
+    check_weights,
+    make_adam,
+    restore_optimizer,
+    step_of,
+)
 from ral_gym.stages.image_losses import ImageLosses, TrainingStep
 from ral_gym.stages.processes import Compute, JointBatches, make_accelerator, partners
 from ral_gym.tokenizers.base import LOOP, load_tokenizer, save_tokenizer, tokenizer_of
@@ -85,6 +93,7 @@ def train_vqvae(
         unit="step",
     )
     vqvae.train()
+    unseen = UnseenLosses(LOG_EVERY)
     for step in steps:
         optimizer.zero_grad()
         parts: list[tuple[Tensor, dict[str, Tensor]]] = []
@@ -94,7 +103,8 @@ def train_vqvae(
                 batch = augment(batch, torch.default_generator)
             with batches.part(model, number):
                 loss, logged, painted = model(batch, step)
-                check_finite(loss, STAGE, step, REMEDY)
+                for value, at in unseen.add(loss, step, last=step == config.training_steps):
+                    check_finite(value, STAGE, at, REMEDY)
                 accelerator.backward(loss / n_parts)
             logged |= losses.learn(batch, painted, step, batches, number)
             parts.append((loss.detach(), logged))
@@ -144,13 +154,11 @@ def _fit(run: Run, tokenizer: Any, images: ImageSet, accelerator: Accelerator, p
 
 def _metrics(batches: JointBatches, parts: list[tuple[Tensor, dict[str, Tensor]]], grid: CodeGrid) -> dict[str, float]:
     """Metrics of a step for the log: means over all parts and processes, and usage of the codes (B, T)."""
-    found = {"loss": batches.mean([loss for loss, _ in parts])}
-    for name in parts[0][1]:
-        values = [logged[name] for _, logged in parts]
-        if name != "codes":
-            found[name] = batches.mean(values)
-            continue
-        levels, size, n = grid.split(batches.gather(values)), grid.codebook_size, grid.levels
+    values = {name: [logged[name] for _, logged in parts] for name in parts[0][1]}
+    codes = values.pop("codes", None)
+    found = batches.means({"loss": [loss for loss, _ in parts], **values})
+    if codes is not None:
+        levels, size, n = grid.split(batches.gather(codes).cpu()), grid.codebook_size, grid.levels
         found["perplexity"] = sum(perplexity(level, size) for level in levels) / n
         found["code_usage"] = sum(level.unique().numel() for level in levels) / (n * size)
     return found

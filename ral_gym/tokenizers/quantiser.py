@@ -3,7 +3,8 @@
 It is that of `vector-quantize-pytorch` (k-means start, exponential moving average, restart of dead codes), which
 computes the distances of all positions to all codes at once: at K = 16,384, 128 images of 16 x 16 positions take 12 GB.
 Above `PIECE` distances `Quantiser` does the same piece by piece, so that memory does not grow with positions times
-codes; below, the library's own code runs.
+codes; below, the library's own code runs. On CUDA that code waits for the device at every step, to ask whether the
+codebook has been started and which codes are dead; `_Codebook` does not.
 """
 
 from __future__ import annotations
@@ -16,12 +17,56 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from vector_quantize_pytorch import VectorQuantize
+from vector_quantize_pytorch.vector_quantize_pytorch import Codebook
 
 from ral_gym.errors import ConfigError
 
 PIECE = 2**25
 """Most distances computed at once, 4 bytes each; whole batches of all of the paper's tables stay below it."""
 KMEANS_ROUNDS = 10
+
+
+class _Codebook(Codebook):
+    """The library's codebook without its waits for a CUDA device; on the CPU and over processes the library's, exactly.
+
+    Attributes:
+        started: the host has seen that `initted` is true.
+    """
+
+    started = False
+
+    def init_embed_(self, data: Tensor, mask: Tensor | None = None) -> None:
+        """Start the codes by k-means, unless that has been done."""
+        if not self.started:
+            super().init_embed_(data, mask)
+            self.started = True
+
+    def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
+        self.started = False  # the state may be that of a codebook which has not been started
+        super()._load_from_state_dict(*arguments, **options)
+
+    def expire_codes_(self, batch_samples: Tensor, **options: Any) -> None:
+        """Restart dead codes at features of the batch (1, ..., D); on CUDA drawn as the library draws them.
+
+        Distinct features for distinct codes; where there are more dead codes than features, some random ones of them.
+        """
+        masked = any(option is not None for option in options.values())
+        if not batch_samples.is_cuda or self.use_ddp or masked or self.num_codebooks > 1:
+            super().expire_codes_(batch_samples, **options)
+        elif self.training and self.threshold_ema_dead_code > 0:
+            self._restart(batch_samples.flatten(0, -2))
+
+    def _restart(self, features: Tensor) -> None:
+        """Restart dead codes at some of the features (N, D), without asking which ones there are."""
+        dead = self.cluster_size[0] < self.threshold_ema_dead_code  # (K,)
+        order = torch.rand(dead.shape, device=dead.device).masked_fill(~dead, 2).argsort()  # dead ones first
+        rank = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))  # (K,)
+        chosen = torch.randperm(len(features), device=features.device)[rank.clamp(max=len(features) - 1)]
+        vectors, restarted = features[chosen], dead & (rank < len(features))  # (K, D), (K,)
+        size = float(self.reset_cluster_size)
+        self.cluster_size[0].masked_fill_(restarted, size)
+        for own, new in ((self.embed, vectors), (self.embed_avg, vectors * size)):
+            own[0].copy_(torch.where(restarted[:, None], new.to(own), own[0]))
 
 
 class Quantiser(VectorQuantize):
@@ -47,6 +92,7 @@ class Quantiser(VectorQuantize):
             threshold_ema_dead_code=threshold_ema_dead_code,
             rotation_trick=False,
         )
+        self._codebook.__class__ = _Codebook  # the library lets nobody choose the class
 
     def forward(self, x: Tensor, accum_ema_update: bool = False, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Replace features by code vectors; in training mode update the codebook.
@@ -63,8 +109,10 @@ class Quantiser(VectorQuantize):
             return super().forward(x, accum_ema_update=accum_ema_update, **options)
         with torch.no_grad():
             flat = x.detach().float().flatten(0, 1)  # (N, D)
-            if not self._codebook.initted:
+            book = self._codebook
+            if not (book.started or bool(book.initted)):
                 self._start(flat)
+            book.started = True
             codes = _nearest(flat, self.codebook)  # (N,)
             vectors = self.codebook[codes].view_as(x).to(x.dtype)  # (B, n, D)
             if self.training:
