@@ -1,10 +1,12 @@
 """Does RL help? The demo with several seeds, every control beside RAL, means over the seeds.
 
     python examples/does_rl_help.py --seeds 0 1 2        # three demo runs, then one table and a figure per seed
+    python examples/does_rl_help.py --preset demo-cifar10 --data folder:PATH/train --test folder:PATH/test
 
 Each seed trains everything anew (VQ-VAE, prior, RAL, controls), so the distances of different seeds have different
-references. In ``runs/does_rl_help``: every seed's figures (``results.json``), the table (``table.md``) and the
-frontiers. Run it again to continue, or to see the table.
+references. In ``runs/does_rl_help`` (with another preset its name is appended): every seed's figures
+(``results.json``), the table and RAL's differences from every control (``table.md``), and the frontiers. Run it again
+to continue, or to see the table.
 """
 
 import sys
@@ -19,6 +21,7 @@ from rich.console import Console
 from ral_gym.commands.arguments import parse_train
 from ral_gym.commands.ending import run_command
 from ral_gym.commands.train import train
+from ral_gym.metrics.intervals import paired_estimate
 from ral_gym.metrics.table import MEANINGS, ROWS
 from ral_gym.pictures import save_frontier
 from ral_gym.report.tables import markdown_table, mean_and_interval, plain_table
@@ -50,10 +53,12 @@ class Arguments:
     """Seeds to average over; those the settings were tuned on are not among them."""
     preset: str = "demo"
     """Preset of every run."""
-    data: str = "faces"
-    """Images, as `examples/train_celeba.py` takes them."""
-    algo: str = "reinforce"
-    """Algorithm of stage 3."""
+    data: str | None = None
+    """Images, as `examples/train_celeba.py` takes them; None: the preset's."""
+    test: str | None = None
+    """Held-out images from a source of their own, `--data.test`; None: the preset's."""
+    algo: str | None = None
+    """Algorithm of stage 3; None: the preset's."""
     runs: str = "runs"
     """Folder that holds the run folders."""
     quiet: bool = False
@@ -71,8 +76,9 @@ def main(argv: Sequence[str], console: Console) -> None:
         for name in GENERATED_ROWS
         if all(name in result["rows"] for result in every)
     }
-    folder = Path(arguments.runs) / "does_rl_help"
-    settings = {"preset": arguments.preset, "data": arguments.data, "algo": arguments.algo}
+    folder = folder_of(arguments)
+    config = parse_train(flags_of(arguments)).config
+    settings = {"preset": arguments.preset, "data": config.data.source, "algo": config.ral.algo}
     kept = {"extractor": every[0]["extractor"], "n_samples": every[0]["n_samples"], "settings": settings}
     intervals = {
         str(seed): {name: row.get("intervals") for name, row in r["rows"].items()} for seed, r in results.items()
@@ -83,10 +89,14 @@ def main(argv: Sequence[str], console: Console) -> None:
     marked = [[f"`{row[0]}`", *row[1:], *seeds_of(row[0], rows)] for row in cells]
     headings += ["FD, per seed", "FD minus control's"]
     control = " Control: MLE continued, at its best temperature for rows at theirs; differences are paired by seed."
-    write_text(folder / "table.md", markdown_table(headings, marked, caption_of(every, arguments) + control))
+    caption = caption_of(every, arguments, config.ral.algo)
+    text = markdown_table(headings, marked, caption + control)
+    write_text(folder / "table.md", "\n".join([text.rstrip(), "", *differences_of(rows, arguments.seeds)]) + "\n")
     title = f"Means over seeds {', '.join(map(str, arguments.seeds))}"
     shown = table_of(rows, [figure for figure in known if figure in ON_SCREEN])
-    console.print(plain_table(*shown, title=title, caption=caption_of(every, arguments)))
+    console.print(plain_table(*shown, title=title, caption=caption))
+    for line in differences_of(rows, arguments.seeds):
+        console.print(line, highlight=False, markup=False)
     for seed, result in results.items():
         save_frontier_of(folder / f"frontier_seed{seed}.png", seed, result)
     for file in ("table.md", "results.json", *(f"frontier_seed{seed}.png" for seed in results)):
@@ -95,9 +105,20 @@ def main(argv: Sequence[str], console: Console) -> None:
 
 def train_seed(seed: int, arguments: Arguments, console: Console) -> dict[str, Any]:
     """The results of one run; an existing file is read."""
-    flags = ["--preset", arguments.preset, "--data", arguments.data, "--algo", arguments.algo]
-    flags += ["--seed", str(seed), "--runs", arguments.runs, *(["--quiet"] if arguments.quiet else [])]
-    return train(parse_train(flags), console)
+    return train(parse_train([*flags_of(arguments), "--seed", str(seed)]), console)
+
+
+def flags_of(arguments: Arguments) -> list[str]:
+    """The training command's flags, but for the seed."""
+    given = {"--data": arguments.data, "--data.test": arguments.test, "--algo": arguments.algo}
+    flags = [word for flag, value in given.items() if value is not None for word in (flag, value)]
+    quiet = ["--quiet"] if arguments.quiet else []
+    return ["--preset", arguments.preset, *flags, "--runs", arguments.runs, *quiet]
+
+
+def folder_of(arguments: Arguments) -> Path:
+    """Where the table goes."""
+    return Path(arguments.runs) / ("does_rl_help" + ("" if arguments.preset == "demo" else f"_{arguments.preset}"))
 
 
 def figure_of(row: dict[str, Any], figure: str) -> float | None:
@@ -134,12 +155,39 @@ def seeds_of(name: str, rows: dict[str, dict[str, list[float | None]]]) -> tuple
     return " / ".join("-" if fd is None else f"{fd:.1f}" for fd in fds), against
 
 
-def caption_of(results: Sequence[dict[str, Any]], arguments: Arguments) -> str:
+def differences_of(rows: dict[str, dict[str, list[float | None]]], seeds: Sequence[int]) -> list[str]:
+    """RAL's FD minus every control's, paired by seed: at temperature 1, and each at its best temperature."""
+    lines = []
+    for end, when in (("", "At temperature 1"), ("_best_temperature", "Each at its best temperature")):
+        controls = [name + end for name in ("mle", "mle_continued", "mle_equal_time") if name + end in rows]
+        ral = values_by_seed(rows.get("ral" + end), seeds)
+        for control in controls if ral else ():
+            other = values_by_seed(rows[control], seeds)
+            each = " / ".join(f"{ral[seed] - other[seed]:+.1f}" for seed in seeds)
+            lines.append(f"* {when}, RAL's FD minus that of `{control}`: {each}{mean_of(other, ral)}.")
+    return lines
+
+
+def values_by_seed(row: dict[str, list[float | None]] | None, seeds: Sequence[int]) -> dict[int, float]:
+    """Seed -> FD of a row; empty without the row."""
+    return {} if row is None else {seed: fd for seed, fd in zip(seeds, row["fd"], strict=True) if fd is not None}
+
+
+def mean_of(before: dict[int, float], after: dict[int, float]) -> str:
+    """The mean difference, its interval and what that says; nothing of a single seed."""
+    if len(before) < 2:
+        return ""
+    found = paired_estimate(before, after)
+    verdict = "the interval includes 0" if found.low <= 0 <= found.high else "beyond the interval"
+    return f"; mean {found.value:+.1f} [{found.low:+.1f}, {found.high:+.1f}], {verdict}"
+
+
+def caption_of(results: Sequence[dict[str, Any]], arguments: Arguments, algo: str) -> str:
     """What the figures are."""
     measured = {figure for row in results[0]["rows"].values() for figure in row}
     several = "; means ± half the 95 % interval over them (Student t)" if len(results) > 1 else ""
     return (
-        f"Preset {arguments.preset}, {arguments.algo}, seeds {', '.join(map(str, arguments.seeds))}{several}. "
+        f"Preset {arguments.preset}, {algo}, seeds {', '.join(map(str, arguments.seeds))}{several}. "
         f"{results[0]['extractor']} features, n = {results[0]['n_samples']:,} per row and seed; distances to the "
         "decoded training codes; NLL and entropy in nats per code."
         + "".join(f" {MEANINGS[figure]}." for figure in ("memorisation", "memorisation_near") if figure in measured)

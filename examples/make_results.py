@@ -2,6 +2,7 @@
 
     python examples/make_results.py                      # all parts, about 75 minutes on 2 cores
     python examples/make_results.py --parts oracle swap  # some of them
+    python examples/make_results.py --parts cifar10 classes celeba --images FOLDER   # real data, for hours: below
     python examples/make_results.py --dry-run            # which commands that is, to run them one by one
     python examples/make_results.py --assemble-only      # only put what is there into the document
 
@@ -9,6 +10,9 @@ Two commands run side by side, a thread each; benchmarks come first and alone, s
 stops all of it cleanly, and the same command continues; a command that failed is named with its log's last lines, and
 what does not need it is made all the same. Logs and times are in ``runs/results``. What is finished is not made again:
 to measure a part anew, remove its folder in ``runs`` (a benchmark: its log in ``runs/results/logs``).
+
+Real data sets are made only if they are named. FOLDER holds ``cifar10/train`` and ``cifar10/test``, a folder per class
+in each; ``tiny_imagenet10``, a folder per class; and ``celeba_half.zip``, CelebA's aligned images at half size.
 
 At the end tables, figures and times go into the document between markers (``<!-- begin NAME -->``); the prose around
 them is never touched, and a part that is not finished leaves what stands there.
@@ -38,7 +42,20 @@ from ral_gym.errors import ConfigError, RunError
 from ral_gym.runs.storage import load_json, save_json
 
 ROOT = Path(__file__).resolve().parents[1]
-PartName = Literal["benchmarks", "demo", "ablation", "frontier", "oracle", "swap", "exposure", "gradient"]
+PartName = Literal[
+    "benchmarks",
+    "demo",
+    "ablation",
+    "frontier",
+    "oracle",
+    "swap",
+    "exposure",
+    "gradient",
+    "cifar10",
+    "classes",
+    "celeba",
+]
+REAL_PARTS: tuple[PartName, ...] = ("cifar10", "classes", "celeba")
 ALL_PARTS: tuple[PartName, ...] = (
     "benchmarks",
     "demo",
@@ -63,6 +80,8 @@ class Experiment:
         groups: values of its flag `--groups`, a command each.
         seeds: its own seeds, whatever the others have; None: theirs.
         at_once: one command for all seeds: by itself, a seed would do what only the first one has to.
+        home: its folder in ``runs``; "": the script's name.
+        images: flags that name images, and the source, in which ``{}`` is the folder of the real data sets.
     """
 
     script: str
@@ -72,6 +91,19 @@ class Experiment:
     groups: tuple[str, ...] = ()
     seeds: tuple[int, ...] | None = None
     at_once: bool = False
+    home: str = ""
+    images: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def folder(self) -> str:
+        """Its folder in ``runs``."""
+        return self.home or self.script
+
+
+def real(preset: str, *images: tuple[str, str]) -> Experiment:
+    """`does_rl_help.py` with a preset for a real data set."""
+    home, flags = f"does_rl_help_{preset}", ("--preset", preset)
+    return Experiment("does_rl_help", ("frontier_seed0.png",), flags, from_base=False, home=home, images=images)
 
 
 GRID = ("levels", "maps", "generation", "baseline", "gamma")
@@ -82,6 +114,9 @@ EXPERIMENTS: dict[str, Experiment] = {
     "oracle": Experiment("oracle_experiment", ("nll_curve.png",)),
     "swap": Experiment("swap_algorithm", ("*/learning_curves.png",), from_base=False),
     "exposure": Experiment("exposure_bias", ("exposure_comparison.png",), from_base=False, at_once=True),
+    "cifar10": real("demo-cifar10", ("--data", "folder:{}/cifar10/train"), ("--test", "folder:{}/cifar10/test")),
+    "classes": real("demo-classes", ("--data", "folder:{}/tiny_imagenet10")),
+    "celeba": real("demo-celeba", ("--data", "celeba:{}/celeba_half.zip")),
 }
 BENCHMARKS: dict[str, tuple[str, ...]] = {
     "sampling": ("--quick", "--threads", "1"),
@@ -107,6 +142,8 @@ class Arguments:
     """Folder of the runs; logs and times go to its `results`."""
     docs: str = "docs"
     """Folder of results.md, where the figures go too."""
+    images: str = "."
+    """Folder of the real data sets."""
     assemble_only: bool = False
     """Run nothing; put existing results into the document."""
     dry_run: bool = False
@@ -143,7 +180,8 @@ def plan(arguments: Arguments) -> list[Job]:
         Job(name, (script("benchmarks", name), *flags), alone=True, makes=runs / f"results/logs/{name}.log")
         for name, flags in (BENCHMARKS.items() if "benchmarks" in parts else ())
     ]
-    experiments = [(name, EXPERIMENTS[name]) for name in ALL_PARTS if name in EXPERIMENTS and name in parts]
+    order = [*ALL_PARTS, *REAL_PARTS]
+    experiments = [(name, EXPERIMENTS[name]) for name in order if name in EXPERIMENTS and name in parts]
     needed = {seed for _, one in experiments if one.from_base for seed in one.seeds or arguments.seeds}
     # One after the other would make the same base run; side by side they would be refused.
     flags = ("--preset", "demo-patchgan", "--stages", "vqvae", "prior", "--runs", arguments.runs, "--quiet")
@@ -167,7 +205,8 @@ def experiment_jobs(name: str, experiment: Experiment, arguments: Arguments) -> 
         experiment: the part.
         arguments: the command's.
     """
-    command = (script("examples", experiment.script), *experiment.flags)
+    images = [word.format(arguments.images) for pair in experiment.images for word in pair]
+    command = (script("examples", experiment.script), *experiment.flags, *images)
     common = ("--runs", arguments.runs, "--quiet")
     seeds = experiment.seeds or arguments.seeds
     all_seeds = ("--seeds", *map(str, seeds))
@@ -175,7 +214,7 @@ def experiment_jobs(name: str, experiment: Experiment, arguments: Arguments) -> 
     if experiment.groups:
         pieces = {group: (*all_seeds, "--groups", group) for group in experiment.groups}
     pieces = {} if experiment.at_once else pieces
-    table = Path(arguments.runs) / experiment.script / "table.md"
+    table = Path(arguments.runs) / experiment.folder / "table.md"
     jobs = []
     for piece, flags in pieces.items():
         starts = [seed for seed in seeds if experiment.from_base and (experiment.groups or piece == f"seed{seed}")]
@@ -207,7 +246,7 @@ def assemble(arguments: Arguments, failed: Sequence[str], console: Console) -> N
     folder = runs / "results"
     blocks: dict[str, str] = {}
     for name, experiment in EXPERIMENTS.items():
-        home = runs / experiment.script
+        home = runs / experiment.folder
         if name in arguments.parts and name not in failed and (home / "table.md").exists():
             found = sorted({file for pattern in experiment.figures for file in home.glob(pattern)})
             figures = {file: figure_name(name, file.relative_to(home)) for file in found}

@@ -37,7 +37,7 @@ def test_does_rl_help(tmp_path: Path) -> None:
     example = ROOT / "examples" / "does_rl_help.py"
     text = run_script(example, "--preset", "smoke", "--seeds", "1", "2", "--quiet", cwd=tmp_path)
     assert "Means over seeds 1, 2" in text
-    folder = tmp_path / "runs" / "does_rl_help"
+    folder = tmp_path / "runs" / "does_rl_help_smoke"
     summary = json.loads((folder / "results.json").read_text())
     table = [json.loads((tmp_path / "runs" / f"smoke-seed{s}" / "results.json").read_text())["rows"] for s in (1, 2)]
     assert summary["rows"]["ral"]["fd"] == [rows["ral"]["fd"] for rows in table]
@@ -47,3 +47,6 @@ def test_does_rl_help(tmp_path: Path) -> None:
     differences = [rows["ral"]["fd"] - rows["mle_continued"]["fd"] for rows in table]
     assert ral.endswith(f"| {mean_and_interval(differences, 1)} |")
     assert (folder / "frontier_seed1.png").stat().st_size > 1000
+    each = f"{differences[0]:+.1f} / {differences[1]:+.1f}; mean {sum(differences) / 2:+.1f} ["
+    said = "* At temperature 1, RAL's FD minus that of `mle_continued`: " + each
+    assert said in (folder / "table.md").read_text() and said[2:60] in text

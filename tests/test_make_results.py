@@ -205,6 +205,15 @@ def test_pieces_of_the_document(tmp_path: Path) -> None:
     assert machine_line(machine) == "Begun today at a load average of 0.1: 2 cores of Fast; Python 3, PyTorch 2."
 
 
+def test_real_data_sets_are_made_only_if_named(script) -> None:
+    assert not any("cifar10" in str(job) for job in script.plan(script.Arguments()))
+    parts = script.Arguments(parts=("cifar10", "celeba"), seeds=(0, 1), images="/data")
+    jobs = {job.name: job for job in script.plan(parts)}
+    assert list(jobs) == [f"{part}-{end}" for part in parts.parts for end in ("seed0", "seed1", "summary")]
+    assert "--data folder:/data/cifar10/train --test folder:/data/cifar10/test --seeds 1 " in str(jobs["cifar10-seed1"])
+    assert "--preset demo-celeba --data celeba:/data/celeba_half.zip" in str(jobs["celeba-summary"])
+
+
 def test_the_plan_trains_each_base_once_and_before_what_starts_from_it(script) -> None:
     jobs = {job.name: job for job in script.plan(script.Arguments())}
     assert jobs["oracle-seed1"].needs == ("base-seed1",) and "--preset demo-patchgan" in str(jobs["base-seed1"])
