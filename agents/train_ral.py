@@ -35,6 +35,7 @@ from ral_gym.rewards.options import reward_options
 from ral_gym.rewards.provenance import check_reward_files, keep_reward_files
 from ral_gym.rewards.reference import load_reference
 from ral_gym.rewards.scorer import find_features
+from ral_gym.runs.hub import local_folder
 from ral_gym.runs.run import Run, random_state, read_config, seed_everything, set_random_state
 from ral_gym.runs.sharing import Processes
 from ral_gym.stages.device import resolve_device
@@ -280,17 +281,19 @@ def load_run(path: Path | str, device: str = "auto", restore_random: bool = True
     reset_num_timesteps=False)`` continues training, and returns at once if the run is finished.
 
     Args:
-        path: a run folder with stages 1 and 2, and a checkpoint of stage 3.
+        path: a run folder with stages 1 and 2, and a checkpoint of stage 3; or ``hf://user/name``, also with
+            ``@revision``: a run on the hub, kept in ~/.cache/ral_gym/hub.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         restore_random: also set the global random states of Python, NumPy and torch.
         plugins: modules that register parts, or ``module:Class`` names that the run's files may use.
 
     Raises:
         ConfigError: a plug-in that cannot be imported, or a file that names code whose import was not allowed.
-        RunError: not a run folder, or a stage is missing or damaged.
+        RunError: not a run folder, a stage is missing or damaged, or the hub cannot be reached or refuses.
         DeviceError: a device that does not exist here.
     """
     load_plugins(plugins)
+    path = local_folder(path)
     run, where = Run(path, read_config(path)), resolve_device(device)
     if not run.has(f"checkpoints/{STAGE}.safetensors"):
         raise RunError(f"{run.path} has no checkpoint of stage 3 (checkpoints/{STAGE}.safetensors): train it first")

@@ -16,8 +16,10 @@ import tyro
 from ral_gym.commands.draw_arguments import CompleteArguments, PlayArguments, Plugins, RunFolder, SampleArguments
 from ral_gym.commands.ending import output
 from ral_gym.commands.help import is_short_help, known_preset, print_short_help, with_full_help
+from ral_gym.commands.hub_arguments import PullArguments, PushArguments
 from ral_gym.commands.import_arguments import ImportArguments
 from ral_gym.commands.look_arguments import (
+    CacheArguments,
     CompareArguments,
     CompletionArguments,
     DemoArguments,
@@ -159,16 +161,6 @@ class VerifyArguments:
     """Your own parts: modules that register some, or `module:Class` names that the run's files may ask for."""
 
 
-@dataclass
-class CacheArguments:
-    """List the decoded images that are cached on disk, or remove them."""
-
-    clear: bool = False
-    """Remove all of them."""
-    cache_dir: str | None = None
-    """The cache folder, as data.cache_dir of a run. None: ~/.cache/ral_gym."""
-
-
 Arguments = (
     TrainArguments
     | DemoArguments
@@ -181,6 +173,8 @@ Arguments = (
     | VerifyArguments
     | ReportArguments
     | ReferenceArguments
+    | PushArguments
+    | PullArguments
     | RunsArguments
     | CompareArguments
     | PresetsArguments
@@ -214,6 +208,8 @@ def parse(argv: Sequence[str]) -> Arguments:
         Annotated[VerifyArguments, tyro.conf.subcommand("verify")],
         Annotated[ReportArguments, tyro.conf.subcommand("report")],
         Annotated[ReferenceArguments, tyro.conf.subcommand("reference")],
+        Annotated[PushArguments, tyro.conf.subcommand("push")],
+        Annotated[PullArguments, tyro.conf.subcommand("pull")],
         Annotated[RunsArguments, tyro.conf.subcommand("runs")],
         Annotated[CompareArguments, tyro.conf.subcommand("compare")],
         Annotated[PresetsArguments, tyro.conf.subcommand("presets")],
@@ -235,7 +231,7 @@ def parse(argv: Sequence[str]) -> Arguments:
 
 COMMANDS = (
     *("train", "demo", "import", "sample", "complete", "play", "watch", "evaluate"),
-    *("verify", "report", "reference", "runs", "compare", "presets", "cache", "completion"),
+    *("verify", "report", "reference", "push", "pull", "runs", "compare", "presets", "cache", "completion"),
 )
 
 

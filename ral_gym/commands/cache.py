@@ -7,7 +7,7 @@ import time
 from rich.console import Console
 from rich.table import Table
 
-from ral_gym.commands.arguments import CacheArguments
+from ral_gym.commands.look_arguments import CacheArguments
 from ral_gym.data.cache_folder import CacheFolder
 from ral_gym.data.opening import MB
 from ral_gym.errors import printable

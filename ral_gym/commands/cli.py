@@ -12,7 +12,6 @@ from rich.console import Console
 
 from ral_gym.commands.arguments import (
     Arguments,
-    CacheArguments,
     CompleteArguments,
     EvaluateArguments,
     PresetsArguments,
@@ -27,8 +26,10 @@ from ral_gym.commands.arguments import (
 )
 from ral_gym.commands.draw_arguments import PlayArguments
 from ral_gym.commands.ending import run_command
+from ral_gym.commands.hub_arguments import PullArguments, PushArguments
 from ral_gym.commands.import_arguments import ImportArguments
 from ral_gym.commands.look_arguments import (
+    CacheArguments,
     CompareArguments,
     CompletionArguments,
     DemoArguments,
@@ -92,6 +93,14 @@ def _dispatch(arguments: Arguments, console: Console) -> None:
             from ral_gym.commands.reference import write_reference
 
             write_reference(arguments, console)
+        case PushArguments():
+            from ral_gym.commands.hub import push_run
+
+            push_run(arguments, console)
+        case PullArguments():
+            from ral_gym.commands.hub import pull_run
+
+            pull_run(arguments, console)
         case RunsArguments():
             from ral_gym.commands.run_list import list_runs
 

@@ -46,6 +46,16 @@ class RunsArguments:
 
 
 @dataclass
+class CacheArguments:
+    """List the decoded images that are cached on disk, or remove them."""
+
+    clear: bool = False
+    """Remove all of them."""
+    cache_dir: str | None = None
+    """The cache folder, as data.cache_dir of a run. None: ~/.cache/ral_gym."""
+
+
+@dataclass
 class CompareArguments:
     """Put the tables and samples of several runs side by side, here and on one HTML page.
 

@@ -101,6 +101,9 @@ def next_lines(arguments: Any) -> list[str]:
         case "Reference":
             reward = "--ral.reward-reference FILE --ral.reward-weights loo_fd 1"
             return [f"ral-gym train --start-from {path} --name NEW {reward}   a Frechet distance as the reward"]
+        case "Pull":
+            pulled = arguments.folder or f"runs/{arguments.repo.partition('@')[0].rpartition('/')[2]}"
+            return steps_of(read_facts(Path(pulled)))
         case "Presets":
             name = arguments.name
             return [f"ral-gym train --preset {_word(Path(name or 'demo'))} --dry-run   what it costs, without training"]
