@@ -63,4 +63,5 @@ def test_the_archives_hold_what_a_reader_needs(tmp_path) -> None:
     with tarfile.open(source) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"README.md", "CHANGELOG.md", "examples/train_celeba.py", "docs/results.md", "envs/core.py"} <= names
+    assert {path.relative_to(ROOT).as_posix() for path in (ROOT / "examples").rglob("*.ipynb")} <= names
     assert not any(name.startswith(("runs", ".venv", "docs/_build", ".git")) for name in names)
