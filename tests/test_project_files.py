@@ -52,6 +52,21 @@ def test_forms_have_a_name_and_fields() -> None:
         assert all(part["attributes"].get("label") for part in form["body"])
 
 
+def test_the_gallery_names_every_example_and_its_pictures_are_there() -> None:
+    folder, page = ROOT / "examples", (ROOT / "examples/README.md").read_text(encoding="utf-8")
+    shown = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", page)
+    pictures = {path.relative_to(folder).as_posix() for path in (folder / "pictures").iterdir()}
+    assert set(shown) == pictures and len(shown) == len(pictures)
+    assert all((folder / name).stat().st_size <= 60_000 for name in shown)
+    named = {link for link in re.findall(r"(?<!!)\[[^\]]+\]\(([^)]+)\)", page) if not link.startswith("../")}
+    parts = [*folder.glob("*.py"), *folder.glob("notebooks/*.ipynb"), *folder.glob("extending/own_*")]
+    assert named == {path.relative_to(folder).as_posix() for path in parts}
+    commands = set(re.findall(r"`python examples/(\w+\.py)", page))
+    assert commands == {path.name for path in folder.glob("*.py")} - {"rl_zoo3_conf.py"}
+    rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| ") and "`](" in line]
+    assert all(cells[-1].strip(" |") for cells in rows)
+
+
 @pytest.mark.commands
 def test_the_archives_hold_what_a_reader_needs(tmp_path) -> None:
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
@@ -63,5 +78,6 @@ def test_the_archives_hold_what_a_reader_needs(tmp_path) -> None:
     with tarfile.open(source) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"README.md", "CHANGELOG.md", "examples/train_celeba.py", "docs/results.md", "envs/core.py"} <= names
-    assert {path.relative_to(ROOT).as_posix() for path in (ROOT / "examples").rglob("*.ipynb")} <= names
+    shown = [*(ROOT / "examples").rglob("*.ipynb"), *(ROOT / "examples/pictures").iterdir()]
+    assert {path.relative_to(ROOT).as_posix() for path in shown} <= names
     assert not any(name.startswith(("runs", ".venv", "docs/_build", ".git")) for name in names)

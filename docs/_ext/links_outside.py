@@ -1,7 +1,7 @@
 """Links between the pages and the files outside docs/, which work in the repository, as the site needs them.
 
-CHANGELOG.md and SECURITY.md are pages: a line ``<!-- file: SECURITY.md -->`` stands for one. A link to a folder becomes
-its text. A link to another single file needs nothing: the file comes with the site, to be downloaded.
+CHANGELOG.md, SECURITY.md and examples/README.md are pages: a line ``<!-- file: SECURITY.md -->`` stands for one. A link
+to a folder becomes its text. A link to another single file needs nothing: the file comes with the site, for download.
 """
 
 import re
@@ -11,9 +11,9 @@ from sphinx.application import Sphinx
 
 ROOT = Path(__file__).resolve().parents[2]
 MARK = re.compile(r"<!-- file: (\S+) -->")
-PAGES = {"SECURITY.md": "security.md", "CHANGELOG.md": "changelog.md"}
-"""Files at the top of the repository, and the pages that show them."""
-TO_FILE = re.compile(r"\]\((?:\.\./)+(SECURITY\.md|CHANGELOG\.md)((?:#[^)]*)?)\)")
+PAGES = {"SECURITY.md": "security.md", "CHANGELOG.md": "changelog.md", "examples/README.md": "examples.md"}
+"""Files outside docs/, and the pages that show them."""
+TO_FILE = re.compile(rf"\]\((?:\.\./)+({'|'.join(map(re.escape, PAGES))})((?:#[^)]*)?)\)")
 TO_FOLDER = re.compile(r"\[([^\]]+)\]\((?:\.\./)+(?:[\w-]+/)*[\w-]+/?\)")
 
 
@@ -28,14 +28,21 @@ def mend(text: str, docname: str) -> str:
     return TO_FOLDER.sub(r"\1", text)
 
 
-def top_file(match: re.Match[str]) -> str:
-    """A file at the top of the repository, its links seen from docs/."""
-    return (ROOT / match[1]).read_text(encoding="utf-8").replace("](docs/", "](")
+def file_outside(match: re.Match[str]) -> str:
+    """A file outside docs/, its links seen from docs/.
+
+    >>> "](../examples/pictures/ablation.png)" in file_outside(MARK.match("<!-- file: examples/README.md -->"))
+    True
+    """
+    text, folder = (ROOT / match[1]).read_text(encoding="utf-8"), match[1].rpartition("/")[0]
+    if not folder:
+        return text.replace("](docs/", "](")
+    return re.sub(r"\]\((?!\.\./|#|[a-z]+:)", f"](../{folder}/", text).replace("](../docs/", "](")
 
 
 def mend_page(app: Sphinx, docname: str, source: list[str]) -> None:
     """Mend a page as it is read."""
-    source[0] = mend(MARK.sub(top_file, source[0]), docname)
+    source[0] = mend(MARK.sub(file_outside, source[0]), docname)
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
