@@ -1,15 +1,20 @@
-"""The speed benchmark: it runs from end to end on tiny settings, and its arithmetic is right."""
+"""The speed benchmarks: they run from end to end on tiny settings, and their arithmetic is right."""
 
+import contextlib
 import importlib.util
+import logging
+import math
 import sys
 import time
 from functools import cache
 from pathlib import Path
 from types import ModuleType
 
+import cost
 import gymnasium as gym
 import numpy as np
 import pytest
+import throughput
 import torch
 from rich.console import Console
 from stable_baselines3.common.buffers import RolloutBuffer
@@ -174,3 +179,44 @@ def test_native_vector_environment_outruns_single_ones() -> None:
         env.reset()
     spent = [min(bench()._step_seconds(env, actions) for _ in range(2)) for env in envs]
     assert spent[1] > 5 * spent[0]
+
+
+def table_rows(text: str) -> dict[str, str]:
+    """The lines of printed tables by their first cells."""
+    return {line.split("  ")[0]: line for line in text.splitlines()}
+
+
+def test_the_benchmark_of_cost_prints_every_row(capsys, caplog) -> None:
+    caplog.set_level(logging.CRITICAL, "ral_gym")
+    cost.main(["--quick"], Console(width=80))
+    out = capsys.readouterr().out
+    assert all(len(line) <= 80 for line in out.splitlines())
+    rows = table_rows(out)
+    for row in ("an image drawn", "an update", "a row of the table", *(f"stage {n}, an update" for n in (1, 2, 3))):
+        assert row in rows, out
+    assert "<= 1.1x" in rows["stage 3, an update"]
+
+
+def test_the_slope_of_a_power_is_its_exponent_and_turns_are_taken() -> None:
+    assert cost.slope([64, 256, 1024], [3 * math.sqrt(t) ** 3 for t in (64, 256, 1024)]) == pytest.approx(1.5)
+    seen: list[str] = []
+    works = [lambda: seen.append("a"), lambda: seen.append("b") or 2.5]
+    rounds = cost.in_turns(works, 2)
+    assert seen == ["a", "b"] * 3 and [spent[1] for spent in rounds] == [2.5, 2.5]
+
+
+def test_the_benchmark_of_throughput_prints_every_row(capsys, monkeypatch) -> None:
+    """Its processes for threads would take longer than all others; they are played by functions."""
+
+    @contextlib.contextmanager
+    def child(threads, spin, prior):
+        yield lambda: {"1": 1.0, "2": 4.0 if spin is None else 0.8}[threads]
+
+    monkeypatch.setattr(throughput, "child", child)
+    monkeypatch.setattr(throughput, "busy_core", lambda busy: contextlib.nullcontext())
+    monkeypatch.setattr(throughput, "measure", lambda prior, batch, quick: ([], [1.0], [120.0], False))
+    throughput.main(["--quick"], Console(width=80))
+    rows = table_rows(capsys.readouterr().out)
+    assert ">= 1.0x" in rows["stage 1, 16 a step"] and ">= 1.0x" in rows["stage 2, 16 a step"]
+    assert "120x" in rows["T=64, 16 images"]
+    assert rows["as commands wait"].count("1.25x") == 2 and rows["OpenMP's default"].count("0.25x") == 2

@@ -58,8 +58,8 @@ class ImageLosses:
             self.discriminator = make_discriminator(config, tokenizer)
             rate = config.discriminator_learning_rate or config.learning_rate
             betas = (config.adam_beta1, config.adam_beta2)
-            optimizer = make_adam(self.discriminator, rate, betas)
-            self.model, self.optimizer = accelerator.prepare(self.discriminator, optimizer)
+            self.optimizer = make_adam(self.discriminator, rate, betas)
+            self.model = accelerator.prepare(self.discriminator)
 
     def begun(self, step: int) -> bool:
         """Whether the adversarial loss counts at a step, the first of which is 1."""

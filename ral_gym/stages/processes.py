@@ -74,7 +74,10 @@ def launcher_note() -> str:
 
 
 def make_accelerator(device: torch.device, compute: Compute | None = None) -> Accelerator:
-    """An `accelerate` front end for the stage's model, optimizer and backward pass on `device`.
+    """An `accelerate` front end for the stage's model and backward pass on `device`.
+
+    Optimizers are not given to it: its wrapper does nothing here that they do not do themselves (it scales the
+    gradients of 16-bit floats, which no stage has), and looks for a package on the disk at every step.
 
     Raises:
         ConfigError: a setting of `compute` is out of range.

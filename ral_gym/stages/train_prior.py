@@ -159,7 +159,7 @@ def fit(
 ) -> Clock:
     """The loop of all tasks, from its checkpoint if there is one; without `held_out` nothing is measured or logged."""
     main = accelerator.is_main_process
-    model, optimizer = accelerator.prepare(prior, optimizer)
+    model = accelerator.prepare(prior)  # not the optimizer, see `make_accelerator`
     batches = JointBatches(accelerator, len(data.codes), task.batch_size, n_parts, task.batch_setting)
     start = _resume(run, task, prior, optimizer, average, batches, held_out)
     clock, rate, writer = Clock(run, task.stage), task.rate, None

@@ -72,7 +72,7 @@ def train_vqvae(
     betas = (config.adam_beta1, config.adam_beta2)
     optimizer = make_adam(vqvae, config.learning_rate, betas)
     losses = ImageLosses(config, vqvae, accelerator)
-    model, optimizer = accelerator.prepare(TrainingStep(vqvae, losses), optimizer)
+    model = accelerator.prepare(TrainingStep(vqvae, losses))  # not the optimizer, see `make_accelerator`
     n_parts = compute.gradient_accumulation
     batches = JointBatches(accelerator, len(images.train), config.batch_size, n_parts, "vqvae.batch_size")
     batches.join_codebooks(vqvae)
