@@ -26,6 +26,7 @@ from ral_gym.agents.train_ral import make_stage
 from ral_gym.agents.vec_env import CodeVecEnv
 from ral_gym.config import Config
 from ral_gym.priors.pixelcnn import PixelCNN
+from ral_gym.rewards.augmentation import AUGMENTATIONS
 from ral_gym.runs.alike import digest
 from ral_gym.runs.run import Run, random_state, read_config
 from ral_gym.runs.sharing import Processes
@@ -181,6 +182,12 @@ CASES["stage_hinge_terms"] = stage(
     mle_coef=0.1,
     reward_features="pyramid",
     reward_weights={"critic": 1.0, "loo_fd": 1.0, "kid": 0.5},
+)
+CASES["stage_patch_options"] = stage(
+    changes={"loss": "hinge", "augment": AUGMENTATIONS, "r1": 0.3, "r1_every": 2, "spectral_norm": True},
+    updates=2,
+    algo="reinforce",
+    reset_mode="mixed",
 )
 CASES["stage_levels"] = stage(levels=2, updates=3, algo="reinforce", train_levels="top", reset_mode="full")
 CASES["stage_rollouts"] = stage(updates=2, algo="grpo", n_envs=4, n_rollouts=3, rollout_positions=3, reset_mode="full")

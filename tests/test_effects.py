@@ -33,7 +33,7 @@ DEMO_HAS_NO = {
         "data.grey",
     ),
     *("vqvae.perceptual_network", "vqvae.adversarial_start"),
-    *("critic.dropout", "critic.weight_decay", "critic.max_grad_norm", "ral.image_gamma"),
+    *("critic.dropout", "critic.weight_decay", "critic.max_grad_norm", "critic.r1_every", "ral.image_gamma"),
     *(f"vqvae.discriminator_{name}" for name in ("units", "layers", "learning_rate")),
 }
 

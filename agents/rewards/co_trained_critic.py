@@ -20,6 +20,7 @@ from ral_gym.data.subsets import subset
 from ral_gym.errors import ConfigError, DivergedError
 from ral_gym.grid import CodeGrid
 from ral_gym.metrics import auc
+from ral_gym.rewards.augmentation import augmented, draw_augmentations
 from ral_gym.rewards.critic import critic_loss
 from ral_gym.rewards.score_map import Normalization, RewardKind, ScoreNormalizer
 from ral_gym.rewards.scorer import CriticScorer
@@ -215,6 +216,8 @@ class CoTrainedCritic:
     def _backward(self, rows: Tensor, fake_codes: Tensor, labels: Tensor | None) -> dict[str, float]:
         """Gradients of the loss on real images `rows` (B,) and fakes (B, codes_of(r)), and the metrics."""
         processes, n, weights = self.processes, len(rows), None
+        kinds = self.config.augment
+        changes = draw_augmentations(2 * n, self.generator).view(2, n, -1) if kinds else None  # (2, B, DRAWS)
         own, share = slice(0, n), 1 / processes.size  # every process computes all of it: the mean is bit for bit equal
         if processes.size > 1 and self._splits:
             own, mine = processes.rows(n), processes.share(n)
@@ -222,6 +225,8 @@ class CoTrainedCritic:
             weights = torch.rand(n, generator=self.generator)[own] if self.config.loss == "wgan_gp" else None
         real = self.real(rows[own], self.grid.rows_of(self.grid.without_labels(fake_codes).shape[1]))
         fake = self.see(fake_codes[own])
+        if changes is not None:
+            real, fake = (augmented(one, kinds, each[own]) for one, each in zip((real, fake), changes, strict=True))
         loss, metrics = self._loss(real, fake, None if labels is None else labels[own], weights)
         (share * loss).backward()
         processes.sum_gradients(self.critic.parameters())
@@ -245,12 +250,24 @@ class CoTrainedCritic:
             loss, metrics = found if isinstance(found, tuple) else (found, {})
             return loss, {name: float(value) for name, value in metrics.items()} | {"loss": float(loss.detach())}
         settings = self.config
+        r1 = settings.r1 * settings.r1_every if self.n_updates % settings.r1_every == 0 else 0.0
         return critic_loss(
-            self.critic, real, fake, settings.gradient_penalty, self.generator, settings.loss, weights=weights, **given
+            self.critic,
+            real,
+            fake,
+            settings.gradient_penalty,
+            self.generator,
+            settings.loss,
+            weights=weights,
+            r1=r1,
+            **given,
         )
 
     def train(self, pool: FinishedImages, n_steps: int) -> dict[str, float]:
-        """Several steps on a pool of fakes; the mean metrics: `loss`, `gap`, `gradient_penalty`, or the loss's own."""
+        """Several steps on a pool of fakes; the mean metrics: `loss`, `gap`, a penalty, or those of an own loss.
+
+        A step without a number (`r1_penalty` where it is lazy) counts as 0.
+        """
         sums: dict[str, float] = {}
         for _ in range(n_steps):
             for name, value in self.train_step(pool.batch(self.config.batch_size, self.generator)).items():

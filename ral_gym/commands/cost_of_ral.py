@@ -46,6 +46,8 @@ from ral_gym.rewards.scorer import CriticScorer, find_features
 
 PENALTY_PASSES = 6
 """Cost of a gradient penalty in forward passes: one forward, one to the image, and twice each for their gradients."""
+PENALTY_KEPT = 1.5
+"""What a penalty of gradients keeps, in activations of a forward pass: that pass, and its gradient's (measured)."""
 INCEPTION = (11_400_000_000, 4 * 23_900_000)
 """FID's Inception-v3 at 299 x 299: FLOPs of one image and bytes, from its published multiply-adds and weights."""
 
@@ -157,12 +159,15 @@ def _critic(
     scorer = CriticScorer(vqvae, critic, extractor=features)
     step = _critic_count(lambda: sum_of(critic(_seen(scorer, 2 * settings.batch_size))))
     once = _critic_count(lambda: critic(_seen(scorer, settings.batch_size)), backward=False)
-    penalised = settings.loss == "wgan_gp" and not hasattr(critic, "loss")
-    flops = step.flops + (PENALTY_PASSES * once.flops if penalised else 0)
+    penalties = 0.0  # per step
+    if not hasattr(critic, "loss"):
+        penalties = 1.0 if settings.loss == "wgan_gp" else (settings.r1 > 0) / settings.r1_every
+    flops = step.flops + round(penalties * PENALTY_PASSES * once.flops)
     flops += 0 if scorer.sees == "codes" else 2 * settings.batch_size * decoded
     scored = _critic_count(lambda: critic(_seen(scorer, 1)), backward=False).flops
+    kept = step.kept + round((penalties > 0) * PENALTY_KEPT * step.kept / 2)  # on half of the images
     gradients = bytes_of(critic.parameters())
-    return settings.n_critic * flops, scored, trained_bytes(critic), step.kept // processes, gradients
+    return settings.n_critic * flops, scored, trained_bytes(critic), kept // processes, gradients
 
 
 def _seen(scorer: CriticScorer, n: int) -> Tensor:

@@ -101,7 +101,8 @@ EFFECTS = (
         lambda config: config.critic.kind != "patch" or config.critic.loss == "wgan_gp",
     ),
     Effect(
-        "critic.hidden_units critic.layers critic.loss critic.gradient_penalty ral.reward",
+        "critic.hidden_units critic.layers critic.loss critic.gradient_penalty critic.augment critic.r1 "
+        "critic.r1_every critic.spectral_norm ral.reward",
         "a critic other than causal, whose network is the prior's",
         lambda config: config.critic.kind != "causal",
     ),
@@ -110,6 +111,7 @@ EFFECTS = (
         "critic.kind causal, or a critic of your own that takes it",
         lambda config: config.critic.kind != "patch",
     ),
+    Effect("critic.r1_every", "critic.r1 above 0", lambda config: config.critic.r1 > 0),
     Effect("critic.replay", "critic.fakes previous", lambda config: config.critic.fakes == "previous"),
     Effect(
         "ral.image_gamma",

@@ -22,6 +22,7 @@ def check_fits(config: Any) -> None:
     _check_attention(config)
     _check_image_losses(config)
     _check_rewards(config)
+    _check_critic(config)
     _check_rollouts(config.ral)
 
 
@@ -130,6 +131,23 @@ def _check_rewards(config: Any) -> None:
         raise ConfigError(
             f"ral.reward_reference has statistics of whole images, but ral.reset_mode is {ral.reset_mode}, which stops "
             "some early: give ral.reset_mode full or continue"
+        )
+
+
+def _check_critic(config: Any) -> None:
+    """Refuse two penalties of a critic's slope that contradict each other, and changed pixels where there are none."""
+    critic = config.critic
+    if not config.ral.uses_critic:
+        return
+    if critic.kind == "causal" and critic.augment:
+        raise ConfigError(
+            f"critic.augment is {' '.join(critic.augment)}, which changes pixels, but critic.kind causal sees codes: "
+            "leave critic.augment out, or give critic.kind patch"
+        )
+    if critic.kind != "causal" and critic.loss == "wgan_gp" and critic.r1:
+        raise ConfigError(
+            f"critic.r1 is {critic.r1:g}, which asks for slopes of 0 on real images, but critic.loss is wgan_gp, whose "
+            "penalty asks for slopes of 1: give critic.loss hinge, or critic.r1 0"
         )
 
 

@@ -22,8 +22,8 @@ _NAMES: dict[_Rule, str] = {
         prior.attention_heads prior.augmented_passes prior.patience prior.evaluate_every prior.held_out
         evaluation.held_out
         data.crop data.limit data.max_megapixels data.max_file_mb data.max_files
-        critic.hidden_units critic.layers critic.batch_size critic.replay ral.n_envs ral.n_updates ral.checkpoint_every
-        ral.n_rollouts ral.rollout_positions
+        critic.hidden_units critic.layers critic.batch_size critic.replay critic.r1_every
+        ral.n_envs ral.n_updates ral.checkpoint_every ral.n_rollouts ral.rollout_positions
         ral.grpo.n_epochs ral.ppo.n_epochs ral.maskable_ppo.n_epochs ral.reinforce.batch_size ral.grpo.batch_size
         ral.trpo.n_critic_updates ral.trpo.cg_max_steps ral.trpo.line_search_max_iter ral.trpo.sub_sampling_factor
         """,
@@ -32,7 +32,7 @@ _NAMES: dict[_Rule, str] = {
         vqvae.residual_blocks vqvae.beta vqvae.threshold_ema_dead_code prior.output_stack_layers
         vqvae.perceptual_weight vqvae.adversarial_weight vqvae.adversarial_start
         prior.attention_layers prior.conditioning_stack_layers prior.weight_decay
-        critic.gradient_penalty critic.weight_decay critic.warmup_steps critic.n_critic critic.held_out
+        critic.gradient_penalty critic.r1 critic.weight_decay critic.warmup_steps critic.n_critic critic.held_out
         ral.mle_coef ral.kl_coef ral.guidance
         ral.reinforce.ent_coef ral.grpo.ent_coef ral.ppo.ent_coef ral.a2c.ent_coef ral.maskable_ppo.ent_coef
         ral.reinforce.vf_coef ral.ppo.vf_coef ral.a2c.vf_coef ral.maskable_ppo.vf_coef ral.trpo.cg_damping
@@ -102,8 +102,8 @@ SIZES: dict[int, str] = {
         vqvae.training_steps vqvae.adversarial_start
         prior.training_steps prior.evaluate_every ral.n_updates ral.checkpoint_every
         prior.patience prior.held_out evaluation.held_out
-        critic.warmup_steps critic.held_out data.limit data.test_limit data.memory_budget_mb data.cache_mb
-        data.max_megapixels data.max_file_mb data.max_files
+        critic.warmup_steps critic.r1_every critic.held_out data.limit data.test_limit data.memory_budget_mb
+        data.cache_mb data.max_megapixels data.max_file_mb data.max_files
         ral.reinforce.batch_size ral.grpo.batch_size ral.ppo.batch_size ral.maskable_ppo.batch_size ral.trpo.batch_size
         """,
 }

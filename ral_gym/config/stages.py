@@ -52,6 +52,15 @@ class CriticConfig:
     """`wgan_gp` (Eq. 5) or `hinge` (no gradient penalty: a fifth of the time per step, and it learns on small sets)."""
     gradient_penalty: float = 10.0
     """Weight of the gradient penalty, lambda_gp of Eq. 5; `wgan_gp` only."""
+    augment: tuple[Literal["colour", "translation", "cutout"], ...] = ()
+    """Random changes of the images that the critic is trained on, real and fake alike, never of those that it scores
+    (DiffAugment, Zhao et al., 2020). Usual: all three. Empty: none."""
+    r1: float = 0.0
+    """Weight gamma of the penalty gamma / 2 ||grad D||^2 on real images (R1, Mescheder et al., 2018); `hinge` only."""
+    r1_every: int = 1
+    """With r1: only every so many critic steps, weighted by as much (lazy regularisation, Karras et al., 2020)."""
+    spectral_norm: bool = False
+    """Divide the weights of the critic's convolutions by their largest singular values (Miyato et al., 2018)."""
     batch_size: int = 16
     """Real and as many fake images per critic step."""
     warmup_steps: int = 100

@@ -4,6 +4,10 @@ Each strided layer halves the side, so n layers turn S x S pixels into a score m
 paper's 4 x 4 map of a 128 x 128 image. Fully convolutional: images of fewer rows (partial generation) give maps of
 fewer rows. There is no normalisation layer, since the gradient penalty is per image.
 
+`spectral_norm` divides every convolution's weight by its largest singular value (Miyato et al., 2018, "Spectral
+Normalization for Generative Adversarial Networks"), as one power iteration per training pass estimates it. The vectors
+of classes below are left as they are, since they start at 0.
+
 With classes a patch's score is D(x, y) = head(f) + <E_y, f>, f its features and E_y a vector of class y: the projection
 of "cGANs with Projection Discriminator" (Miyato and Koyama, 2018), patch by patch. E is 0 at first.
 """
@@ -15,6 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrizations
 
 from ral_gym.errors import ConfigError
 from ral_gym.priors.transfer import numbers
@@ -31,13 +36,21 @@ class PatchCritic(nn.Module):
         hidden_units: channels after the first layer, doubled by each further one up to eight times.
         layers: strided convolutions.
         classes: N, labels that scores depend on; 0: none.
+        spectral_norm: divide the convolutions' weights by their largest singular values.
 
     Raises:
         ConfigError: the layers leave no score map.
     """
 
     def __init__(
-        self, image_size: int, channels: int, *, hidden_units: int = 64, layers: int = 4, classes: int = 0
+        self,
+        image_size: int,
+        channels: int,
+        *,
+        hidden_units: int = 64,
+        layers: int = 4,
+        classes: int = 0,
+        spectral_norm: bool = False,
     ) -> None:
         super().__init__()
         if layers < 1 or image_size % 2**layers:
@@ -65,6 +78,11 @@ class PatchCritic(nn.Module):
             self.config["classes"] = classes
             self.class_embedding = nn.Embedding(classes, width)
             nn.init.zeros_(self.class_embedding.weight)
+        if spectral_norm:
+            self.config["spectral_norm"] = True
+            for part in [*self.body, self.head]:
+                if isinstance(part, nn.Conv2d):
+                    parametrizations.spectral_norm(part)
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
         """Images (B, C, h, S) in [-1, 1] -> score map (B, h / 2^n, S / 2^n).
@@ -110,10 +128,29 @@ def gradient_penalty(
     """
     weight = (torch.rand(len(real), generator=generator) if weights is None else weights).to(real.device)
     weight = weight.reshape(-1, *[1] * (real.dim() - 1))  # (B, 1, ..)
-    mixed = (weight * real + (1 - weight) * fake).requires_grad_(True)
-    scores = _scores(critic, mixed, labels).reshape(len(mixed), -1).mean(1)  # (B,)
-    (gradient,) = torch.autograd.grad(scores.sum(), mixed, create_graph=True)
-    return (gradient.flatten(1).norm(dim=1) - 1).square().mean()
+    gradient = _slopes(critic, weight * real + (1 - weight) * fake, labels)
+    return (gradient.norm(dim=1) - 1).square().mean()
+
+
+def r1_penalty(critic: nn.Module, real: Tensor, labels: Tensor | None = None) -> Tensor:
+    """Mean of ``||grad D(x)||_2^2`` at real images x: how steep the critic is where it should be flat in the end.
+
+    R1 of "Which Training Methods for GANs do actually Converge?" (Mescheder et al., 2018).
+
+    Args:
+        critic: as in `gradient_penalty`; D(x) is the mean of the score map.
+        real: (B, C, h, S), or (B, F).
+        labels: (B,) their classes, for a critic that takes them.
+    """
+    return _slopes(critic, real, labels).square().sum(1).mean()
+
+
+def _slopes(critic: nn.Module, seen: Tensor, labels: Tensor | None) -> Tensor:
+    """Gradients of the mean scores to what the critic sees (B, ...), flat (B, D), with a graph."""
+    seen = seen.detach().requires_grad_(True)
+    scores = _scores(critic, seen, labels).reshape(len(seen), -1).mean(1)  # (B,)
+    (gradient,) = torch.autograd.grad(scores.sum(), seen, create_graph=True)
+    return gradient.flatten(1)
 
 
 def _scores(critic: nn.Module, seen: Tensor, labels: Tensor | None) -> Tensor:
@@ -130,6 +167,7 @@ def critic_loss(
     loss: CriticLoss = "wgan_gp",
     labels: Tensor | None = None,
     weights: Tensor | None = None,
+    r1: float = 0.0,
 ) -> tuple[Tensor, dict[str, float]]:
     """What the critic minimises.
 
@@ -146,17 +184,21 @@ def critic_loss(
         loss: `wgan_gp` or `hinge`.
         labels: (B,) classes of the real images and of the fake ones, for a critic that takes them.
         weights: (B,) the penalty's mixing weights, in place of the generator's.
+        r1: gamma, `hinge` only: half of it times `r1_penalty` is added.
 
     Returns:
         the loss (scalar) and the metrics for the log: `loss`, `gap` (mean real - mean fake score) and, for `wgan_gp`,
-        `gradient_penalty`.
+        `gradient_penalty`, or with `r1` `r1_penalty`, what it adds to the loss.
     """
     both = None if labels is None else labels.repeat(2)  # (2 B,)
     real_map, fake_map = _scores(critic, torch.cat([real, fake]), both).chunk(2)  # (B, h', w'), (B, h', w')
     gap = real_map.mean() - fake_map.mean()
     if loss == "hinge":
         total = F.relu(1 - real_map).mean() + F.relu(1 + fake_map).mean()
-        return total, _fetched(loss=total, gap=gap)
+        if not r1:
+            return total, _fetched(loss=total, gap=gap)
+        added = r1 / 2 * r1_penalty(critic, real, labels)
+        return total + added, _fetched(loss=total + added, gap=gap, r1_penalty=added)
     penalty = gradient_penalty(critic, real, fake, generator, labels, weights)
     total = -gap + penalty_weight * penalty
     return total, _fetched(loss=total, gap=gap, gradient_penalty=penalty)

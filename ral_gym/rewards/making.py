@@ -46,6 +46,7 @@ TRAINING = (
     "learning_rate",
     "adam_beta1",
     "adam_beta2",
+    "augment",
     "batch_size",
     "warmup_steps",
     "n_critic",
@@ -55,7 +56,7 @@ TRAINING = (
     "class_conditional",
 )
 """Settings that the training loop reads; a critic gets one only if its constructor names it."""
-LOSS = ("loss", "gradient_penalty")
+LOSS = ("loss", "gradient_penalty", "r1", "r1_every")
 """Settings that the built-in losses read."""
 FACTS: dict[str, tuple[str, ...]] = {
     "codes": ("codebook_size", "height", "width", "levels", "classes"),
@@ -185,8 +186,19 @@ def _facts(cls: type[nn.Module], vqvae: Tokenizer) -> dict[str, Any]:
 
 
 def _check_loss(settings: CriticConfig, cls: type[nn.Module]) -> None:
-    """Refuse a gradient penalty for a critic of discrete codes."""
-    if getattr(cls, "sees", "pixels") == "codes" and not hasattr(cls, "loss") and settings.loss == "wgan_gp":
+    """Refuse penalties of gradients for a critic of discrete codes, and changed pixels for one that sees none."""
+    sees = getattr(cls, "sees", "pixels")
+    if settings.augment and sees != "pixels":
+        raise ConfigError(
+            f"critic.augment is {' '.join(settings.augment)}, which changes pixels, but critic {settings.kind!r} sees "
+            f"{sees}: leave critic.augment out"
+        )
+    if sees == "codes" and not hasattr(cls, "loss") and settings.r1:
+        raise ConfigError(
+            f"critic.r1 is {settings.r1:g}, which needs gradients, but critic {settings.kind!r} sees codes: leave "
+            "critic.r1 out"
+        )
+    if sees == "codes" and not hasattr(cls, "loss") and settings.loss == "wgan_gp":
         raise ConfigError(
             f"critic.loss is wgan_gp, whose penalty needs gradients, but critic {settings.kind!r} sees codes: choose "
             "--critic.loss hinge, or give it a loss of its own"

@@ -160,8 +160,8 @@ class ImageLosses:
 
 def make_discriminator(config: VQVAEConfig, tokenizer: Any) -> PatchCritic:
     """The untrained discriminator of a tokenizer's images."""
-    sizes = {"hidden_units": config.discriminator_units, "layers": config.discriminator_layers}
-    return PatchCritic(tokenizer.image_size, tokenizer.channels, **sizes)
+    units, layers = config.discriminator_units, config.discriminator_layers
+    return PatchCritic(tokenizer.image_size, tokenizer.channels, hidden_units=units, layers=layers)
 
 
 class TrainingStep(nn.Module):
