@@ -74,6 +74,9 @@ class TrainArguments:
     """Stages 1 and 2: split each batch into this many parts, for less memory; the step stays the same."""
     quiet: bool = False
     """No progress bars."""
+    track: tuple[Literal["wandb", "mlflow", "trackio"], ...] = ()
+    """Also send what metrics.jsonl gets to these experiment trackers, which must be installed; TensorBoard has it
+    anyway."""
     plugins: Plugins = ()
     """Your own parts: modules that register some, or `module:Class` names that the run's files may ask for."""
 

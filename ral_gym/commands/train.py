@@ -52,6 +52,7 @@ def train(arguments: TrainArguments, console: Console) -> dict[str, Any]:
     from ral_gym.rewards.provenance import check_reward_files
     from ral_gym.runs.results import load_results
     from ral_gym.runs.run import Run, discard_start
+    from ral_gym.runs.trackers import check_trackers, tracked
     from ral_gym.stages.device import resolve_device
     from ral_gym.stages.evaluate import check_measuring
     from ral_gym.stages.levels import check_prior_settings
@@ -68,6 +69,7 @@ def train(arguments: TrainArguments, console: Console) -> dict[str, Any]:
         return {}
     check_without_images(config, stages)
     device = resolve_device(arguments.device)
+    check_trackers(arguments.track)
     path = Path(arguments.runs) / str(arguments.name)
     if not (path / "results.json").exists():
         check_extras(config, stages)
@@ -91,7 +93,7 @@ def train(arguments: TrainArguments, console: Console) -> dict[str, Any]:
             say(console, effect_notes(config, PRESETS[config.preset]))
         pipeline = Pipeline(run, device, arguments, console)
         check_memory(run, stages, device, pipeline.compute)
-        with run.locked() if main else nullcontext():
+        with run.locked() if main else nullcontext(), tracked(run, arguments.track if main else ()):
             return _run_stages(pipeline, stages, console)
     except BaseException:
         if main and new:
@@ -102,7 +104,7 @@ def train(arguments: TrainArguments, console: Console) -> dict[str, Any]:
 def _started_with(arguments: TrainArguments, config: Config) -> tuple[str, ...]:
     """The files that a run may have before anything is trained in it: those that --start-from copies, above all."""
     stages = STAGES[:2] if arguments.start_from is not None else ()
-    return ("rewards.json", *(name for stage in stages for name in files_of(stage, config)))
+    return ("rewards.json", "trackers.json", *(name for stage in stages for name in files_of(stage, config)))
 
 
 def _fork(source: str, path: Path, config: Config) -> Run:

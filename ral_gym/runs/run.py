@@ -17,6 +17,7 @@
       checkpoints/STAGE.safetensors   optimizers, random states, step: for continuing a stage
       checkpoints/evaluation.json     rows of the table measured so far
       metrics.jsonl               one line per logged step, all stages
+      trackers.json               with --track: the ids of the trackers' runs, and what was sent to them
       seconds.json                run time of each stage, over all sessions
       tensorboard/                the same curves, and sample grids
       samples/*.png               pictures
@@ -30,7 +31,7 @@ from __future__ import annotations
 import contextlib
 import json
 import random
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -96,6 +97,9 @@ class Run:
         path: the folder; made if it does not exist.
         config: the settings. They must equal those the folder was made with.
 
+    Attributes:
+        listeners: called with stage, step and metrics of every logged line.
+
     Raises:
         ConfigError: a setting is out of range.
         RunError: the folder holds another configuration or something else, or cannot be written.
@@ -105,6 +109,7 @@ class Run:
         config.check()
         self.path = Path(path)
         self.config = config
+        self.listeners: list[Callable[[str, int, dict[str, float]], None]] = []
         file = self.path / "config.json"
         try:
             contents = [found.name for found in _visible(self.path) if found != file]
@@ -211,8 +216,10 @@ class Run:
             ) from error
 
     def log(self, stage: str, step: int, metrics: dict[str, float]) -> None:
-        """Append one line to ``metrics.jsonl``."""
+        """Append one line to ``metrics.jsonl``, and tell the `listeners`."""
         append_record(self.file("metrics.jsonl"), {"stage": stage, "step": step, **metrics})
+        for listener in tuple(self.listeners):
+            listener(stage, step, metrics)
 
     def metrics(self, stage: str) -> list[dict[str, Any]]:
         """The logged lines of one stage."""
