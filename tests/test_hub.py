@@ -30,6 +30,8 @@ from ral_gym.tokenizers.code_set import CodeSet
 from tests.hub_stand_in import Hub, point_the_client_at, serving
 from tests.tiny import make_tiny_run
 
+pytestmark = pytest.mark.commands
+
 SECRET = "of my family"
 MEASURED = Path(__file__).parent / "fixtures" / "before_registry" / "one_level" / "results.json"
 STAYS = ("metrics.jsonl", "model.zip", "replay.pkl", "tensorboard/events.out.tfevents.1", "samples/complete_me.png")
