@@ -143,6 +143,7 @@ def stage(levels: int = 1, n_envs: int = 7, updates: int = 4, changes: Any = Non
         settings = {"n_envs": n_envs, "n_updates": updates, "learning_rate": 1e-4, **ral}
         config = dataclasses.replace(config, critic=critic, ral=dataclasses.replace(config.ral, **settings))
         run = Run.__new__(Run)  # config.json is the tiny run's
+        run.listeners = []
         run.path, run.config = path, config
         vqvae = load_vqvae(run, CPU).double()  # type: ignore[attr-defined]
         prior: Any = load_generator(run, "prior", CPU)
