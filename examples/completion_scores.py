@@ -1,10 +1,10 @@
 """How good are a generator's completions? Figure 7 of the paper as numbers: MLE, its continuations, and RAL.
 
-    python examples/completion_scores.py runs/demo                # all held-out images, 8 completions each
+    python examples/completion_scores.py runs/demo                # 256 held-out images, 8 completions each
     python examples/completion_scores.py runs/demo --visible 0.25 --temperature 0.85
 
-The codes of the lower rows of every held-out image are hidden and drawn again, several times, by every generator of the
-run, with the same random numbers. Distances are to the decoded codes of the image itself (what the tokenizer loses no
+The codes of an image's lower rows are hidden and drawn again, several times, by every generator of the run, with the
+same random numbers. Distances are to the decoded codes of the image itself (what the tokenizer loses no
 generator could know):
 
 * pixels: root mean square over the hidden rows, images in [0, 1]; features: Euclidean, of the run's extractor;
@@ -29,6 +29,7 @@ from torch import Tensor
 
 from ral_gym.commands.ending import run_command
 from ral_gym.commands.generate import generator_files, open_run
+from ral_gym.data.subsets import subset
 from ral_gym.errors import ConfigError, RunError
 from ral_gym.metrics.divergences import conditional_log_probs
 from ral_gym.metrics.features import extract, make_extractor
@@ -65,7 +66,7 @@ class Arguments:
     run: tyro.conf.Positional[str]
     """A run folder whose generators are trained."""
     images: int = 256
-    """Held-out images, the first ones; all if there are fewer."""
+    """Held-out images: a seeded random subset; all if there are fewer."""
     completions: int = 8
     """Completions of each image."""
     visible: float = 0.5
@@ -73,7 +74,7 @@ class Arguments:
     temperature: float = 1.0
     """Divides the logits."""
     seed: int = 0
-    """Of the random numbers."""
+    """Of the random numbers, and of the subset."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N, mps."""
 
@@ -95,7 +96,8 @@ def main(argv: Sequence[str], console: Console) -> None:
     priors: dict[str, Prior] = {row: load_generator(run, name, device) for row, name in trained.items()}
     extractor = make_extractor(run.config.evaluation.extractor, encoder_features(vqvae), device)
     codes = CodeSet.load(run.file("codes.safetensors"))
-    true = torch.from_numpy(codes.sequences("test", priors["mle"].grid)[: arguments.images]).long()  # (N, L)
+    chosen = subset(len(codes.test), arguments.images, arguments.seed)
+    true = torch.from_numpy(codes.sequences("test", priors["mle"].grid)[chosen]).long()  # (N, L)
     scores = {name: score(vqvae, extractor, prior, true, arguments) for name, prior in priors.items()}
     headings, cells = table_of(scores)
     caption = caption_of(run, arguments, len(true), extractor.name)

@@ -11,6 +11,7 @@ from rich.console import Console
 from ral_gym.errors import ConfigError, RunError
 from ral_gym.runs.run import Run, read_config
 from ral_gym.stages.levels import load_generator
+from ral_gym.tokenizers.code_set import CodeSet
 from tests.play_runs import RUNS, make_play_runs
 from tests.tiny import make_tiny_run
 
@@ -74,6 +75,21 @@ def test_a_colder_generator_is_less_diverse(script, folders) -> None:
         return json.loads((run / "completion_scores.json").read_text())["rows"]["mle"]["pixels_diversity"]
 
     assert diversity("0.02") < 0.7 * diversity("1")
+
+
+def test_fewer_images_are_a_random_subset_since_the_first_ones_are_of_one_class(script, folders, monkeypatch) -> None:
+    seen = []
+
+    def noted(vqvae, extractor, prior, true, arguments):
+        seen.append(true)
+        return dict.fromkeys(script.FIGURES, torch.ones(len(true)))
+
+    monkeypatch.setattr(script, "score", noted)
+    for seed in range(4):
+        script.main([str(folders["plain"]), "--images", "2", "--seed", str(seed)], Console(quiet=True))
+    first = CodeSet.load(folders["plain"] / "codes.safetensors").test[:2]
+    assert {len(true) for true in seen} == {2}
+    assert not all((true.numpy() == first).all() for true in seen)
 
 
 def test_bad_requests_are_refused(script, folders, tmp_path: Path) -> None:
