@@ -23,16 +23,17 @@ import time
 from pathlib import Path
 
 PARTS = {
-    "info": ("hardware", 30),
-    "tests": ("hardware", 80),
-    "graphs": ("drawing", 35),
-    "sampling": ("drawing", 100),
-    "transformer": ("drawing", 50),
-    "stages": ("training", 80),
-    "memory": ("training", 32),
-    "pipeline": ("training", 60),
+    "info": ("hardware", 25),
+    "tests": ("hardware", 60),
+    "graphs": ("drawing", 25),
+    "sampling": ("drawing", 90),
+    "transformer": ("drawing", 40),
+    "stages": ("training", 60),
+    "rl": ("training", 60),
+    "memory": ("training", 30),
+    "pipeline": ("training", 75),
     "rollout": ("training", 40),
-    "kernels": ("drawing", 30),
+    "kernels": ("drawing", 25),
 }
 """Part -> its module, and seconds at most; the budget ends them earlier."""
 

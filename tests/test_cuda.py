@@ -29,8 +29,11 @@ from ral_gym.agents import (
 )
 from ral_gym.agents.algorithm import trainable_algorithms
 from ral_gym.envs.from_run import _load_once
+from ral_gym.priors import kv_cache
+from ral_gym.priors.gpt import GPT
 from ral_gym.priors.pixelcnn import PixelCNN
 from ral_gym.priors.sampler import CachedSampler, sample_naive
+from ral_gym.priors.transformer import Transformer
 from tests.pretend_device import pretend_cuda
 from tests.tiny import make_tiny_run
 
@@ -208,27 +211,34 @@ def test_vector_environment_equals_that_of_the_cpu(run: str, reset_mode: str, de
     assert np.abs(pictures.astype(int) - expected_pictures).max() <= 1
 
 
-@pytest.fixture
-def prior() -> PixelCNN:
+@pytest.fixture(params=["pixelcnn", "transformer", "gpt"])
+def prior(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Weights of all sizes, so that no part can be left out unnoticed."""
+    monkeypatch.setattr(kv_cache, "FEWEST_SLOTS", 4)  # graphs for 4, 8, 16 and 20 slots
     torch.manual_seed(0)
-    sizes = {"hidden_units": 12, "residual_units": 8, "layers": 3, "conv_filter_size": 3, "output_stack_layers": 2}
-    prior = PixelCNN(11, 4, 5, position_embedding=True, **sizes)
+    sizes = {"hidden_units": 12, "layers": 3}
+    if request.param == "pixelcnn":
+        more = {"residual_units": 8, "conv_filter_size": 3, "output_stack_layers": 2}
+        prior: Any = PixelCNN(11, 4, 5, position_embedding=True, **sizes, **more)
+    elif request.param == "transformer":
+        prior = Transformer(11, 4, 5, attention_heads=3, multiple_of=8, **sizes)
+    else:
+        prior = GPT(11, 4, 5, attention_heads=3, **sizes)
     for parameter in prior.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return prior.eval()
 
 
-def samplers(prior: PixelCNN) -> list[CachedSampler]:
+def samplers(prior: Any) -> list[CachedSampler]:
     """As they come, and with CUDA graphs off; on the CPU the two do the same."""
     made = [CachedSampler(prior), CachedSampler(prior)]
-    assert made[0].use_cuda_graphs == prior.input.embedding.weight.is_cuda
+    assert made[0].use_cuda_graphs == next(prior.parameters()).is_cuda
     made[1].use_cuda_graphs = False
     return made
 
 
 @on_every_device
-def test_graphs_draw_whole_grids_as_plain_runs_do(prior: PixelCNN, device: str) -> None:
+def test_graphs_draw_whole_grids_as_plain_runs_do(prior: Any, device: str) -> None:
     """Also the second time, when graphs are replayed, and with new weights in the same places."""
     prior.to(device)
     uniforms = torch.rand(5, 20, device=device)
@@ -250,7 +260,7 @@ def test_graphs_draw_whole_grids_as_plain_runs_do(prior: PixelCNN, device: str) 
 
 
 @on_every_device
-def test_graphs_step_as_plain_runs_do_from_any_positions(prior: PixelCNN, device: str) -> None:
+def test_graphs_step_as_plain_runs_do_from_any_positions(prior: Any, device: str) -> None:
     """Rows at different positions, and one that starts anew half-way."""
     prior.to(device)
     codes = torch.randint(11, (4, 20), device=device)

@@ -26,7 +26,7 @@ from ral_gym.errors import ConfigError
 from ral_gym.presets import SMOKE
 from ral_gym.priors.guidance import PLAIN, Sampling
 from ral_gym.priors.pixelcnn import PixelCNN
-from ral_gym.priors.sampler import make_sampler
+from ral_gym.priors.sampler import make_sampler, sample_naive
 from ral_gym.priors.transformer import Transformer
 from ral_gym.priors.two_level import TwoLevelPrior
 from ral_gym.rewards.critic import PatchCritic, critic_loss
@@ -315,6 +315,23 @@ def test_a_new_batch_size_is_recorded_anew_and_a_known_one_replayed(device: Devi
     assert [captures for captures, _ in recorded] == [4, 0, 3, 4, 0, 3, 0, 0, 4, 4]
     assert [replays for _, replays in recorded] == [4, 16, 16, 4, 16, 16, 19, 19, 4, 4]
     assert set(sampler._caches) == {5, 2}  # the last two sizes: size 2 had gone, and begins anew
+
+
+def test_a_transformer_records_a_graph_for_many_slots_and_anew_where_weights_have_moved(device: Device) -> None:
+    torch.manual_seed(0)
+    prior = Transformer(11, 4, 4, hidden_units=16, layers=2, attention_heads=2, multiple_of=8).eval().to("cuda")
+    sampler, uniforms = make_sampler(prior), torch.rand(2, T).to("cuda")
+    counts = []
+    for scale in (1, 1, 5):
+        if scale > 1:  # other tensors, where recorded steps do not look
+            for weight in prior.parameters():
+                weight.data = weight.data * scale
+            sampler.refresh()
+        device.counts.clear()
+        codes, _ = sampler.sample(2, uniforms=uniforms)
+        counts.append((device.counts["captures"], device.counts["replays"]))
+        assert torch.equal(codes, sample_naive(prior, 2, uniforms=uniforms)[0])
+    assert counts == [(1, T - 3), (0, T), (1, T - 3)]  # all 16 slots share one
 
 
 @pytest.mark.parametrize("filling", [-1, 11, 12])

@@ -257,6 +257,17 @@ def test_blocked_kernels_change_nothing(uniforms: Tensor, monkeypatch: pytest.Mo
     torch.testing.assert_close(log_probs, plain_log_probs)
 
 
+@pytest.mark.parametrize("start", [0, 9])
+def test_convolutions_by_products_change_nothing(prior: PixelCNN, codes: Tensor, uniforms: Tensor, start: int) -> None:
+    """As on CUDA."""
+    sampler, other = CachedSampler(prior), CachedSampler(prior)
+    other.weights.by_products = True
+    found, log_probs = other.sample(codes=codes, start=start, uniforms=uniforms)
+    expected = sampler.sample(codes=codes, start=start, uniforms=uniforms)
+    assert torch.equal(found, expected[0])
+    torch.testing.assert_close(log_probs, expected[1], atol=1e-12, rtol=0)
+
+
 def test_batch_size_may_change(prior: PixelCNN, uniforms: Tensor) -> None:
     sampler = CachedSampler(prior)
     whole, _ = sampler.sample(B, uniforms=uniforms)

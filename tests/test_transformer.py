@@ -274,7 +274,7 @@ def test_the_cache_holds_a_key_and_a_value_per_slot() -> None:
     assert isinstance(cache, KVCache)
     held = 4 * 2 * 3 * 7 * T * 16  # float32, keys and values, layers, batch, slots, units
     turns = 8 * T * 16 // 2 // 2 + 4  # complex, at most half of a head's units for each slot; and an empty sum
-    assert held <= cache.nbytes <= held + 8 * 7 * (T + 2) + 8 * T + 4 * 7 * (16 + K) + turns
+    assert held <= cache.nbytes <= held + 8 * 7 * (T + 3) + 8 * T + 4 * 7 * (16 + K) + turns
 
 
 def test_half_precision_turns_without_complex_numbers_also_at_places_of_their_own() -> None:

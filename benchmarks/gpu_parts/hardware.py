@@ -95,7 +95,8 @@ def tests(check: Check) -> None:
     select = ["-m", "cuda", *files] if check.on_gpu else ["-k", "graphs and cpu", files[0]]
     environment = {**os.environ, "RAL_GYM_TEST_CUDA": "1"}
     environment.pop("PYTHONWARNINGS", None)
-    command = [sys.executable, "-P", "-m", "pytest", "-p", "no:cacheprovider", "-v", "--durations=8", *select]
+    command = [sys.executable, "-P", "-m", "pytest", "-p", "no:cacheprovider", "-v", "--durations=8"]
+    command += ["-W", "default", *select]  # other versions of the libraries warn of other things
     code = call(check, command, log, environment)
     lines = log.read_text().splitlines()
     failed = [line[:200] for line in lines if line.startswith(("FAILED", "ERROR"))]

@@ -17,7 +17,11 @@ import torch
 from torch import Tensor
 
 from ral_gym.errors import ConfigError
+from ral_gym.priors.cuda_graphs import CudaGraphs
 from ral_gym.priors.transfer import indices_on, on_device
+
+FEWEST_SLOTS = 64
+"""A recorded step attends to so many slots at least; twice as many whenever these are full: few graphs, little waste."""
 
 Transformer = Any
 """`ral_gym.priors.causal.CausalTransformer`, which imports this file."""
@@ -61,7 +65,7 @@ class KVCache:
         batch: B.
 
     Attributes:
-        use_cuda_graphs: without meaning here.
+        use_cuda_graphs: on a CUDA device, replay `step` and `step_at` as CUDA graphs, recorded at their third call.
         features: (B, C), written by `step` and `step_at`.
         logits: (B, K), written by `step` and `step_at`.
     """
@@ -77,6 +81,8 @@ class KVCache:
         self._labels = torch.full((batch,), max(0, prior.largest_label), dtype=torch.int64, device=like.device)
         self._rows = torch.arange(batch, device=like.device)
         self._slots = torch.arange(slots, device=like.device)
+        self._at = torch.zeros(batch, dtype=torch.int64, device=like.device)  # each row's slot, for recorded steps
+        self._graphs, self._recorded = CudaGraphs(like.device), self._addresses()
         self._nothing = like.new_zeros(1, 1, 1)
         # Turning a pair is a complex product; there are none in half precision.
         turns = prior.turns(slice(0, slots)) if like.dtype in (torch.float32, torch.float64) else None
@@ -98,6 +104,8 @@ class KVCache:
             positions: (n,) int64 on the host, 0..T'.
             condition: (n, 1) int64, labels, for a network with classes.
         """
+        if self.use_cuda_graphs and self._recorded != self._addresses():
+            self._graphs, self._recorded = CudaGraphs(self._codes.device), self._addresses()
         given = on_device(positions, codes.device)[:, None] > self._slots[: codes.shape[1]]  # (n, T')
         codes = codes.clamp(max=self.prior.codebook_size - 1).masked_fill(~given, 0)
         self._codes[rows, : codes.shape[1]] = codes
@@ -116,6 +124,10 @@ class KVCache:
             if layer + 1 < len(self.prior.layers):
                 x = block.finish(x, self.prior.attend(queries, keys, values))
 
+    def _addresses(self) -> tuple[int, ...]:
+        """Where the weights lie, which recorded steps read: a module that was moved has others."""
+        return tuple(x.data_ptr() for x in (*self.prior.parameters(), *self.prior.buffers()))
+
     def _unlabelled(self, rows: int) -> Tensor:
         """The labels (n,) of rows that were given none: the start token, or "no class"."""
         if self.prior.classes and not self.prior.null_class:
@@ -128,6 +140,10 @@ class KVCache:
     def step(self, row: int, column: int) -> None:
         """Features and logits of all batch rows at one position."""
         slot = row * self.prior.width + column
+        if self.use_cuda_graphs:
+            self._at.fill_(slot)
+            self._replay(slot)
+            return
         x = self.prior.embed_at(self._codes[:, slot - 1], self._labels, slot)
         seen = slice(0, slot + 1)
 
@@ -141,13 +157,26 @@ class KVCache:
         """Features and logits of the batch rows, each at a position of its own (B,)."""
         slots = on_device(grid_rows * self.prior.width + columns, self._codes.device)  # (B,)
         last = int((grid_rows * self.prior.width + columns).max())
+        if self.use_cuda_graphs:
+            self._at.copy_(slots)
+            self._replay(last)
+        else:
+            self._step_rows(slots, last + 1)
+
+    def _replay(self, last: int) -> None:
+        """Step the rows at the slots `_at`, of which `last` is the last, by a graph that serves many positions."""
+        seen = min(len(self._slots), max(FEWEST_SLOTS, 1 << last.bit_length()))
+        self._graphs.run(seen, lambda: self._step_rows(self._at, seen))
+
+    def _step_rows(self, slots: Tensor, seen: int) -> None:
+        """Features and logits of the batch rows at slots (B,), of the first `seen` at most."""
         before = self._codes[self._rows, (slots - 1).clamp(min=0)]  # (B,)
         x = self.prior.embed_at(before, self._labels, slots)  # (B, C)
-        behind = (self._slots[: last + 1] > slots[:, None])[:, None, None]  # (B, 1, 1, last + 1)
+        behind = (self._slots[:seen] > slots[:, None])[:, None, None]  # (B, 1, 1, seen)
 
         def write(cache: Tensor, new: Tensor) -> Tensor:
             cache[self._rows, :, slots] = new
-            return cache[:, :, : last + 1]
+            return cache[:, :, :seen]
 
         if self._turns is not None:
             turn: Any = self._turns[slots][:, None, None]  # (B, 1, 1, h / 2)

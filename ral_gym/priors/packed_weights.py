@@ -68,6 +68,8 @@ class PackedWeights:
     Attributes:
         attention_of: block -> the attention layer that follows it, for the blocks that have one.
         conditioning: the network on the condition, without dropout; None if there is no condition.
+        by_products: convolve by matrix products; set on CUDA, where cuDNN's convolutions of one grid row in float32
+            take gigabytes.
     """
 
     @torch.inference_mode(False)  # buffers made inside inference mode could not be written outside of it
@@ -108,6 +110,7 @@ class PackedWeights:
         if self.conditioning is not None:
             self.conditioning.eval().requires_grad_(False)
         self._blocked: list[Tensor] | None = [] if _can_block(like) else None
+        self.by_products = like.is_cuda
         self.refresh()
 
     @property
@@ -179,6 +182,8 @@ class PackedWeights:
             (n, rows, W, 2 R).
         """
         weight, bias = self.vertical[layer], self.vertical_bias[layer]
+        if self.by_products:
+            return _convolve_by_products(x, weight[:, :, -seen:], bias)
         padding, x = [0, weight.shape[3] // 2], x.permute(0, 3, 1, 2)
         if self._blocked is not None and seen == weight.shape[2]:
             packed = self._blocked[layer]
@@ -186,3 +191,22 @@ class PackedWeights:
         else:
             pre = F.conv2d(x, weight[:, :, -seen:], bias, padding=padding)
         return pre.permute(0, 2, 3, 1)
+
+
+def _convolve_by_products(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Convolve (n, rows + seen - 1, W, C) with a kernel (O, C, seen, k) by one matrix product per kernel row.
+
+    Columns beyond the sides are zero; the kernel lies channels last in memory.
+
+    Returns:
+        (n, rows, W, O).
+    """
+    seen, side = weight.shape[2:]
+    rows, reach = x.shape[1] - seen + 1, side // 2
+    windows = F.pad(x, (0, 0, reach, reach)).unfold(2, side, 1)  # (n, rows + seen - 1, W, C, k)
+    windows = windows.transpose(3, 4).flatten(3)  # (n, rows + seen - 1, W, k C)
+    kernel = weight.permute(2, 3, 1, 0).flatten(1, 2)  # (seen, k C, O)
+    out = bias.expand(windows[:, :rows].flatten(0, 2).shape[0], -1)  # (n rows W, O)
+    for row in range(seen):
+        out = torch.addmm(out, windows[:, row : row + rows].flatten(0, 2), kernel[row])
+    return out.view(len(x), rows, x.shape[2], -1)

@@ -137,7 +137,7 @@ def partners() -> Iterator[None]:
             raise
         raise RunError(
             f"process {process_index()} of {process_count()} lost another one (it died or was stopped; see its own "
-            "output); saved files are kept: run the same command again to continue"
+            f"output); saved files are kept: run the same command again to continue [{str(error).splitlines()[0]}]"
         ) from error
 
 
