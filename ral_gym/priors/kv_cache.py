@@ -21,7 +21,7 @@ from ral_gym.priors.cuda_graphs import CudaGraphs
 from ral_gym.priors.transfer import indices_on, on_device
 
 FEWEST_SLOTS = 64
-"""A recorded step attends to at least so many slots, twice as many whenever these are full: few graphs, little waste."""
+"""Slots that a recorded step attends to, at least; twice as many whenever they are full: few graphs, little waste."""
 
 Transformer = Any
 """`ral_gym.priors.causal.CausalTransformer`, which imports this file."""
