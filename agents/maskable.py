@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from sb3_contrib.common.maskable.buffers import MaskableRolloutBuffer, MaskableRolloutBufferSamples
-from sb3_contrib.common.maskable.distributions import MaskableCategoricalDistribution
+from sb3_contrib.common.maskable.distributions import MaskableCategorical, MaskableCategoricalDistribution
 from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
 from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import Tensor
@@ -48,7 +48,9 @@ class MaskablePriorPolicy(PriorPolicy):
     """
 
     def _masked(self, logits: Tensor, action_masks: Masks) -> MaskableCategoricalDistribution:
-        distribution = MaskableCategoricalDistribution(self.prior.codebook_size).proba_distribution(logits)
+        distribution = MaskableCategoricalDistribution(self.prior.codebook_size)
+        checks = False if logits.is_cuda else None  # a GPU would be waited for
+        distribution.distribution = MaskableCategorical(logits=logits, validate_args=checks)
         if action_masks is not None:
             distribution.apply_masking(_checked(action_masks, logits).expand(logits.shape))
         return distribution

@@ -19,6 +19,7 @@ from stable_baselines3.common.distributions import CategoricalDistribution
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import Schedule
 from torch import Tensor
+from torch.distributions import Categorical
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ral_gym.agents.episodes import EpisodeRolloutBuffer, Episodes, episode_features, episode_logits
@@ -222,7 +223,9 @@ class PriorPolicy(ActorCriticPolicy):
 
     def _distribution(self, logits: Tensor) -> CategoricalDistribution:
         distribution = CategoricalDistribution(self.prior.codebook_size)
-        return distribution.proba_distribution(logits)
+        # torch's checks of its arguments would make the host wait for a GPU twice.
+        distribution.distribution = Categorical(logits=logits, validate_args=False if logits.is_cuda else None)
+        return distribution
 
     def _look(self, obs: Tensor, cache: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Features, logits, position and stop of ordinary observations, through a cache if it is enabled."""

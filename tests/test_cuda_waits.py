@@ -284,6 +284,18 @@ def test_minibatches_of_ppo_are_sent_without_a_wait(run: str, device: Device) ->
     assert device.counts["h2d"] > 0 and {name: device.counts[name] for name in WAITS} == dict.fromkeys(WAITS, 0)
 
 
+@pytest.mark.parametrize("algo", ["ppo", "maskable_ppo"])
+def test_a_minibatch_of_ppo_waits_for_the_figures_that_sb3_reads(run: str, device: Device, algo: str) -> None:
+    """SB3 reads three losses, the clip fraction and the KL estimate after every one; all of PPO's further waits: 2."""
+    model = make(run, algo)
+    collect(model, device)
+    model.set_logger(configure(None, []))
+    minibatches = model.n_epochs * len(list(model.rollout_buffer.get(model.batch_size)))
+    device.counts.clear()
+    model.train()
+    assert 0 < device.counts["syncs"] - 5 * minibatches <= 2 and device.counts["blocking"] <= 2
+
+
 @pytest.mark.parametrize("loss", ["wgan_gp", "hinge"])
 def test_a_step_of_the_critic_waits_once(device: Device, loss: Any) -> None:
     critic, images = PatchCritic(16, 1, hidden_units=4, layers=2).to("cuda"), torch.rand(8, 1, 16, 16).to("cuda")
