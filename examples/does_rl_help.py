@@ -1,6 +1,6 @@
-"""Does RL help? The demo with several seeds, every control beside RAL, means over the seeds.
+"""Does RL help? The long demo with several seeds, every control beside RAL, means over the seeds.
 
-    python examples/does_rl_help.py --seeds 0 1 2        # three demo runs, then one table and a figure per seed
+    python examples/does_rl_help.py --seeds 0 1 2        # three runs, then one table and a figure per seed
     python examples/does_rl_help.py --preset demo-cifar10 --data folder:PATH/train --test folder:PATH/test
 
 Each seed trains everything anew (VQ-VAE, prior, RAL, controls), so the distances of different seeds have different
@@ -51,7 +51,7 @@ class Arguments:
 
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds to average over; those the settings were tuned on are not among them."""
-    preset: str = "demo"
+    preset: str = "demo-converged"
     """Preset of every run."""
     data: str | None = None
     """Images, as `examples/train_celeba.py` takes them; None: the preset's."""
@@ -118,7 +118,7 @@ def flags_of(arguments: Arguments) -> list[str]:
 
 def folder_of(arguments: Arguments) -> Path:
     """Where the table goes."""
-    return Path(arguments.runs) / ("does_rl_help" + ("" if arguments.preset == "demo" else f"_{arguments.preset}"))
+    return Path(arguments.runs) / ("does_rl_help" + ("" if arguments.preset == "demo-converged" else f"_{arguments.preset}"))
 
 
 def figure_of(row: dict[str, Any], figure: str) -> float | None:

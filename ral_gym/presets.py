@@ -36,6 +36,7 @@ from ral_gym.config.small import (
     DEMO_CELEBA,
     DEMO_CIFAR10,
     DEMO_CLASSES,
+    DEMO_CONVERGED,
     DEMO_PATCHGAN,
     SMOKE,
 )
@@ -56,6 +57,7 @@ __all__ = [
     "DEMO_CELEBA",
     "DEMO_CIFAR10",
     "DEMO_CLASSES",
+    "DEMO_CONVERGED",
     "DEMO_PATCHGAN",
     "LLAMAGEN_B",
     "LLAMAGEN_GRPO",

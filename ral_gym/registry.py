@@ -314,7 +314,8 @@ ALGORITHMS = Registry(
     },
 )
 _PRESET_NAMES = [
-    *("demo", "demo-patchgan", "demo-2level", "demo-attention", "demo-classes", "demo-cifar10", "demo-celeba"),
+    *("demo", "demo-converged", "demo-patchgan", "demo-2level", "demo-attention"),
+    *("demo-classes", "demo-cifar10", "demo-celeba"),
     *("celeba64", "celeba64-oracle", "lsun64-8x8", "lsun64-16x16"),
     *("celeba128-16x16", "lsun128-16x16", "celeba128", "lsun128", "celeba256", "celebahq512"),
     *("vqgan-f16", "vq-16", "vq-8"),

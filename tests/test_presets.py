@@ -66,8 +66,8 @@ TABLES = {
     ),
 }
 SMALL = {
-    *("demo", "demo-patchgan", "demo-classes", "demo-2level", "demo-attention", "demo-cifar10", "demo-celeba"),
-    "smoke",
+    *("demo", "demo-converged", "demo-patchgan", "demo-2level", "demo-attention"),
+    *("demo-classes", "demo-cifar10", "demo-celeba", "smoke"),
 }
 TOKENIZERS = {"vqgan-f16": (1024, 256, 16), "vq-16": (16_384, 8, 16), "vq-8": (16_384, 8, 32)}
 """K, dimension of a code vector, side of the grid."""
