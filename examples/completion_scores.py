@@ -197,4 +197,4 @@ def caption_of(run: Run, arguments: Arguments, images: int, extractor: str) -> s
 
 
 if __name__ == "__main__":
-    run_command(main, sys.argv[1:])
+    sys.exit(run_command(main, sys.argv[1:]))

@@ -118,7 +118,9 @@ def flags_of(arguments: Arguments) -> list[str]:
 
 def folder_of(arguments: Arguments) -> Path:
     """Where the table goes."""
-    return Path(arguments.runs) / ("does_rl_help" + ("" if arguments.preset == "demo-converged" else f"_{arguments.preset}"))
+    return Path(arguments.runs) / (
+        "does_rl_help" + ("" if arguments.preset == "demo-converged" else f"_{arguments.preset}")
+    )
 
 
 def figure_of(row: dict[str, Any], figure: str) -> float | None:

@@ -212,7 +212,10 @@ class GeneratorMetrics:
 
         With the classes (N,) that were asked for also those of `ral_gym.stages.class_metrics`.
         """
-        images = decode_codes(self.vqvae, codes)  # (N, C, S, S)
+        return self.image_distances(decode_codes(self.vqvae, codes), labels, codes)
+
+    def image_distances(self, images: Tensor, labels: Tensor | None = None, codes: Tensor | None = None) -> Row:
+        """As `distances`, of images (N, C, S, S) uint8, which need not come from codes; metrics of your own need them."""
         features = extract(self.extractor, images)  # (N, F)
         self.tell()
         row = self._against(self.distance.features, features)
@@ -224,9 +227,11 @@ class GeneratorMetrics:
             right = accuracy(self.judge, images, labels)
             row |= {"accuracy": right.value} | self._class_distance(features, labels)
             row["intervals"] |= interval_ends({"accuracy": right})
-        generated = {"images": images, "codes": codes, "features": features}
-        own = measure_own(self.own_metrics, generated, self._reference(), self.seed)
-        for part in (self._neighbours(self.neighbourhood, features), self._memorised(features), own):
+        parts = [self._neighbours(self.neighbourhood, features), self._memorised(features)]
+        if codes is not None:
+            generated = {"images": images, "codes": codes, "features": features}
+            parts.append(measure_own(self.own_metrics, generated, self._reference(), self.seed))
+        for part in parts:
             row["intervals"] |= part.pop("intervals")
             row |= part
         self.tell()
