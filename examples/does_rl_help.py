@@ -21,7 +21,7 @@ from rich.console import Console
 from ral_gym.commands.arguments import parse_train
 from ral_gym.commands.ending import run_command
 from ral_gym.commands.train import train
-from ral_gym.metrics.intervals import paired_estimate
+from ral_gym.metrics.seeds import SeedDifference
 from ral_gym.metrics.table import MEANINGS, ROWS
 from ral_gym.pictures import save_frontier
 from ral_gym.report.tables import markdown_table, mean_and_interval, plain_table
@@ -88,7 +88,10 @@ def main(argv: Sequence[str], console: Console) -> None:
     headings, cells = table_of(rows, known)
     marked = [[f"`{row[0]}`", *row[1:], *seeds_of(row[0], rows)] for row in cells]
     headings += ["FD, per seed", "FD minus control's"]
-    control = " Control: MLE continued, at its best temperature for rows at theirs; differences are paired by seed."
+    control = (
+        " Control: MLE continued, at its best temperature for rows at theirs; differences are paired by seed, in bold "
+        "where the interval excludes 0."
+    )
     caption = caption_of(every, arguments, config.ral.algo)
     text = markdown_table(headings, marked, caption + control)
     write_text(folder / "table.md", "\n".join([text.rstrip(), "", *differences_of(rows, arguments.seeds)]) + "\n")
@@ -150,8 +153,9 @@ def seeds_of(name: str, rows: dict[str, dict[str, list[float | None]]]) -> tuple
     """The FD of each seed, and how far it is from that of MLE continued: seeds differ by more than rows do."""
     fds = rows[name]["fd"]
     control = "mle_continued_best_temperature" if name.endswith("best_temperature") else "mle_continued"
-    differences = [a - b for a, b in zip(fds, rows[control]["fd"], strict=True) if a is not None and b is not None]
-    against = "-" if name == control else mean_and_interval(differences, 1)
+    one, other = (values_by_seed(row, range(len(fds))) for row in (rows[control], rows[name]))
+    known = name != control and one.keys() & other.keys()
+    against = SeedDifference.of(one, other).markdown() if known else "-"
     return " / ".join("-" if fd is None else f"{fd:.1f}" for fd in fds), against
 
 
@@ -163,8 +167,7 @@ def differences_of(rows: dict[str, dict[str, list[float | None]]], seeds: Sequen
         ral = values_by_seed(rows.get("ral" + end), seeds)
         for control in controls if ral else ():
             other = values_by_seed(rows[control], seeds)
-            each = " / ".join(f"{ral[seed] - other[seed]:+.1f}" for seed in seeds)
-            lines.append(f"* {when}, RAL's FD minus that of `{control}`: {each}{mean_of(other, ral)}.")
+            lines.append(f"* {when}, RAL's FD minus that of `{control}`: {said_of(SeedDifference.of(other, ral))}.")
     return lines
 
 
@@ -173,13 +176,9 @@ def values_by_seed(row: dict[str, list[float | None]] | None, seeds: Sequence[in
     return {} if row is None else {seed: fd for seed, fd in zip(seeds, row["fd"], strict=True) if fd is not None}
 
 
-def mean_of(before: dict[int, float], after: dict[int, float]) -> str:
-    """The mean difference, its interval and what that says; nothing of a single seed."""
-    if len(before) < 2:
-        return ""
-    found = paired_estimate(before, after)
-    verdict = "the interval includes 0" if found.low <= 0 <= found.high else "beyond the interval"
-    return f"; mean {found.value:+.1f} [{found.low:+.1f}, {found.high:+.1f}], {verdict}"
+def said_of(found: SeedDifference) -> str:
+    """Every seed's difference and, of several, their mean, its interval and what that says."""
+    return found.each() + (f"; mean {found.ends()}, {found.verdict()}" if found.n > 1 else "")
 
 
 def caption_of(results: Sequence[dict[str, Any]], arguments: Arguments, algo: str) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ral_gym.report.tables import mean_and_interval
+from ral_gym.metrics import SeedDifference
 
 ROOT = Path(__file__).parents[1]
 BLOCKS = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
@@ -45,7 +45,7 @@ def test_does_rl_help(tmp_path: Path) -> None:
     assert re.match(r"\| `ral` \| -?[\d.]+ ± [\d.]+ \|", ral)
     assert f"| {table[0]['ral']['fd']:.1f} / {table[1]['ral']['fd']:.1f} |" in ral
     differences = [rows["ral"]["fd"] - rows["mle_continued"]["fd"] for rows in table]
-    assert ral.endswith(f"| {mean_and_interval(differences, 1)} |")
+    assert ral.endswith(f"| {SeedDifference.from_values(dict(enumerate(differences))).markdown()} |")
     assert (folder / "frontier_seed1.png").stat().st_size > 1000
     each = f"{differences[0]:+.1f} / {differences[1]:+.1f}; mean {sum(differences) / 2:+.1f} ["
     said = "* At temperature 1, RAL's FD minus that of `mle_continued`: " + each
