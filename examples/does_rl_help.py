@@ -30,6 +30,7 @@ from ral_gym.runs.storage import save_json, write_text
 GENERATED_ROWS = [row for row in ROWS if row not in ("reconstruction", "floor")]
 FIGURES = {
     "fd": ("FD", 1),
+    "fd_spread": ("FD\nspread", 1),
     "kid": ("KID", 1),
     "precision": ("precision", 3),
     "recall": ("recall", 3),
@@ -41,7 +42,9 @@ FIGURES = {
     "temperature": ("T", 2),
 }
 """Figure -> heading, digits. Those that no row has are left out."""
-ON_SCREEN = ("fd", "recall", "nll_test", "entropy", "temperature")
+EXPLAINED = ("fd_spread", "memorisation", "memorisation_near")
+"""Those that the caption explains."""
+ON_SCREEN = ("fd", "fd_spread", "recall", "nll_test", "entropy", "temperature")
 """What 80 columns hold; ``table.md`` has all."""
 
 
@@ -189,7 +192,7 @@ def caption_of(results: Sequence[dict[str, Any]], arguments: Arguments, algo: st
         f"Preset {arguments.preset}, {algo}, seeds {', '.join(map(str, arguments.seeds))}{several}. "
         f"{results[0]['extractor']} features, n = {results[0]['n_samples']:,} per row and seed; distances to the "
         "decoded training codes; NLL and entropy in nats per code."
-        + "".join(f" {MEANINGS[figure]}." for figure in ("memorisation", "memorisation_near") if figure in measured)
+        + "".join(f" {MEANINGS[figure]}." for figure in EXPLAINED if figure in measured)
     )
 
 

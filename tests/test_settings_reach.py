@@ -284,6 +284,7 @@ LOOKS: dict[str, Callable[[Seen], Any]] = {
     "evaluation.extractor": lambda seen: seen.one("GeneratorMetrics")["returned"].extractor.name,
     "evaluation.temperatures": lambda seen: list(seen.one("_sweep").values())[3],
     "evaluation.held_out": lambda seen: len(seen.one("GeneratorMetrics")["returned"].held_out["test"]),
+    "evaluation.sampling_seeds": lambda seen: load_results(seen.run.file("results.json"))["sampling_seeds"],
 }
 BY_ALGORITHM = {f"ral.{name}.{one.name}" for name, cls in SECTIONS.items() for one in dataclasses.fields(cls)}
 BY_ALGORITHM |= {"ral.normalize_advantage"}
