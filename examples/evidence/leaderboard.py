@@ -195,7 +195,8 @@ HEAD = """# Leaderboard
 
 <!-- Made by `python examples/make_leaderboard.py` from the files in docs/leaderboard: change those. -->
 
-Finished runs, from the files in `docs/leaderboard`; [add yours by a pull request](../CONTRIBUTING.md).
+Finished runs, from the files in `docs/leaderboard`;
+[add yours by a pull request](../CONTRIBUTING.md#adding-your-results).
 
 * An FD alone compares with no other tokenizer's: it is to the run's own decoded training codes. So every line has its
   control, more likelihood training of the same prior, and recipes are ordered by the mean of FD minus the control's at
