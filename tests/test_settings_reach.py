@@ -323,9 +323,8 @@ def test_the_cache_lies_where_it_is_asked_for(seen: Seen) -> None:
 
 def test_the_critic_trains_on_training_images_and_is_measured_on_others(seen: Seen) -> None:
     codes, critic = seen.one("encode_set")["returned"], seen.stage.critic
-    assert np.array_equal(critic.real_codes, codes.train) and np.array_equal(
-        critic.all_held_out_codes, codes.test if codes.augmented is None else codes.augmented
-    )
+    others = codes.test if codes.augmented is None else codes.augmented
+    assert np.array_equal(critic.real_codes, codes.train) and np.array_equal(critic.all_held_out_codes, others)
 
 
 # The control --------------------------------------------------------------------------------------------------------
