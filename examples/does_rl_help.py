@@ -44,7 +44,7 @@ FIGURES = {
 """Figure -> heading, digits. Those that no row has are left out."""
 EXPLAINED = ("fd_spread", "memorisation", "memorisation_near")
 """Those that the caption explains."""
-ON_SCREEN = ("fd", "fd_spread", "recall", "nll_test", "entropy", "temperature")
+ON_SCREEN = ("fd", "recall", "nll_test", "entropy", "temperature")
 """What 80 columns hold; ``table.md`` has all."""
 
 
@@ -62,6 +62,9 @@ class Arguments:
     """Held-out images from a source of their own, `--data.test`; None: the preset's."""
     algo: str | None = None
     """Algorithm of stage 3; None: the preset's."""
+    sampling_seeds: int | None = None
+    """Seeds from which each row is sampled, `--evaluation.sampling-seeds`: 2 shows how much of an FD is noise of the
+    evaluation. None: the preset's."""
     runs: str = "runs"
     """Folder that holds the run folders."""
     quiet: bool = False
@@ -116,8 +119,9 @@ def train_seed(seed: int, arguments: Arguments, console: Console) -> dict[str, A
 
 def flags_of(arguments: Arguments) -> list[str]:
     """The training command's flags, but for the seed."""
-    given = {"--data": arguments.data, "--data.test": arguments.test, "--algo": arguments.algo}
-    flags = [word for flag, value in given.items() if value is not None for word in (flag, value)]
+    given: dict[str, Any] = {"--data": arguments.data, "--data.test": arguments.test, "--algo": arguments.algo}
+    given["--evaluation.sampling-seeds"] = arguments.sampling_seeds
+    flags = [word for flag, value in given.items() if value is not None for word in (flag, str(value))]
     quiet = ["--quiet"] if arguments.quiet else []
     return ["--preset", arguments.preset, *flags, "--runs", arguments.runs, *quiet]
 

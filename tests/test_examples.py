@@ -35,7 +35,8 @@ def test_readme_block_runs(number: int, tmp_path: Path) -> None:
 @pytest.mark.commands
 def test_does_rl_help(tmp_path: Path) -> None:
     example = ROOT / "examples" / "does_rl_help.py"
-    text = run_script(example, "--preset", "smoke", "--seeds", "1", "2", "--quiet", cwd=tmp_path)
+    flags = ["--preset", "smoke", "--seeds", "1", "2", "--sampling-seeds", "2", "--quiet"]
+    text = run_script(example, *flags, cwd=tmp_path)
     assert "Means over seeds 1, 2" in text
     folder = tmp_path / "runs" / "does_rl_help_smoke"
     summary = json.loads((folder / "results.json").read_text())
@@ -46,6 +47,7 @@ def test_does_rl_help(tmp_path: Path) -> None:
     assert f"| {table[0]['ral']['fd']:.1f} / {table[1]['ral']['fd']:.1f} |" in ral
     differences = [rows["ral"]["fd"] - rows["mle_continued"]["fd"] for rows in table]
     assert ral.endswith(f"| {SeedDifference.from_values(dict(enumerate(differences))).markdown()} |")
+    assert "| FD spread |" in (folder / "table.md").read_text()
     assert (folder / "frontier_seed1.png").stat().st_size > 1000
     each = f"{differences[0]:+.1f} / {differences[1]:+.1f}; mean {sum(differences) / 2:+.1f} ["
     said = "* At temperature 1, RAL's FD minus that of `mle_continued`: " + each
