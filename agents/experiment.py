@@ -143,6 +143,8 @@ class Experiment:
             "measurement": MEASUREMENT,
             "held_out": yardstick.held_out,
         }
+        if yardstick.sampling_seeds > 1:  # earlier files do not name one seed
+            settings["sampling_seeds"] = yardstick.sampling_seeds
         kept: dict[str, Any] = load_json(file) if file.exists() else {"settings": settings, "rows": {}}
         if found := differences(kept["settings"], settings):
             raise RunError(f"{file} was measured in another way ({'; '.join(found[:3])}); remove it to measure again")

@@ -21,7 +21,7 @@ from rich.console import Console
 from ral_gym.commands.arguments import parse_train
 from ral_gym.commands.ending import run_command
 from ral_gym.commands.train import train
-from ral_gym.metrics.intervals import paired_estimate
+from ral_gym.metrics.seeds import SeedDifference
 from ral_gym.metrics.table import MEANINGS, ROWS
 from ral_gym.pictures import save_frontier
 from ral_gym.report.tables import markdown_table, mean_and_interval, plain_table
@@ -30,6 +30,7 @@ from ral_gym.runs.storage import save_json, write_text
 GENERATED_ROWS = [row for row in ROWS if row not in ("reconstruction", "floor")]
 FIGURES = {
     "fd": ("FD", 1),
+    "fd_spread": ("FD\nspread", 1),
     "kid": ("KID", 1),
     "precision": ("precision", 3),
     "recall": ("recall", 3),
@@ -41,6 +42,8 @@ FIGURES = {
     "temperature": ("T", 2),
 }
 """Figure -> heading, digits. Those that no row has are left out."""
+EXPLAINED = ("fd_spread", "memorisation", "memorisation_near")
+"""Those that the caption explains."""
 ON_SCREEN = ("fd", "recall", "nll_test", "entropy", "temperature")
 """What 80 columns hold; ``table.md`` has all."""
 
@@ -59,6 +62,9 @@ class Arguments:
     """Held-out images from a source of their own, `--data.test`; None: the preset's."""
     algo: str | None = None
     """Algorithm of stage 3; None: the preset's."""
+    sampling_seeds: int | None = None
+    """Seeds from which each row is sampled, `--evaluation.sampling-seeds`: 2 shows how much of an FD is noise of the
+    evaluation. None: the preset's."""
     runs: str = "runs"
     """Folder that holds the run folders."""
     quiet: bool = False
@@ -88,7 +94,10 @@ def main(argv: Sequence[str], console: Console) -> None:
     headings, cells = table_of(rows, known)
     marked = [[f"`{row[0]}`", *row[1:], *seeds_of(row[0], rows)] for row in cells]
     headings += ["FD, per seed", "FD minus control's"]
-    control = " Control: MLE continued, at its best temperature for rows at theirs; differences are paired by seed."
+    control = (
+        " Control: MLE continued, at its best temperature for rows at theirs; differences are paired by seed, in bold "
+        "where the interval excludes 0."
+    )
     caption = caption_of(every, arguments, config.ral.algo)
     text = markdown_table(headings, marked, caption + control)
     write_text(folder / "table.md", "\n".join([text.rstrip(), "", *differences_of(rows, arguments.seeds)]) + "\n")
@@ -110,8 +119,9 @@ def train_seed(seed: int, arguments: Arguments, console: Console) -> dict[str, A
 
 def flags_of(arguments: Arguments) -> list[str]:
     """The training command's flags, but for the seed."""
-    given = {"--data": arguments.data, "--data.test": arguments.test, "--algo": arguments.algo}
-    flags = [word for flag, value in given.items() if value is not None for word in (flag, value)]
+    given: dict[str, Any] = {"--data": arguments.data, "--data.test": arguments.test, "--algo": arguments.algo}
+    given["--evaluation.sampling-seeds"] = arguments.sampling_seeds
+    flags = [word for flag, value in given.items() if value is not None for word in (flag, str(value))]
     quiet = ["--quiet"] if arguments.quiet else []
     return ["--preset", arguments.preset, *flags, "--runs", arguments.runs, *quiet]
 
@@ -152,8 +162,9 @@ def seeds_of(name: str, rows: dict[str, dict[str, list[float | None]]]) -> tuple
     """The FD of each seed, and how far it is from that of MLE continued: seeds differ by more than rows do."""
     fds = rows[name]["fd"]
     control = "mle_continued_best_temperature" if name.endswith("best_temperature") else "mle_continued"
-    differences = [a - b for a, b in zip(fds, rows[control]["fd"], strict=True) if a is not None and b is not None]
-    against = "-" if name == control else mean_and_interval(differences, 1)
+    one, other = (values_by_seed(row, range(len(fds))) for row in (rows[control], rows[name]))
+    known = name != control and one.keys() & other.keys()
+    against = SeedDifference.of(one, other).markdown() if known else "-"
     return " / ".join("-" if fd is None else f"{fd:.1f}" for fd in fds), against
 
 
@@ -165,8 +176,7 @@ def differences_of(rows: dict[str, dict[str, list[float | None]]], seeds: Sequen
         ral = values_by_seed(rows.get("ral" + end), seeds)
         for control in controls if ral else ():
             other = values_by_seed(rows[control], seeds)
-            each = " / ".join(f"{ral[seed] - other[seed]:+.1f}" for seed in seeds)
-            lines.append(f"* {when}, RAL's FD minus that of `{control}`: {each}{mean_of(other, ral)}.")
+            lines.append(f"* {when}, RAL's FD minus that of `{control}`: {said_of(SeedDifference.of(other, ral))}.")
     return lines
 
 
@@ -175,13 +185,9 @@ def values_by_seed(row: dict[str, list[float | None]] | None, seeds: Sequence[in
     return {} if row is None else {seed: fd for seed, fd in zip(seeds, row["fd"], strict=True) if fd is not None}
 
 
-def mean_of(before: dict[int, float], after: dict[int, float]) -> str:
-    """The mean difference, its interval and what that says; nothing of a single seed."""
-    if len(before) < 2:
-        return ""
-    found = paired_estimate(before, after)
-    verdict = "the interval includes 0" if found.low <= 0 <= found.high else "beyond the interval"
-    return f"; mean {found.value:+.1f} [{found.low:+.1f}, {found.high:+.1f}], {verdict}"
+def said_of(found: SeedDifference) -> str:
+    """Every seed's difference and, of several, their mean, its interval and what that says."""
+    return found.each() + (f"; mean {found.ends()}, {found.verdict()}" if found.n > 1 else "")
 
 
 def caption_of(results: Sequence[dict[str, Any]], arguments: Arguments, algo: str) -> str:
@@ -192,7 +198,7 @@ def caption_of(results: Sequence[dict[str, Any]], arguments: Arguments, algo: st
         f"Preset {arguments.preset}, {algo}, seeds {', '.join(map(str, arguments.seeds))}{several}. "
         f"{results[0]['extractor']} features, n = {results[0]['n_samples']:,} per row and seed; distances to the "
         "decoded training codes; NLL and entropy in nats per code."
-        + "".join(f" {MEANINGS[figure]}." for figure in ("memorisation", "memorisation_near") if figure in measured)
+        + "".join(f" {MEANINGS[figure]}." for figure in EXPLAINED if figure in measured)
     )
 
 

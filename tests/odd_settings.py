@@ -173,7 +173,7 @@ ODD = Config(
         equal_time_control=True,
         grpo=GRPO_SECTION,
     ),
-    evaluation=EvaluationConfig(n_samples=14, extractor="encoder", temperatures=(0.71,), held_out=16),
+    evaluation=EvaluationConfig(n_samples=14, extractor="encoder", temperatures=(0.71,), held_out=16, sampling_seeds=2),
     seed=3,
 )
 OTHERS: dict[str, Any] = {

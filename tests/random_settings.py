@@ -85,6 +85,7 @@ def random_config(choose: Choose) -> Config:
             extractor=choose(("encoder", "encoder", "pyramid", "lite0")),
             temperatures=choose(((), (0.5,))),
             held_out=choose((1, 5)),
+            sampling_seeds=choose((1, 1, 2)),
         ),
         seed=choose((0, 1)),
     )

@@ -260,7 +260,8 @@ def test_one_seeds_noise_is_that_of_both_rows_samples() -> None:
     results = summarised(entry("reference", 0, 20.0, 3.0), entry("a", 0, 14.0, 4.0), entry("b", 0, 25.5, 4.0))
     found = {variant["name"]: variant.get("difference") for variant in results["variants"]}
     assert found["reference"] is None
-    assert found["a"] == {"mean": -6.0, "half": 5.0, "beyond": True, "seeds": {"0": -6.0}}
+    kept = {"mean": -6.0, "half": 5.0, "beyond": True, "bold": False, "on_every_seed": False, "seeds": {"0": -6.0}}
+    assert found["a"] == kept
     assert found["b"]["half"] == 5.0 and found["b"]["beyond"]
     lines = ablation_report.sentences(results)
     assert "Better than the reference, beyond the noise: baseline: a (-6.0)." in lines
@@ -276,10 +277,12 @@ def test_several_seeds_noise_is_students() -> None:
     assert a["difference"]["mean"] == pytest.approx(-3.0)
     assert a["difference"]["half"] == pytest.approx(4.303 / 3**0.5, rel=1e-3)  # t of two degrees, sd 1, three seeds
     assert a["difference"]["beyond"] and a["difference"]["seeds"] == {"0": -3.0, "1": -2.0, "2": -4.0}
-    assert "| 27.0 (17.0 / 38.0 / 26.0) | -3.0 ± 2.5* (-3.0 / -2.0 / -4.0) |" in ablation_report.markdown(results)
+    assert "| 27.0 (17.0 / 38.0 / 26.0) | **-3.0 ± 2.5** (-3.0 / -2.0 / -4.0) |" in ablation_report.markdown(results)
+    assert "baseline: a (-3.0); baseline: b (-10.0, one seed only)." in ablation_report.sentences(results)[0]
     two = summarised(*entries[:4])
     found = next(variant for variant in two["variants"] if variant["name"] == "a")["difference"]
-    assert found["mean"] == pytest.approx(-2.5) and not found["beyond"]
+    assert found["mean"] == pytest.approx(-2.5) and not found["beyond"] and found["on_every_seed"]
+    assert "| -2.5 ± 6.4 (-3.0 / -2.0) |" in ablation_report.markdown(two)  # no bold: the interval includes 0
     assert any(line.startswith("Two seeds") for line in ablation_report.sentences(two))
 
 
@@ -299,3 +302,6 @@ def test_controls_are_compared_at_both_temperatures() -> None:
     lines = ablation_report.sentences(summarised(*entries))
     assert "RAL's FD is 10.0 ± 1.4 below that of MLE: beyond the noise." in lines
     assert "At T = 0.85 RAL's FD is 0.5 ± 4.2 below that of MLE: within the noise." in lines
+    two = [one for seed in (0, 1) for one in (entry("reference", seed, 20.0), entry("mle", seed, 23.0 + seed))]
+    said = "RAL's FD is 3.5 ± 6.4 below that of MLE: within the noise, on every seed, but the interval includes 0."
+    assert said in ablation_report.sentences(summarised(*two))

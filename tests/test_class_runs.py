@@ -99,6 +99,7 @@ def test_a_whole_run_measures_what_classes_add(
     data = ["--data", f"folder:{train}", "--data.test", f"folder:{test}", "--data.image-size", "32"]
     argv = [*SMALL[: SMALL.index("--stages")], *data, *KINDS["transformer"], "--runs", str(tmp_path)]
     argv += ["--evaluation.n-samples", "48", "--evaluation.temperatures", "0.9", "--evaluation.guidance", "2"]
+    argv += ["--evaluation.sampling-seeds", "2"]
     assert main(["train", *argv]) == 0
     said = capsys.readouterr().out
     assert "guidance" in said.lower() and "classes.png" in said
@@ -108,6 +109,7 @@ def test_a_whole_run_measures_what_classes_add(
     assert rows["reconstruction"]["accuracy"] > 0.95  # colours are easy
     assert rows["mle"]["nll_test"] < min(rows["mle"]["nll_no_label"], rows["mle"]["nll_wrong_label"])
     assert [row["guidance"] for row in results["guided"]["mle"]] == [1, 2]
+    assert all(row["fd_spread"] > 0 for row in results["guided"]["mle"])  # guided samples from a second seed too
     best = min(results["guided"]["ral"], key=lambda row: row["fd"])
     assert rows["ral_best_guidance"] == best and "nll_test" not in results["guided"]["ral"][1]
     for command in (

@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 
 from ral_gym.commands.cli import main
-from ral_gym.commands.compare import grouped, notes_of, paired, values_of
+from ral_gym.commands.compare import findings, grouped, notes_of, paired, terminal_table, values_of
 from ral_gym.commands.generate import open_run
 from ral_gym.errors import ConfigError, RunError
-from ral_gym.metrics import Estimate, mean_estimate, paired_estimate
+from ral_gym.metrics import Estimate, SeedDifference, mean_estimate, paired_estimate
 from tests.tiny import make_tiny_run
 
 FDS = {0: (10.0, 8.0), 1: (12.0, 9.0), 2: (11.0, 9.5)}
@@ -46,6 +46,8 @@ def test_a_paired_interval_is_that_of_the_differences() -> None:
     found = paired_estimate({0: 10.0, 1: 20.0, 2: 30.0, 9: 1.0}, {2: 27.0, 0: 8.0, 1: 19.0, 5: 4.0})
     expected = mean_estimate([-2.0, -1.0, -3.0])
     assert (found.value, found.low, found.high, found.n) == (expected.value, expected.low, expected.high, 3)
+    small = paired_estimate({0: 1.0, 1: 1.0}, {0: 1.0 + 1e-12, 1: 1.0 + 3e-12})  # in float64 throughout
+    assert small.value == pytest.approx(2e-12, rel=1e-3) and small.low < 0
     with pytest.raises(ConfigError, match="1 values have no interval"):
         paired_estimate({0: 1.0, 1: 2.0}, {1: 3.0})
 
@@ -72,8 +74,22 @@ def test_differences_are_paired_by_seed(runs) -> None:
     expected = {0: mean_estimate([-2.0, -3.0, -1.5]), 2: mean_estimate([-1.0, -2.0])}  # seed 2 has no partner
     for number, estimate in expected.items():
         cell = list(found.values())[number]
-        assert isinstance(cell, Estimate) and cell.value == pytest.approx(estimate.value)
-        assert (cell.low, cell.high) == pytest.approx((estimate.low, estimate.high))
+        assert isinstance(cell, SeedDifference) and cell.value == pytest.approx(estimate.value)
+        assert cell.interval is not None
+        assert (cell.interval.low, cell.interval.high) == pytest.approx((estimate.low, estimate.high))
+
+
+def test_only_what_is_beyond_its_interval_is_bold_or_said(runs) -> None:
+    lines = paired(grouped([open_run(str(path)) for path in runs]))
+    # Of three seeds 1.5 to 3 lower is beyond the interval; of two, 1 and 2 lower is not: t is 12.7.
+    assert findings(lines) == [
+        "Intervals that exclude 0: one-0 (3 seeds): RAL - prior (FD).",
+        "Same sign on every seed, but the interval includes 0: two-0 (2 seeds): RAL - prior (FD); RAL, two-0 (2 seeds) "
+        "- one-0 (3 seeds) (FD).",
+    ]
+    column = list(terminal_table("Differences", lines).columns[1].cells)
+    assert [str(getattr(cell, "style", "")) for cell in column] == ["bold", "", ""]
+    assert findings([]) == []
 
 
 def test_what_does_not_compare_is_said(tmp_path, runs) -> None:

@@ -72,6 +72,7 @@ def test_numbers_out_of_range_are_refused(name) -> None:
         ("ral.ema_decay", 1.0),
         ("evaluation.temperatures", (0.9, 0.0)),
         ("evaluation.n_samples", 11),
+        ("evaluation.sampling_seeds", 0),
         ("seed", 4_000_001),
     ],
 )

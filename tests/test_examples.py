@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ral_gym.report.tables import mean_and_interval
+from ral_gym.metrics import SeedDifference
 
 ROOT = Path(__file__).parents[1]
 BLOCKS = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
@@ -35,7 +35,8 @@ def test_readme_block_runs(number: int, tmp_path: Path) -> None:
 @pytest.mark.commands
 def test_does_rl_help(tmp_path: Path) -> None:
     example = ROOT / "examples" / "does_rl_help.py"
-    text = run_script(example, "--preset", "smoke", "--seeds", "1", "2", "--quiet", cwd=tmp_path)
+    flags = ["--preset", "smoke", "--seeds", "1", "2", "--sampling-seeds", "2", "--quiet"]
+    text = run_script(example, *flags, cwd=tmp_path)
     assert "Means over seeds 1, 2" in text
     folder = tmp_path / "runs" / "does_rl_help_smoke"
     summary = json.loads((folder / "results.json").read_text())
@@ -45,7 +46,8 @@ def test_does_rl_help(tmp_path: Path) -> None:
     assert re.match(r"\| `ral` \| -?[\d.]+ ± [\d.]+ \|", ral)
     assert f"| {table[0]['ral']['fd']:.1f} / {table[1]['ral']['fd']:.1f} |" in ral
     differences = [rows["ral"]["fd"] - rows["mle_continued"]["fd"] for rows in table]
-    assert ral.endswith(f"| {mean_and_interval(differences, 1)} |")
+    assert ral.endswith(f"| {SeedDifference.from_values(dict(enumerate(differences))).markdown()} |")
+    assert "| FD spread |" in (folder / "table.md").read_text()
     assert (folder / "frontier_seed1.png").stat().st_size > 1000
     each = f"{differences[0]:+.1f} / {differences[1]:+.1f}; mean {sum(differences) / 2:+.1f} ["
     said = "* At temperature 1, RAL's FD minus that of `mle_continued`: " + each

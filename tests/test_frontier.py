@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from evidence.frontier_report import CURVES, best, beyond, on_curve, save_panels, sentences, summary
+from evidence.frontier_report import CURVES, best, beyond, markdown, on_curve, save_panels, sentences, summary
 from matplotlib.image import imread
 from rich.console import Console
 
@@ -57,16 +57,35 @@ def test_a_sharpened_generator_lies_on_the_curve_and_a_better_one_beyond(shift: 
     assert beyond(entry["recipes"]["loo_fd"]["rows"], entry["curves"]["mle"]["rows"]) == pytest.approx(shift)
 
 
-def test_the_verdict_needs_every_seed() -> None:
-    won = sentences(results_of(seed(-2.0), seed(-1.0, recall=0.4)))
-    assert any("MLE on every seed: loo." in line for line in won)
+def test_beyond_needs_an_interval_that_excludes_0() -> None:
+    results = results_of(seed(-2.0), seed(-2.1), seed(-1.9))
+    won = sentences(results)
+    assert "Beyond the temperature curve of MLE, by an interval that excludes 0: loo." in won
+    assert any(line.startswith("loo: beyond MLE (-2.0 / -2.1 / -1.9; mean -2.0 ± 0.2)") for line in won)
+    assert "| **-2.0 / -2.1 / -1.9** |" in markdown(results)
+    lost = sentences(results_of(seed(2.0), seed(2.1), seed(1.9)))
+    assert any(line.startswith("loo: behind MLE (") for line in lost)
+    assert any("excludes 0: no recipe tried." in line for line in lost)
+    one = sentences(results_of(seed(-2.0)))
+    assert any(line.startswith("loo: below MLE on the one seed (-2.0)") for line in one)
+    assert any("excludes 0: no recipe tried." in line for line in one)
+
+
+def test_the_same_sign_on_every_seed_is_not_beyond() -> None:
+    results = results_of(seed(-2.0), seed(-1.0, recall=0.4))
+    won = sentences(results)
+    assert any("no recipe tried. Below it on every seed, but the interval includes 0: loo." in line for line in won)
+    assert any(line.startswith("loo: below MLE on every seed, but the interval includes 0 (-2.0 / -1") for line in won)
+    assert "| -2.0 / -1.0 |" in markdown(results)  # no bold
     assert any("recall against MLE continued there: +0.000 / -0.100" in line for line in won)
     assert any(line.startswith("At T = 1") and "loo: FD -12.0 / -11.0, recall +0.000 / -0.100" in line for line in won)
     mixed = sentences(results_of(seed(-2.0), seed(1.0)))
-    assert all("no recipe tried" in line for line in mixed if "on every seed" in line)
+    assert all("no recipe tried" in line for line in mixed if "excludes 0" in line)
+    assert not any("on every seed" in line for line in mixed)
     assert any(line.startswith("loo: not clearly off MLE (-2.0 / +1.0; mean -0.5 ± 19.1)") for line in mixed)
     lost = sentences(results_of(seed(2.0), seed(1.0)))
-    assert any(line.startswith("loo: behind MLE (+2.0 / +1.0; mean 1.5 ± 6.4)") for line in lost)
+    start = "loo: above MLE on every seed, but the interval includes 0 (+2.0 / +1.0; mean +1.5 ± 6.4)"
+    assert any(line.startswith(start) for line in lost)
 
 
 def test_the_figure_has_a_column_per_seed(tmp_path: Path) -> None:

@@ -284,6 +284,7 @@ LOOKS: dict[str, Callable[[Seen], Any]] = {
     "evaluation.extractor": lambda seen: seen.one("GeneratorMetrics")["returned"].extractor.name,
     "evaluation.temperatures": lambda seen: list(seen.one("_sweep").values())[3],
     "evaluation.held_out": lambda seen: len(seen.one("GeneratorMetrics")["returned"].held_out["test"]),
+    "evaluation.sampling_seeds": lambda seen: load_results(seen.run.file("results.json"))["sampling_seeds"],
 }
 BY_ALGORITHM = {f"ral.{name}.{one.name}" for name, cls in SECTIONS.items() for one in dataclasses.fields(cls)}
 BY_ALGORITHM |= {"ral.normalize_advantage"}
@@ -322,9 +323,8 @@ def test_the_cache_lies_where_it_is_asked_for(seen: Seen) -> None:
 
 def test_the_critic_trains_on_training_images_and_is_measured_on_others(seen: Seen) -> None:
     codes, critic = seen.one("encode_set")["returned"], seen.stage.critic
-    assert np.array_equal(critic.real_codes, codes.train) and np.array_equal(
-        critic.all_held_out_codes, codes.test if codes.augmented is None else codes.augmented
-    )
+    others = codes.test if codes.augmented is None else codes.augmented
+    assert np.array_equal(critic.real_codes, codes.train) and np.array_equal(critic.all_held_out_codes, others)
 
 
 # The control --------------------------------------------------------------------------------------------------------

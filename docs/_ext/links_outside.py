@@ -1,7 +1,8 @@
 """Links between the pages and the files outside docs/, which work in the repository, as the site needs them.
 
-CHANGELOG.md, SECURITY.md and examples/README.md are pages: a line ``<!-- file: SECURITY.md -->`` stands for one. A link
-to a folder becomes its text. A link to another single file needs nothing: the file comes with the site, for download.
+CHANGELOG.md, CONTRIBUTING.md, SECURITY.md and examples/README.md are pages: a line ``<!-- file: SECURITY.md -->``
+stands for one. A link to a folder becomes its text. A link to another single file needs nothing: the file comes with
+the site, for download.
 """
 
 import re
@@ -11,7 +12,12 @@ from sphinx.application import Sphinx
 
 ROOT = Path(__file__).resolve().parents[2]
 MARK = re.compile(r"<!-- file: (\S+) -->")
-PAGES = {"SECURITY.md": "security.md", "CHANGELOG.md": "changelog.md", "examples/README.md": "examples.md"}
+PAGES = {
+    "SECURITY.md": "security.md",
+    "CHANGELOG.md": "changelog.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "examples/README.md": "examples.md",
+}
 """Files outside docs/, and the pages that show them."""
 TO_FILE = re.compile(rf"\]\((?:\.\./)+({'|'.join(map(re.escape, PAGES))})((?:#[^)]*)?)\)")
 TO_FOLDER = re.compile(r"\[([^\]]+)\]\((?:\.\./)+(?:[\w-]+/)*[\w-]+/?\)")

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from ral_gym.metrics.intervals import mean_estimate
+from ral_gym.metrics.seeds import ON_EVERY_SEED, SeedDifference
 from ral_gym.pictures import MARKERS, OTHER_COLOURS
 from ral_gym.report.tables import markdown_table, plain_table
 from ral_gym.runs.storage import write_atomic
@@ -79,20 +79,26 @@ def difference(variant: Variant, reference: Variant, figure: str = "fd") -> dict
 
     `half` is half the 95 % interval: with several seeds Student's, of the mean difference; with one that of the two
     rows' samples (their intervals in quadrature, although the rows share their random numbers), which says nothing
-    about another training run. `beyond`: the difference is larger than that.
+    about another training run. `beyond`: that interval excludes 0; `bold`: it does, and it is one over seeds.
     """
     common = [seed for seed in variant["seeds"] if seed in reference["seeds"]]
     if not common:
         return None
-    values = [variant["seeds"][seed][figure] - reference["seeds"][seed][figure] for seed in common]
-    if len(values) > 1:
-        half: float | None = mean_estimate(values).high - sum(values) / len(values)
-    else:
+    before, after = ({seed: one["seeds"][seed][figure] for seed in common} for one in (reference, variant))
+    found = SeedDifference.of(before, after)
+    half, beyond = found.half, found.beyond
+    if found.n == 1:
         halves = [sampling_half(one["seeds"][common[0]], figure) for one in (variant, reference)]
         half = None if None in halves else math.hypot(*(value or 0.0 for value in halves))
-    mean = sum(values) / len(values)
-    beyond = half is not None and abs(mean) > half
-    return {"mean": mean, "half": half, "beyond": beyond, "seeds": dict(zip(common, values, strict=True))}
+        beyond = half is not None and abs(found.value) > half
+    return {
+        "mean": found.value,
+        "half": half,
+        "beyond": beyond,
+        "bold": found.beyond,
+        "on_every_seed": found.on_every_seed,
+        "seeds": dict(found.by_seed),
+    }
 
 
 def sampling_half(row: Mapping[str, Any], figure: str) -> float | None:
@@ -127,11 +133,12 @@ def fd_text(variant: Variant) -> str:
 
 
 def difference_text(variant: Variant, each_seed: bool = False) -> str:
-    """The difference to the reference; a star where it is beyond the noise."""
+    """The difference to the reference; bold where the interval over seeds excludes 0, of one seed starred."""
     found = variant.get("difference")
     if not found:
         return "-"
-    text = plus_minus(found["mean"], found["half"], "+") + ("*" if found["beyond"] else "")
+    text = plus_minus(found["mean"], found["half"], "+")
+    text = f"**{text}**" if found["bold"] else text + ("*" if found["beyond"] else "")
     seeds = found["seeds"].values()
     return f"{text} ({' / '.join(f'{value:+.1f}' for value in seeds)})" if each_seed and len(seeds) > 1 else text
 
@@ -159,11 +166,12 @@ def terminal_table(results: Mapping[str, Any]) -> Table:
     return plain_table(headings, rows, title=title, caption=short_caption(results))
 
 
-def short_caption(results: Mapping[str, Any]) -> str:
-    """What the difference and its interval are."""
+def short_caption(results: Mapping[str, Any], bold: bool = False) -> str:
+    """What the difference and its interval are; `bold`: the table can set what is beyond in bold."""
     several = any(len(variant["seeds"]) > 1 for variant in results["variants"])
     interval = "by Student's t over the seeds" if several else "of the samples of one seed, not of another training"
-    return f"- reference: FD minus the reference's; ±: 95 % {interval}; *: larger than that."
+    mark = "bold" if several and bold else "*"
+    return f"- reference: FD minus the reference's; ±: 95 % {interval}; {mark}: larger than that."
 
 
 def markdown(results: Mapping[str, Any]) -> str:
@@ -180,7 +188,7 @@ def markdown(results: Mapping[str, Any]) -> str:
     samples, seeds = results["settings"]["samples"], ", ".join(results["seeds"])
     caption = (
         f"FD and KID on {results['extractor']} features to the decoded training codes, {samples[0]:,} samples "
-        f"a row (two levels: {samples[1]:,}), seeds {seeds}. {short_caption(results)} "
+        f"a row (two levels: {samples[1]:,}), seeds {seeds}. {short_caption(results, bold=True)} "
         "Entropy and NLL (held-out images) in nats per code. AUC: held-out real images against drawn ones, at the last "
         "update. Images and codes: drawn for the policy; the critic's warm-up draws more. CPU s: of the training, one "
         f"core. Reference: {results['settings']['reference']}. {PAPER}"
@@ -214,6 +222,7 @@ def _against_controls(variants: Mapping[str, Variant], sharpened: float) -> list
             found = variants[name].get(key) if name in variants else None
             if found:
                 word = "beyond the noise" if found["beyond"] else "within the noise"
+                word += f", {ON_EVERY_SEED}" if found["on_every_seed"] and not found["beyond"] else ""
                 lower = "below" if found["mean"] > 0 else "above"
                 half = "" if found["half"] is None else f" ± {found['half']:.1f}"
                 lines.append(f"{where}RAL's FD is {abs(found['mean']):.1f}{half} {lower} that of {label}: {word}.")
@@ -223,17 +232,20 @@ def _against_controls(variants: Mapping[str, Variant], sharpened: float) -> list
 def _beyond(variants: Mapping[str, Variant]) -> list[str]:
     """Which variants differ from the reference by more than the noise."""
     trained = [v for v in variants.values() if v.get("difference") and v["group"] != "controls"]
-    lines = []
+    several, lines = any(len(v["difference"]["seeds"]) > 1 for v in trained), []
     for better, word in ((True, "better"), (False, "worse")):
         found = [v for v in trained if v["difference"]["beyond"] and (v["difference"]["mean"] < 0) == better]
         if found:
-            lines.append(f"{word} than the reference, beyond the noise: {_listed(found)}.")
+            lines.append(f"{word} than the reference, beyond the noise: {_listed(found, several)}.")
     within = [v for v in trained if not v["difference"]["beyond"]]
-    return lines + ([f"not told apart from the reference: {_listed(within)}."] if within else [])
+    return lines + ([f"not told apart from the reference: {_listed(within, several)}."] if within else [])
 
 
-def _listed(variants: Sequence[Variant]) -> str:
-    return "; ".join(f"{titled(v)} ({v['difference']['mean']:+.1f})" for v in variants)
+def _listed(variants: Sequence[Variant], several: bool) -> str:
+    """The variants with their differences; one of a single seed among several says so: its noise is the samples'."""
+    notes = [", one seed only" if several and len(v["difference"]["seeds"]) == 1 else "" for v in variants]
+    pairs = zip(variants, notes, strict=True)
+    return "; ".join(f"{titled(v)} ({v['difference']['mean']:+.1f}{note})" for v, note in pairs)
 
 
 def _generation(variants: Mapping[str, Variant]) -> list[str]:

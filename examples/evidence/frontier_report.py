@@ -17,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.table import Table
 
+from ral_gym.metrics.seeds import ON_EVERY_SEED, SeedDifference
 from ral_gym.pictures import COLOURS
 from ral_gym.report.tables import markdown_table, mean_and_interval, plain_table
 from ral_gym.runs.storage import write_atomic
@@ -69,7 +70,7 @@ def best(rows: Sequence[Row]) -> Row:
 
 
 def beyond(rows: Sequence[Row], curve: Sequence[Row], metric: str = "fd") -> float | None:
-    """A recipe's metric at its best point minus the curve's at the same entropy; of FD, below 0 is beyond the curve."""
+    """A recipe's metric at its best point minus the curve's at the same entropy; of FD, below 0 is better."""
     point = best(rows)
     there = on_curve(curve, point["entropy"], metric)
     return None if there is None else point[metric] - there
@@ -118,6 +119,13 @@ def each(values: Sequence[float | None]) -> str:
     return " / ".join("out" if value is None else f"{value:+.1f}" for value in values)
 
 
+def over_seeds(values: Sequence[float | None] | None) -> SeedDifference | None:
+    """The difference from a curve over all seeds; None where a curve does not reach some seed's entropy."""
+    known = [value for value in values or () if value is not None]
+    whole = bool(known) and len(known) == len(values or ())
+    return SeedDifference.from_values(dict(enumerate(known))) if whole else None
+
+
 def terminal_table(table: Mapping[str, Mapping[str, list[float | None]]], seeds: Mapping[str, Seed]) -> Table:
     """The table in 80 columns: means over the seeds."""
     short = {curve: label for curve, label in SHORT.items() if curve in table}
@@ -147,21 +155,24 @@ def markdown(results: Mapping[str, Any]) -> str:
     table, seeds = results["table"], results["seeds"]
     headings = ["generator", "FD, T = 1", "best FD", "at T", "KID", "recall", "entropy", "NLL test", "memorisation"]
     shown = {curve: label for curve, label in CURVES.items() if curve in table}
-    headings += [*(f"beyond {label}" for label in shown.values()), "seconds"]
+    headings += [*(f"minus the curve of {label}" for label in shown.values()), "seconds"]
     digits = {"fd": 1, "best_fd": 1, "temperature": 2, "kid": 1, "recall": 3, "entropy": 3, "nll_test": 3}
     digits |= {"memorisation": 3}
     rows = []
     for name, metrics in table.items():
         cells = [mean_and_interval(metrics[key], places) for key, places in digits.items()]
         against = [metrics.get(f"beyond_{curve}") for curve in shown]
-        cells += ["-" if values is None else each(values) for values in against]
+        for values in against:
+            found, text = over_seeds(values), "-" if values is None else each(values)
+            cells.append(text if found is None else found.markdown(text))
         rows.append([label_of(name, seeds), *cells, _mean(metrics["seconds"], 0)])
     interval = "mean ± half the 95 % interval by Student's t over the seeds" if len(seeds) > 1 else "one seed"
     caption = (
         f"Seeds {', '.join(seeds)} ({interval}); {results['extractor']} features, n = {results['n_samples']:,} per "
         "row, to the decoded training codes. KID to memorisation: at the temperature of the least FD, seed by seed. "
-        "Beyond: FD there minus the FD of that control's temperature curve at the same entropy, per seed; below 0 is "
-        "better than the control. Seconds: of training after stage 2, one thread. "
+        "Minus the curve: FD there minus the FD of that control's temperature curve at the same entropy, per seed; "
+        "below 0 is better than the control, bold: the interval over seeds excludes 0. Seconds: of training after "
+        "stage 2, one thread. "
         + " ".join(f"{label_of(n, seeds)}: {r['about']}." for n, r in next(iter(seeds.values()))["recipes"].items())
     )
     return markdown_table(headings, rows, caption) + "\n" + "".join(f"* {line}\n" for line in sentences(results))
@@ -176,12 +187,20 @@ def sentences(results: Mapping[str, Any]) -> list[str]:
     for curve, control in reversed(CURVES.items()):
         if curve not in table:
             continue
-        found = [label_of(name, seeds) for name in recipes if _all_below(table[name].get(f"beyond_{curve}"))]
-        who = ", ".join(found) if found else "no recipe tried"
-        lines.append(f"Beyond the temperature curve of {control} on every seed: {who}.")
+        against = {label_of(name, seeds): over_seeds(table[name].get(f"beyond_{curve}")) for name in recipes}
+        lines.append(_ahead(against, control))
     if len(seeds) == 1:
         lines.append("One seed: another training run may turn these signs round.")
     return lines
+
+
+def _ahead(differences: Mapping[str, SeedDifference | None], control: str) -> str:
+    """Which recipes lie below a control's curve by more than the interval, and which on every seed only."""
+    below = {label: found for label, found in differences.items() if found is not None and found.value < 0}
+    beyond = "; ".join(label for label, found in below.items() if found.beyond) or "no recipe tried"
+    same = "; ".join(label for label, found in below.items() if found.on_every_seed and not found.beyond)
+    text = f"Beyond the temperature curve of {control}, by an interval that excludes 0: {beyond}."
+    return text + (f" Below it {ON_EVERY_SEED}: {same}." if same else "")
 
 
 def _verdict(label: str, metrics: Mapping[str, list[float | None]]) -> str:
@@ -191,13 +210,7 @@ def _verdict(label: str, metrics: Mapping[str, list[float | None]]) -> str:
         values = metrics.get(f"beyond_{curve}")
         if values is None:
             continue
-        if None in values:
-            word = "sharper or flatter than any temperature measured of"
-        elif _all_below(values):
-            word = "beyond"
-        else:
-            word = "behind" if all(value >= 0 for value in values if value is not None) else "not clearly off"
-        parts.append(f"{word} {control} ({each(values)}{_interval(values)})")
+        parts.append(f"{_place(over_seeds(values), control)} ({each(values)}{_interval(values)})")
     recall = metrics.get("recall_beyond_mle_continued")
     price = ""
     if recall and None not in recall:
@@ -207,11 +220,22 @@ def _verdict(label: str, metrics: Mapping[str, list[float | None]]) -> str:
     return f"{label}: {', '.join(parts)}{price}."
 
 
+def _place(found: SeedDifference | None, control: str) -> str:
+    """Where a recipe lies; beyond and behind only where the interval over seeds excludes 0."""
+    if found is None:
+        return f"sharper or flatter than any temperature measured of {control}"
+    if found.beyond:
+        return f"{'beyond' if found.value < 0 else 'behind'} {control}"
+    side = "below" if found.value < 0 else "above"
+    if found.on_every_seed:
+        return f"{side} {control} {ON_EVERY_SEED}"
+    return f"not clearly off {control}" if found.n > 1 else f"{side} {control} on the one seed"
+
+
 def _interval(values: Sequence[float | None]) -> str:
     """The mean with its interval, where there is one."""
-    if len(values) < 2 or None in values:
-        return ""
-    return f"; mean {mean_and_interval(values, 1)}"
+    found = over_seeds(values)
+    return "" if found is None or found.n == 1 else f"; mean {found.text()}"
 
 
 def _at_one(table: Mapping[str, Any], recipes: Sequence[str], seeds: Mapping[str, Seed]) -> str:
@@ -225,10 +249,6 @@ def _at_one(table: Mapping[str, Any], recipes: Sequence[str], seeds: Mapping[str
         recalls = " / ".join(f"{value:+.3f}" for value in recall)
         parts.append(f"{label_of(name, seeds)}: FD {each(fd)}, recall {recalls}")
     return f"At T = 1, minus MLE's: {'; '.join(parts)}."
-
-
-def _all_below(values: Sequence[float | None] | None) -> bool:
-    return bool(values) and all(value is not None and value < 0 for value in values or ())
 
 
 def save_panels(path: Path, results: Mapping[str, Any]) -> None:

@@ -17,6 +17,7 @@ from markupsafe import Markup
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text as Styled
 from torch import Tensor
 
 from ral_gym.commands.generate import generator_files, need, open_run
@@ -24,7 +25,8 @@ from ral_gym.commands.look_arguments import CompareArguments
 from ral_gym.commands.results import say
 from ral_gym.config.flags import settings
 from ral_gym.errors import ConfigError, RunError
-from ral_gym.metrics.intervals import Estimate, mean_estimate, paired_estimate
+from ral_gym.metrics.intervals import Estimate, mean_estimate
+from ral_gym.metrics.seeds import ON_EVERY_SEED, SeedDifference
 from ral_gym.metrics.table import Text
 from ral_gym.pictures import save_comparison
 from ral_gym.runs.results import load_results
@@ -48,6 +50,7 @@ METRICS = {
 _SEED = re.compile(r"[-_. ]?seed[-_. ]?\d+")
 """The part of a run's name that tells its seed."""
 MOST_RUNS = 24
+Cell = Estimate | SeedDifference | float | None
 SAME = ("extractor", "n_samples", "reference")
 """What tables must share for their distances to compare."""
 
@@ -77,7 +80,7 @@ class Line:
     """A row of the comparison: what it is of, and every metric; None where there is none."""
 
     name: str
-    cells: dict[str, Estimate | float | None]
+    cells: dict[str, Cell]
 
 
 def compare_runs(arguments: CompareArguments, console: Console) -> list[Path]:
@@ -91,7 +94,8 @@ def compare_runs(arguments: CompareArguments, console: Console) -> list[Path]:
     if not 2 <= len({path.resolve() for path in paths}) == len(paths) <= MOST_RUNS:
         raise ConfigError(f"compare got {len(paths)} run(s): give 2 to {MOST_RUNS} different run folders")
     groups = grouped([open_run(str(path)) for path in paths])
-    lines, differences, notes = values_of(groups), paired(groups), notes_of(groups)
+    lines, differences = values_of(groups), paired(groups)
+    notes = [*findings(differences), *notes_of(groups)]
     console.print(terminal_table("Runs", lines))
     if differences:
         console.print(terminal_table("Differences, paired by seed", differences))
@@ -146,7 +150,7 @@ def values_of(groups: Sequence[Group]) -> list[Line]:
     """Every metric of the prior and of RAL; of several seeds their mean."""
     lines = []
     for group, (row, called) in itertools.product(groups, ROWS.items()):
-        cells: dict[str, Estimate | float | None] = {}
+        cells: dict[str, Cell] = {}
         for metric in METRICS:
             values = list(group.values(row, metric).values())
             several = len(values) > 1
@@ -165,12 +169,30 @@ def paired(groups: Sequence[Group]) -> list[Line]:
 
 
 def _difference(name: str, one: Group, before: str, other: Group, after: str) -> Line:
-    cells: dict[str, Estimate | float | None] = {}
+    cells: dict[str, Cell] = {}
     for metric in METRICS:
         first, second = one.values(before, metric), other.values(after, metric)
         shared = first.keys() & second.keys()
-        cells[metric] = paired_estimate(first, second) if len(shared) > 1 else None
+        cells[metric] = SeedDifference.of(first, second) if len(shared) > 1 else None
     return Line(name, cells)
+
+
+def findings(differences: Sequence[Line]) -> list[str]:
+    """Which differences are beyond their intervals, and which have the same sign on every seed only."""
+    beyond: list[str] = []
+    same: list[str] = []
+    for line in differences:
+        known = {METRICS[metric]: cell for metric, cell in line.cells.items() if isinstance(cell, SeedDifference)}
+        for found, told in (
+            (beyond, [metric for metric, cell in known.items() if cell.beyond]),
+            (same, [metric for metric, cell in known.items() if cell.on_every_seed and not cell.beyond]),
+        ):
+            if told:
+                found.append(f"{line.name} ({', '.join(told)})")
+    if not differences:
+        return []
+    notes = [f"Intervals that exclude 0: {'; '.join(beyond) or 'none'}."]
+    return notes + ([f"Same sign {ON_EVERY_SEED}: {'; '.join(same)}."] if same else [])
 
 
 def notes_of(groups: Sequence[Group]) -> list[str]:
@@ -225,7 +247,7 @@ def terminal_table(title: str, lines: Sequence[Line]) -> Table:
     for metric in shown:
         table.add_column(METRICS[metric], justify="right")
     for line in lines:
-        table.add_row(line.name, *("\n".join(_words(line.cells[metric])) for metric in shown))
+        table.add_row(line.name, *(_marked(line.cells[metric]) for metric in shown))
     return table
 
 
@@ -234,8 +256,16 @@ def shown_metrics(lines: Sequence[Line]) -> list[str]:
     return [metric for metric in METRICS if any(line.cells[metric] is not None for line in lines)]
 
 
-def _words(cell: Estimate | float | None) -> list[str]:
+def _marked(cell: Cell) -> Styled:
+    """A cell's words: a difference is bold if its interval excludes 0."""
+    bold = isinstance(cell, SeedDifference) and cell.beyond
+    return Styled("\n".join(_words(cell)), style="bold" if bold else "")
+
+
+def _words(cell: Cell) -> list[str]:
     """A cell's value and, below it, half of its interval."""
+    if isinstance(cell, SeedDifference):
+        cell = cell.value if cell.interval is None else cell.interval
     if cell is None:
         return ["-"]
     if isinstance(cell, Estimate):
@@ -283,7 +313,9 @@ def html(
 def _page_table(label: str, lines: Sequence[Line]) -> Markup:
     from ral_gym.report import page
 
-    def text(cell: Estimate | float | None) -> Text:
+    def text(cell: Cell) -> Text:
+        if isinstance(cell, SeedDifference):
+            cell = cell.interval
         if isinstance(cell, Estimate):
             return Text(_figure(cell.value), _figure(cell.low), _figure(cell.high))
         return Text(_words(cell)[0])

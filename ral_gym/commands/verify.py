@@ -29,6 +29,7 @@ from ral_gym.stages.device import resolve_device
 from ral_gym.stages.evaluate import check_measuring, load_priors, measure, results_of
 from ral_gym.stages.generator_metrics import MEASUREMENT, GeneratorMetrics
 from ral_gym.stages.levels import load_vqvae
+from ral_gym.stages.sampling_noise import noise_of
 from ral_gym.tokenizers.code_set import CodeSet
 
 ROUNDING = 1e-6
@@ -37,7 +38,7 @@ WITHOUT_INTERVAL = 0.02
 """Half the interval's width, for a metric without an interval; relative to the metric if that is above 1."""
 MOST_SHOWN = 60
 """Most lines of the printed table."""
-SETTINGS = ("extractor", "reference", "n_samples", "seed", "preset", "measurement", "held_out")
+SETTINGS = ("extractor", "reference", "n_samples", "seed", "preset", "measurement", "held_out", "sampling_seeds")
 
 BEST, BEST_GUIDANCE = "_best_temperature", "_best_guidance"
 
@@ -156,8 +157,8 @@ def _compare_metric(
     """Yield the metric if it differs, else the interval ends that differ."""
     old, new = there[key], here.get(key)
     ends = [row.get("intervals", {}).get(key) for row in (there, here)]
-    widths = [(high - low) / 2 for low, high in filter(None, ends)]
-    width = max(widths, default=None)
+    shared = [row.get("intervals", {}).get("fd") for row in (there, here)] if noise_of(key) else ends
+    width = max(((high - low) / 2 for low, high in filter(None, shared)), default=None)
     if _is_number(old) and _is_number(new):
         one, other = float(old), float(new)  # type: ignore[arg-type]
         found.largest = max(found.largest, abs(one - other) / max(abs(one), abs(other), 1e-12))

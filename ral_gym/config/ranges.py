@@ -20,7 +20,7 @@ _NAMES: dict[_Rule, str] = {
         vqvae.discriminator_units vqvae.discriminator_layers
         prior.hidden_units prior.residual_units prior.layers prior.batch_size prior.training_steps
         prior.attention_heads prior.augmented_passes prior.patience prior.evaluate_every prior.held_out
-        evaluation.held_out
+        evaluation.held_out evaluation.sampling_seeds
         data.crop data.limit data.max_megapixels data.max_file_mb data.max_files
         critic.hidden_units critic.layers critic.batch_size critic.replay critic.r1_every
         ral.n_envs ral.n_updates ral.checkpoint_every ral.n_rollouts ral.rollout_positions
@@ -84,7 +84,7 @@ SIZES: dict[int, str] = {
     16: "vqvae.layers vqvae.discriminator_layers critic.layers",
     1_000: """
         vqvae.residual_blocks prior.layers prior.attention_layers prior.attention_heads prior.output_stack_layers
-        prior.conditioning_stack_layers prior.augmented_passes data.workers
+        prior.conditioning_stack_layers prior.augmented_passes data.workers evaluation.sampling_seeds
         """,
     16_384: """
         vqvae.hidden_units vqvae.residual_units vqvae.codebook_dim prior.hidden_units prior.residual_units

@@ -209,6 +209,9 @@ class EvaluationConfig:
     """Scales of classifier-free guidance at which generators of classes are sampled too (1, none, is included)."""
     held_out: int = 2000
     """Held-out images for each NLL: a seeded random subset, or all if there are fewer."""
+    sampling_seeds: int = 1
+    """Seeds from which each generated row is sampled. Above 1, the spread of its FD stands beside it; each further seed
+    takes the time of drawing the samples and of their features."""
 
 
 @dataclass(frozen=True)

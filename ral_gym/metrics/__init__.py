@@ -38,6 +38,7 @@ from ral_gym.metrics.recovery import (
     half_life,
     prefix_curve,
 )
+from ral_gym.metrics.seeds import SeedDifference
 
 __all__ = [
     "CorruptionResponse",
@@ -56,6 +57,7 @@ __all__ = [
     "NeighbourhoodScores",
     "PrefixCurve",
     "PyramidFeatures",
+    "SeedDifference",
     "TemperatureMatch",
     "as_lists",
     "auc",

@@ -101,6 +101,14 @@ class FeatureDistance:
             kid_subset_size=subset_size,
         )
 
+    def fd(self, features: Tensor) -> float:
+        """FD alone, as `measure` gives it, without the time that KID takes.
+
+        Raises:
+            ConfigError, DivergedError: as `measure`.
+        """
+        return _frechet(_Moments.of(_checked(features, self.extractor)), self._moments)
+
     def floor(self) -> Distance:
         """Distance between two random halves of the reference: what a perfect generator of N / 2 images would score."""
         generator = torch.Generator().manual_seed(self.seed)

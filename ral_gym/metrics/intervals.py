@@ -156,7 +156,8 @@ def paired_estimate(before: Mapping[int, float], after: Mapping[int, float]) -> 
         ConfigError: fewer than two seeds are in both.
     """
     shared = sorted(before.keys() & after.keys())
-    return mean_estimate([after[seed] - before[seed] for seed in shared], method="paired by seed")
+    differences = np.array([after[seed] - before[seed] for seed in shared], dtype=np.float64)  # (R,)
+    return mean_estimate(differences, method="paired by seed")
 
 
 def repeated(

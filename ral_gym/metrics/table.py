@@ -45,6 +45,7 @@ class Column(NamedTuple):
 
 COLUMNS = {
     "fd": Column("FD", 1, significant=True),
+    "fd_spread": Column("FD\nspread", 1, significant=True),
     "kid": Column("KID", 0, significant=True),
     "accuracy": Column("accu-\nracy", 3),
     "class_fd": Column("class\nFD", 1, significant=True),
@@ -69,6 +70,10 @@ COLUMNS = {
 }
 """Metric -> its column; columns of your own (`evaluation.metrics`) follow these."""
 MEANINGS = {
+    "fd_spread": (
+        "FD spread: the largest FD of the row minus the smallest, of samples from several seeds, which is noise of the "
+        "evaluation"
+    ),
     "accuracy": "accuracy: samples that a small classifier, which is no reward, takes for the class asked for",
     "class_fd": "class FD: that of each class, averaged over classes",
     "class_kid": "class KID: that of each class, averaged over classes",
@@ -94,7 +99,7 @@ WIDTH = 80
 FIRST = "fd"
 """The columns that the terminal always shows, with intervals; columns of your own follow."""
 THEN = (
-    *("guidance", "accuracy", "recall", "memorisation", "nll_test", "entropy", "temperature"),
+    *("fd_spread", "guidance", "accuracy", "recall", "memorisation", "nll_test", "entropy", "temperature"),
     *("nll_new_people", "kid", "precision", "diversity", "samples_per_kept", "coverage", "density"),
 )
 """The columns that it shows while there is room, most important first."""
@@ -167,6 +172,8 @@ def results_caption(results: Mapping[str, Any], keys: Sequence[str] | None = Non
         parts.append(f"NLL of {' and '.join(n_held_out)} images")
     if any(interval(row, key) for row in rows.values() for key in keys):
         parts.append("intervals 95 %, over samples or held-out images, not over seeds")
+    if "fd_spread" in keys:
+        parts.append(f"{number_text(results.get('sampling_seeds'))} sampling seeds per row")
     parts.append(f"seed {'-' if results.get('seed') is None else format(results['seed'], 'd')}")
     if results.get("seconds"):
         parts.append(f"{sum(results['seconds'].values()):,.0f} s in all")

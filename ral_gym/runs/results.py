@@ -74,8 +74,9 @@ def _check_results(results: Any) -> None:
     for name, seconds in _dict(results.get("seconds", {}), "seconds").items():
         if not is_number(seconds):
             raise _Wrong(f"seconds.{name} is not a number")
-    if not isinstance(results.get("measurement", 1), int):
-        raise _Wrong("measurement is not an integer")
+    for name in ("measurement", "sampling_seeds"):
+        if not isinstance(results.get(name, 1), int):
+            raise _Wrong(f"{name} is not an integer")
     for name, n in _dict(results.get("held_out", {}), "held_out").items():
         if not isinstance(n, int):
             raise _Wrong(f"held_out.{name} is not an integer")

@@ -32,6 +32,7 @@ from ral_gym.stages.given_rows import measure_given_rows
 from ral_gym.stages.levels import load_generator
 from ral_gym.stages.pictures import draw_pictures
 from ral_gym.stages.rejection import critic_judge
+from ral_gym.stages.sampling_noise import has_sampling_seeds
 from ral_gym.tokenizers.base import Tokenizer
 from ral_gym.tokenizers.code_set import CodeSet
 
@@ -54,6 +55,8 @@ SWEPT = ("mle", "mle_continued", "mle_equal_time", "ral")
 """Rows that are also sampled at other temperatures; each gets a row `..._best_temperature`."""
 GUIDED = ("mle", "ral")
 """Rows that are also sampled with guidance, if they have classes; each gets a row `..._best_guidance`."""
+REAL_ROWS = ("reconstruction", "floor")
+"""Rows of real images, which no generator draws."""
 LOWEST_TEMPERATURE = 0.3
 TEMPERATURE_STEP = 0.1
 
@@ -100,8 +103,10 @@ def _begun(run: Run) -> tuple[int, dict[str, Row]]:
     rows, measurement = check_rows(found.get("rows"), path), found["measurement"]
     if isinstance(measurement, bool) or not isinstance(measurement, int):
         raise RunError(f"{path} holds no table rows; remove it to evaluate again")
-    # Rows of versions that measured less are measured again.
-    return measurement, {name: row for name, row in rows.items() if "intervals" in row}
+    # Rows of versions that measured less, or on samples from fewer seeds, are measured again.
+    seeds = run.config.evaluation.sampling_seeds
+    whole = {name for name, row in rows.items() if name in REAL_ROWS or has_sampling_seeds(row, seeds)}
+    return measurement, {name: row for name, row in rows.items() if "intervals" in row and name in whole}
 
 
 def load_priors(run: Run, device: torch.device) -> dict[str, Prior]:
@@ -175,7 +180,7 @@ def measure(
     if wanted("mle_rejection") and run.config.ral.uses_critic:
         add("mle_rejection", lambda: _rejection_row(evaluation, mle))
     real_rows = functools.cache(evaluation.real_rows)
-    for name in ("reconstruction", "floor"):
+    for name in REAL_ROWS:
         if wanted(name):
             add(name, lambda name=name: real_rows()[name])  # type: ignore[misc]
     needed_by: dict[str, tuple[str, ...]] = {"mle": ("mle_best_temperature", "mle_best_guidance")}
@@ -259,6 +264,7 @@ def results_of(run: Run, evaluation: GeneratorMetrics, rows: dict[str, dict[str,
             "held_out": {name: len(codes) for name, codes in evaluation.held_out.items()},
         }
     )
+    seeds = run.config.evaluation.sampling_seeds
     own = {metric.key: metric.meaning for metric in evaluation.own_metrics}
     return (
         {
@@ -272,6 +278,7 @@ def results_of(run: Run, evaluation: GeneratorMetrics, rows: dict[str, dict[str,
             "preset": run.config.preset,
         }
         | rule
+        | ({"sampling_seeds": seeds} if seeds > 1 else {})
         | ({"metrics": own} if own else {})
         | ({"guided": guided} if guided else {})
     )

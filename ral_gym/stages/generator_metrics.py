@@ -38,7 +38,6 @@ from ral_gym.metrics import (
     make_extractor,
     match_temperature,
 )
-from ral_gym.metrics.codes import Codes
 from ral_gym.metrics.distances import kid_subset_size
 from ral_gym.metrics.neighbourhood import SCORES
 from ral_gym.metrics.own import measure_own, own_metrics
@@ -48,8 +47,9 @@ from ral_gym.runs.run import Run
 from ral_gym.stages.class_metrics import ClassJudge, accuracy, class_distance, train_judge
 from ral_gym.stages.levels import wrong_labels
 from ral_gym.stages.pictures import balanced_labels, sample_codes
-from ral_gym.stages.rejection import Judge, rejection_sample
-from ral_gym.stages.row_parts import image_mean, interval_ends
+from ral_gym.stages.rejection import Judge, Rejection, rejection_sample
+from ral_gym.stages.row_parts import image_mean, interval_ends, labelled
+from ral_gym.stages.sampling_noise import sampling_noise
 from ral_gym.tokenizers.base import Tokenizer, encoder_features
 from ral_gym.tokenizers.code_set import CodeSet, decode_codes, encode_images
 
@@ -163,15 +163,24 @@ class GeneratorMetrics:
         self.tell()
         labels = self._asked(prior, len(codes))
         row = self.distances(codes, labels)
+        row |= self._noise(row["fd"], lambda seed: sample_codes(prior, len(codes), seed, temperature, sampling))
         estimates: dict[str, Estimate | None] = {"diversity": hamming_distance(codes)}
         if not sampling.guided:
             estimates |= self._likelihoods(prior, temperature)
-            drawn = _labelled(prior, codes, labels)
+            drawn = labelled(prior, codes, labels)
             estimates["entropy"] = image_mean(image_entropy(prior, drawn, temperature, self.batch_size, self.device))
         row |= {name: None if estimate is None else estimate.value for name, estimate in estimates.items()}
         row["intervals"] |= interval_ends(estimates)
         guided = {"guidance": sampling.guidance} if sampling.guided else {}
         return row | {"samples_per_kept": 1.0, "temperature": temperature} | guided
+
+    def _noise(self, fd: float, draw: Callable[[int], Tensor]) -> Row:
+        """FD of the codes (N, T) that `draw` gives of other seeds, with `evaluation.sampling_seeds` above 1."""
+
+        def again(seed: int) -> float:
+            return self.distance.features.fd(extract(self.extractor, decode_codes(self.vqvae, draw(seed))))
+
+        return dict(sampling_noise(fd, self.seed, self.run.config.evaluation.sampling_seeds, again))
 
     def _asked(self, prior: Prior, n: int) -> Tensor | None:
         """The classes (n,) that `sample_codes` asks a generator for; None without classes."""
@@ -197,14 +206,18 @@ class GeneratorMetrics:
         It has no likelihood, so no NLL and no entropy; it costs more drawn samples, and diversity.
         """
 
-        def drawn(n: int) -> Tensor:
-            return _labelled(prior, sample_codes(prior, n, self.seed), self._asked(prior, n))
+        def keep(seed: int) -> Rejection:
+            def drawn(n: int) -> Tensor:
+                return labelled(prior, sample_codes(prior, n, seed), self._asked(prior, n))
 
-        kept = rejection_sample(drawn, judge, self.n_samples, REJECTION_SHARE)
+            return rejection_sample(drawn, judge, self.n_samples, REJECTION_SHARE)
+
+        kept = keep(self.seed)
         self.tell()
         codes = prior.grid.without_labels(kept.codes)
         row, varied = self.distances(codes, prior.grid.labels_of(kept.codes)), hamming_distance(codes)
         row["intervals"] |= interval_ends({"diversity": varied})
+        row |= self._noise(row["fd"], lambda seed: prior.grid.without_labels(keep(seed).codes))
         return row | {"diversity": varied.value, "samples_per_kept": kept.samples_per_kept, "temperature": 1.0}
 
     def distances(self, codes: Tensor, labels: Tensor | None = None) -> Row:
@@ -293,7 +306,7 @@ class GeneratorMetrics:
         return match_temperature(
             lambda t: sample_codes(prior, TEMPERATURE_BATCH, self.seed, t),
             lambda codes, t: entropy(
-                prior, _labelled(prior, codes, self._asked(prior, len(codes))), t, self.batch_size, self.device
+                prior, labelled(prior, codes, self._asked(prior, len(codes))), t, self.batch_size, self.device
             ),
             target_entropy,
             tolerance=5e-3,
@@ -387,9 +400,3 @@ class GeneratorMetrics:
                     row[name] = measured[metric]
                     row["intervals"] |= interval_ends({name: estimates.get(metric)})
         return row
-
-
-def _labelled(prior: Prior, codes: Codes, labels: Tensor | None) -> Tensor:
-    """What the prior reads: codes (N, T), with their labels (N,) at the end if there are any."""
-    codes = torch.as_tensor(codes)
-    return codes if labels is None else prior.grid.with_labels(codes, labels)
