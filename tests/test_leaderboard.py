@@ -37,7 +37,7 @@ def entry(*seeds: dict[str, Any], **changed: Any) -> Entry:
 
 
 def values() -> dict[str, Any]:
-    return json.loads((DOCS / "leaderboard" / "demo.json").read_text(encoding="utf-8"))
+    return json.loads((DOCS / "leaderboard" / "demo-converged.json").read_text(encoding="utf-8"))
 
 
 def test_the_page_and_the_files_agree() -> None:

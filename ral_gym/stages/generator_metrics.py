@@ -221,18 +221,17 @@ class GeneratorMetrics:
         return row | {"diversity": varied.value, "samples_per_kept": kept.samples_per_kept, "temperature": 1.0}
 
     def distances(self, codes: Tensor, labels: Tensor | None = None) -> Row:
-        """Distances of samples (N, T) from the decoded training codes and the training images, and memorisation.
-
-        With the classes (N,) that were asked for also those of `ral_gym.stages.class_metrics`.
-        """
+        """Distances of samples (N, T), see `image_distances`."""
         return self.image_distances(decode_codes(self.vqvae, codes), labels, codes)
 
     def image_distances(self, images: Tensor, labels: Tensor | None = None, codes: Tensor | None = None) -> Row:
-        """As `distances`, of images (N, C, S, S) uint8, which need not come from codes; metrics of your own need them."""
+        """Distances of images (N, C, S, S) uint8 from the decoded training codes and the training images, memorisation.
+
+        With the classes (N,) that were asked for also `ral_gym.stages.class_metrics`; with codes (N, T) your own metrics.
+        """
         features = extract(self.extractor, images)  # (N, F)
         self.tell()
-        row = self._against(self.distance.features, features)
-        real = self._against(self.real_distance, features)
+        row, real = self._against(self.distance.features, features), self._against(self.real_distance, features)
         row |= {f"{name}_real": real[name] for name in ("fd", "kid")}
         row["intervals"] |= {f"{name}_real": ends for name, ends in real["intervals"].items()}
         self.tell()
