@@ -180,7 +180,7 @@ DEMO_CLASSES = Config(
     evaluation=EvaluationConfig(n_samples=1000, temperatures=(0.85,), guidance=(1.5, 2.0, 3.0)),
 )
 
-# Real data sets, the recipe of `demo-converged` unchanged but for sizes: a prior that is trained until little is left to gain.
+# Real data sets, the recipe of `demo-converged` but for sizes: a prior trained until little is left to gain.
 DEMO_CIFAR10 = replace(
     DEMO_CONVERGED,
     preset="demo-cifar10",

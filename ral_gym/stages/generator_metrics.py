@@ -123,8 +123,7 @@ class GeneratorMetrics:
         self.own_metrics = own_metrics(config.metrics)
         self.n_samples, self.seed = config.n_samples, run.config.seed * 1000 + 6
         self.batch_size = max(1, LOGITS_PER_PASS // (vqvae.grid.n_codes * vqvae.grid.codebook_size))
-        encoder = encoder_features(vqvae)
-        self.extractor = make_extractor(config.extractor, encoder, device)
+        self.extractor = make_extractor(config.extractor, encoder_features(vqvae), device)
         self._order = torch.randperm(len(codes.train), generator=torch.Generator().manual_seed(self.seed)).numpy()
         self.reference = decode_codes(vqvae, codes.train[self._order[: self.n_samples]])  # (N, C, S, S)
         self.distance = ImageDistance(self.extractor, self.reference, seed=self.seed)
@@ -213,8 +212,8 @@ class GeneratorMetrics:
             return rejection_sample(drawn, judge, self.n_samples, REJECTION_SHARE)
 
         kept = keep(self.seed)
-        self.tell()
         codes = prior.grid.without_labels(kept.codes)
+        self.tell()
         row, varied = self.distances(codes, prior.grid.labels_of(kept.codes)), hamming_distance(codes)
         row["intervals"] |= interval_ends({"diversity": varied})
         row |= self._noise(row["fd"], lambda seed: prior.grid.without_labels(keep(seed).codes))
@@ -225,9 +224,9 @@ class GeneratorMetrics:
         return self.image_distances(decode_codes(self.vqvae, codes), labels, codes)
 
     def image_distances(self, images: Tensor, labels: Tensor | None = None, codes: Tensor | None = None) -> Row:
-        """Distances of images (N, C, S, S) uint8 from the decoded training codes and the training images, memorisation.
+        """Of images (N, C, S, S) uint8: distances from the decoded training codes and the training images, memorisation.
 
-        With the classes (N,) that were asked for also `ral_gym.stages.class_metrics`; with codes (N, T) your own metrics.
+        With the classes (N,) that were asked for also `ral_gym.stages.class_metrics`; with codes (N, T) own metrics.
         """
         features = extract(self.extractor, images)  # (N, F)
         self.tell()
@@ -241,8 +240,8 @@ class GeneratorMetrics:
             row["intervals"] |= interval_ends({"accuracy": right})
         parts = [self._neighbours(self.neighbourhood, features), self._memorised(features)]
         if codes is not None:
-            generated = {"images": images, "codes": codes, "features": features}
-            parts.append(measure_own(self.own_metrics, generated, self._reference(), self.seed))
+            drawn = {"images": images, "codes": codes, "features": features}
+            parts.append(measure_own(self.own_metrics, drawn, self._reference(), self.seed))
         for part in parts:
             row["intervals"] |= part.pop("intervals")
             row |= part
