@@ -11,7 +11,8 @@ weights would have been given (gradient clipping is out of reach). All see the s
 The same return is paid in three ways, so that the exact gradient is the same too:
 
 * single: all of it at an image's last code.
-* causal: a reward per code, a random function of the codes up to it.
+* causal: a reward per code, a random function of the codes up to it. *All actions*: the reward of a code is summed over
+  all codes in its place (`Reinforce(all_actions=True)`), those of later ones are sampled.
 * whole: a reward per code that depends on the whole image, as a critic's upsampled score map does: the causal returns'
   mean over the codes, plus random tables that add up to nothing.
 
@@ -108,7 +109,10 @@ def all_estimators() -> list[Estimator]:
         for baseline, gamma in (("none", 1.0), ("leave_one_out", 1.0), ("none", 0.99), ("none", 0.9)):
             arguments = plain | {"baseline": baseline, "gamma": gamma}
             lines.append(Estimator(f"REINFORCE {baseline}, gamma {gamma:g}", Reinforce, arguments, rewards))
-    return lines
+    for gamma in (1.0, 0.9):
+        arguments = plain | {"baseline": "leave_one_out", "gamma": gamma, "all_actions": True}
+        lines.append(Estimator(f"all actions, leave_one_out, gamma {gamma:g}", Reinforce, arguments, "causal"))
+    return sorted(lines, key=lambda line: ("single", *tables).index(line.rewards))
 
 
 def to_go(rewards: Tensor, gamma: float) -> Tensor:
@@ -139,6 +143,8 @@ def make_model(toy: Toy, estimator: Estimator, n_images: int) -> OnPolicyAlgorit
     env = CodeVecEnv(world, n_images)
     model = estimator.algorithm(PriorPolicy, env, **(arguments | estimator.arguments))
     model.set_logger(configure(None, []))
+    if getattr(model, "all_actions", False):
+        model.action_rewards = toy.action_rewards  # type: ignore[attr-defined]
     for weights in model.policy.value_net.parameters():
         weights.data *= 2  # a baseline that matters, and has nothing to do with the rewards
     return model

@@ -24,7 +24,7 @@ from ral_gym.agents.defaults import algorithm_defaults, policy_for
 from ral_gym.agents.regularizers import PriorKLReward
 from ral_gym.agents.train_ral import make_stage
 from ral_gym.agents.vec_env import CodeVecEnv
-from ral_gym.config import Config
+from ral_gym.config import Config, ReinforceConfig
 from ral_gym.priors.pixelcnn import PixelCNN
 from ral_gym.rewards.augmentation import AUGMENTATIONS
 from ral_gym.runs.alike import digest
@@ -189,6 +189,13 @@ CASES["stage_patch_options"] = stage(
     updates=2,
     algo="reinforce",
     reset_mode="mixed",
+)
+CASES["stage_all_actions"] = stage(
+    changes={"kind": "causal"},
+    updates=2,
+    algo="reinforce",
+    reset_mode="mixed",
+    reinforce=ReinforceConfig(all_actions=True, batch_size=20),
 )
 CASES["stage_levels"] = stage(levels=2, updates=3, algo="reinforce", train_levels="top", reset_mode="full")
 CASES["stage_rollouts"] = stage(updates=2, algo="grpo", n_envs=4, n_rollouts=3, rollout_positions=3, reset_mode="full")

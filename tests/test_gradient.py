@@ -123,6 +123,32 @@ def test_a_discount_is_the_gradient_of_something_else() -> None:
     assert relative(mean - toy().exact()) > 0.05
 
 
+@pytest.mark.parametrize("gamma", [1.0, 0.7])
+@pytest.mark.parametrize("more", [{}, {"batch_size": 1}], ids=label)
+@pytest.mark.parametrize("baseline", ["none", "leave_one_out", "value"])
+def test_the_sum_over_all_actions_has_the_same_expectation_and_less_variance(
+    baseline: str, more: dict, gamma: float
+) -> None:
+    arguments = PLAIN | {"baseline": baseline, "gamma": gamma, **more}
+    sampled, noise = exact_moments(Reinforce, "causal", **arguments)
+    summed, less_noise = exact_moments(Reinforce, "causal", **arguments, all_actions=True)
+    assert relative(summed - sampled) < 1e-5
+    if gamma == 1:
+        assert relative(summed - toy().exact()) < 1e-5
+    assert less_noise < noise
+
+
+def test_what_every_code_in_place_of_each_is_paid() -> None:
+    codes = toy().images[[3, 6]]
+    rewards = toy().action_rewards(codes)  # (2, 3, 2)
+    for n, image in enumerate(codes):
+        for t in range(3):
+            for k in range(2):
+                other = torch.cat([image[:t], torch.tensor([k]), image[t + 1 :]])
+                index = int(toy().index(other.numpy()))
+                assert rewards[n, t, k] == toy().rewards["causal"][index, t]
+
+
 @pytest.mark.parametrize(
     ("algorithm", "arguments", "rewards"),
     [
@@ -210,5 +236,5 @@ def test_the_whole_bench_runs_and_agrees_with_the_exact_gradient(capsys) -> None
     bench().main(["--quick"], Console(width=80))
     lines = capsys.readouterr().out.splitlines()
     assert "Gradient estimates" in lines[0]
-    begun = ("REINFORCE", "PPO", "A2C", "GRPO", "leave_one_out, N")
+    begun = ("REINFORCE", "PPO", "A2C", "GRPO", "leave_one_out, N", "all actions")
     assert sum(line.startswith(begun) for line in lines) == len(bench().all_estimators())

@@ -270,6 +270,10 @@ class EpisodeAlgorithm(OnPolicyAlgorithm):
         """Squared errors of the value head (N,), or None without one."""
         return None
 
+    def _expected_loss(self, rows: np.ndarray, episodes: Episodes, log_probs: Tensor) -> Tensor | None:
+        """What is added to the losses (N,) of transitions with log-probabilities (N, K), or None."""
+        return None
+
     def _stop_early(self, figures: Figures) -> bool:
         """Whether to skip the remaining epochs; reading a figure of an epoch waits for the device."""
         return False
@@ -359,7 +363,8 @@ class EpisodeAlgorithm(OnPolicyAlgorithm):
         entropy = -(log_probs.exp() * log_probs).sum(1)  # (N,)
         old_log_prob = sent(old_log_probs, self.device)
         losses, logged = self.policy_loss(log_prob, old_log_prob, sent(advantages, self.device), episodes.row)
-        policy_loss = losses.sum() / total
+        expected = self._expected_loss(rows, episodes, log_probs)
+        policy_loss = (losses if expected is None else losses + expected).sum() / total
         loss = policy_loss - self.ent_coef * entropy.sum() / total
         figures: Figures = {name: in_64_bits(value) / total for name, value in logged.items()}
         figures |= {"policy_gradient_loss": in_64_bits(policy_loss), "entropy_loss": -in_64_bits(entropy.sum()) / total}

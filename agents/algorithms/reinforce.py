@@ -4,23 +4,33 @@ One update: every environment draws one episode, the rewards-to-go Q (Eq. 3) min
 log-probabilities of the drawn codes, and one optimizer step follows. The paper mentions no baseline; without one, all
 codes of a batch are pushed in the same direction. The loss is the mean over drawn codes where Eq. 2 sums over an
 episode: with Adam only its ratio to other loss terms differs.
+
+With `all_actions` a critic's reward f_t(c_t) of a code leaves the sampled return Q_t of its own position, and the loss
+gets minus its expectation over all codes that could have been drawn, sum_k pi(k) f_t(k): the same gradient on average,
+since E[f_t(c) grad log pi(c)] = sum_k grad pi(k) f_t(k), without the noise of which code it was ("Mean Actor Critic",
+Allen et al., 2017). What later codes are paid stays sampled.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, Unpack
 
 import numpy as np
+import torch
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from torch import Tensor
 from torch.nn import functional as F
 
 from ral_gym.agents.algorithms.base import EpisodeAlgorithm, EpisodeArguments
+from ral_gym.agents.episodes import Episodes
 from ral_gym.agents.policy import PriorPolicy
 from ral_gym.errors import ConfigError
 
 Baseline = Literal["none", "mean", "leave_one_out", "value"]
 BASELINES = ("none", "mean", "leave_one_out", "value")
+REWARDS_AT_ONCE = 2**24
+"""Rewards of all codes that are held at a time: images times positions times K."""
 
 
 def batch_baseline(returns: np.ndarray, mask: np.ndarray, group: np.ndarray, leave_one_out: bool) -> np.ndarray:
@@ -59,10 +69,17 @@ class Reinforce(EpisodeAlgorithm):
             stop, or `value` (the value head, trained alongside).
         normalize_advantage: divide the advantages by their standard deviation over the batch.
         vf_coef: weight of the value loss (baseline `value` only).
+        all_actions: sum the critic's reward of a code over all codes that could have been drawn; see above. Needs a
+            reward callback whose critic scores every code, such as `CausalCritic`.
         **shared: `EpisodeArguments`, see `EpisodeAlgorithm`.
 
+    Attributes:
+        action_rewards: with `all_actions`, set by the reward callback: sequences (n, L) int64, as in the rollout buffer
+            -> rewards (n, L, K) of every code in place of each, in the scale of the last rollout.
+
     Raises:
-        ConfigError: an unknown baseline, or `mle_coef` without real codes.
+        ConfigError: an unknown baseline, or `mle_coef` without real codes; in an update `all_actions` without such a
+            critic.
     """
 
     def __init__(
@@ -75,11 +92,14 @@ class Reinforce(EpisodeAlgorithm):
         baseline: Baseline = "leave_one_out",
         normalize_advantage: bool = True,
         vf_coef: float = 0.5,
+        all_actions: bool = False,
         **shared: Unpack[EpisodeArguments],
     ) -> None:
         if baseline not in BASELINES:
             raise ConfigError(f"baseline {baseline!r} is unknown: choose one of {', '.join(BASELINES)}")
-        self.baseline, self.normalize_advantage = baseline, normalize_advantage
+        self.baseline, self.normalize_advantage, self.all_actions = baseline, normalize_advantage, all_actions
+        self.action_rewards: Callable[[Tensor], Tensor] | None = None
+        self._scale: float | np.floating = 1.0  # of the round's advantages
         super().__init__(policy, env, learning_rate, n_steps, vf_coef=vf_coef, **shared)
 
     @property
@@ -90,20 +110,60 @@ class Reinforce(EpisodeAlgorithm):
     def advantages(self) -> np.ndarray:
         """(N,) advantages of the buffer's transitions."""
         buffer = self.rollout_buffer
+        returns = np.zeros(buffer.mask.shape, np.float32)
+        returns[buffer.mask] = buffer.returns
+        advantages = self._over_baseline(returns, buffer.advantages)
+        self._scale = advantages.std() + 1e-8 if self.normalize_advantage else 1.0
+        if self.all_actions:
+            paid = self._paid_at_once()  # (n, L)
+            advantages = self._over_baseline(returns - paid, buffer.advantages - paid[buffer.mask])
+        return advantages / self._scale if self.normalize_advantage else advantages
+
+    def _over_baseline(self, returns: np.ndarray, over_values: np.ndarray) -> np.ndarray:
+        """Returns (n, L) minus the baseline, of the transitions (N,); `over_values` (N,) with the value head's."""
+        buffer = self.rollout_buffer
         mask = buffer.mask
-        returns = np.zeros(mask.shape, np.float32)
-        returns[mask] = buffer.returns
         if self.baseline == "value":
-            advantages = buffer.advantages
-        elif self.baseline == "none":
-            advantages = returns[mask]
-        else:
-            _, group = np.unique(np.stack([buffer.start, buffer.stop]), axis=1, return_inverse=True)
-            baseline = batch_baseline(returns, mask, group.reshape(-1), self.baseline == "leave_one_out")
-            advantages = (returns - baseline)[mask]
-        if self.normalize_advantage:
-            advantages = advantages / (advantages.std() + 1e-8)
-        return advantages
+            return over_values
+        if self.baseline == "none":
+            return returns[mask]
+        _, group = np.unique(np.stack([buffer.start, buffer.stop]), axis=1, return_inverse=True)
+        baseline = batch_baseline(returns, mask, group.reshape(-1), self.baseline == "leave_one_out")
+        found: np.ndarray = (returns - baseline)[mask]
+        return found
+
+    def _paid_at_once(self) -> np.ndarray:
+        """(n, L) float32: what the critic paid for every code that was drawn, at its own position."""
+        buffer, size = self.rollout_buffer, self.policy.prior.codebook_size
+        codes = torch.from_numpy(buffer.codes.astype(np.int64))  # (n, L)
+
+        def own(rows: slice) -> Tensor:
+            few = max(1, REWARDS_AT_ONCE // (codes.shape[1] * size))
+            found = [self._rewards_of(part, part.clamp(max=size - 1)) for part in codes[rows].split(few)]
+            return torch.cat(found)
+
+        paid: np.ndarray = self.policy.processes.split(len(codes), own).cpu().numpy().astype(np.float32)
+        return np.where(buffer.mask, paid, np.float32(0))
+
+    def _rewards_of(self, sequences: Tensor, codes: Tensor) -> Tensor:
+        """The rewards (n, L) of codes (n, L) at their places in sequences (n, L)."""
+        rewards = self._all_rewards(sequences)
+        return rewards.gather(2, codes.to(rewards.device)[..., None]).squeeze(2)
+
+    def _all_rewards(self, sequences: Tensor) -> Tensor:
+        if self.action_rewards is None:
+            raise ConfigError(
+                "all_actions needs a critic that scores every code that could be drawn (all_codes), such as that of "
+                "critic.kind causal: give its callback to learn, or leave all_actions out"
+            )
+        return self.action_rewards(sequences)
+
+    def _expected_loss(self, rows: np.ndarray, episodes: Episodes, log_probs: Tensor) -> Tensor | None:
+        if not self.all_actions:
+            return None
+        sequences = torch.from_numpy(self.rollout_buffer.codes[rows].astype(np.int64))  # (m, L)
+        rewards = self._all_rewards(sequences)[episodes.row, episodes.pos].to(log_probs.dtype)  # (N, K)
+        return -(log_probs.exp() * rewards).sum(1) / float(self._scale)
 
     def _value_loss(self, features: Tensor, position: Tensor, stop: Tensor, returns: Tensor) -> Tensor | None:
         if self.baseline != "value":

@@ -332,6 +332,36 @@ class CoTrainedCritic:
                 own[name] = own.get(name, 0.0) + share * value
         return rewards.numpy(), {"heldout_gap": gap, "heldout_auc": area, "score_mean": mean, **own}
 
+    @torch.no_grad()
+    def action_rewards(self, codes: Tensor) -> Tensor:
+        """What every code would have been paid in place of each, but for a constant: normalised scores.
+
+        Args:
+            codes: (n, L) int64 finished grids.
+
+        Returns:
+            (n, L, K); 0 behind the last row of an image, and at the label.
+
+        Raises:
+            ConfigError: the critic has no scores `all_codes`.
+        """
+        if not hasattr(self.critic, "all_codes"):
+            raise ConfigError(
+                "all_actions needs a critic that scores every code that could be drawn, but "
+                f"{type(self.critic).__name__} has no all_codes: give critic.kind causal, or leave all_actions out"
+            )
+        self.critic.eval()
+        images = FinishedImages(codes, self.grid)
+        found = torch.zeros(*codes.shape, self.grid.codebook_size, device=self.device)  # (n, L, K)
+        for height in images.heights:
+            view, rows = images.view(height), images.rows(height)
+            labels = None if view.labels is None else view.labels.to(self.device)
+            scores = self.critic.all_codes(view.codes.to(self.device).long(), labels)  # (m, T', K)
+            found = found.to(scores.dtype)
+            at = (rows[:, None].to(self.device), images.positions(height).to(self.device))
+            found[at] = scores / self.normalizer.scale
+        return found
+
     def _comparison(self, real: Tensor, fake: Tensor) -> dict[str, float]:
         """Numbers of the critic's own about scores of held-out images (M,) and of drawn ones (m,)."""
         compare = getattr(self.critic, "comparison", None)

@@ -113,12 +113,15 @@ class CompositeReward(RolloutReward):
             if name != "critic"
         ]
         self._references: dict[int, View] = {}
+        self._critic_factor = 1.0  # of the last rollout, by which the critic's rewards of codes were multiplied
         self._scales: dict[str, tuple[dict[int, float], float]] = {}  # of the last rollout: shift by rows, and divisor
 
     def _init_callback(self) -> None:
         super()._init_callback()
         if self.critic is not None:
             self.critic.init_callback(self.model)
+            if getattr(self.model, "all_actions", False):
+                self.model.action_rewards = self.action_rewards  # type: ignore[attr-defined]
         self.options |= {"class_names": getattr(self.world, "class_names", ()), "device": self.world.device}
         for term in self.terms:
             if self.statistics is not None and term.takes_moments:
@@ -171,7 +174,10 @@ class CompositeReward(RolloutReward):
                 whole += self.weights[name] * self._normalise(name, totals, rows)
             else:
                 scale = _spread(totals) if self.normalization[name] == "standard" else 1.0
-                per_code += self.weights[name] / scale * earned
+                factor = self.weights[name] / scale
+                per_code += factor * earned
+                if name == "critic":
+                    self._critic_factor = float(factor)
         terminal = np.zeros(mask.shape, np.float32)
         terminal[np.arange(len(mask)), buffer.stop - 1] = whole
         buffer.write_rewards(terminal)  # rewards of whole images, which end both of two levels
@@ -180,6 +186,11 @@ class CompositeReward(RolloutReward):
         self.logger.record("reward/std", float(totals.std()))
         self._references.clear()  # terms have computed what they need from these images
         return totals
+
+    def action_rewards(self, codes: Tensor) -> Tensor:
+        """See `CoTrainedCritic.action_rewards`; weighted and divided as in the last rollout."""
+        assert self.critic is not None
+        return self._critic_factor * self.critic.action_rewards(codes)
 
     def _finished(self, codes: Tensor) -> FinishedImages:
         """The rollout's images, from codes (n, L), shared by all terms."""

@@ -66,6 +66,13 @@ class CriticCallback(RolloutReward):
             codes, labels = grid.without_labels(image), grid.labels_of(image)
             self.critic.scorer.check_rows(codes, distribution.row_multiple, labels)
 
+        if getattr(self.model, "all_actions", False):
+            self.model.action_rewards = self.action_rewards  # type: ignore[attr-defined]
+
+    def action_rewards(self, codes: Tensor) -> Tensor:
+        """See `CoTrainedCritic.action_rewards`."""
+        return self.critic.action_rewards(codes)
+
     def write(self, buffer: EpisodeRolloutBuffer, codes: Tensor) -> np.ndarray:
         """Train and score; returns (n,) the sums of the rewards that were written."""
         rewards = self.earn(self.critic.finished(codes), buffer.mask)

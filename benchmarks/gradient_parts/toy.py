@@ -86,6 +86,16 @@ class Toy:
         """Which of `images` some grids (..., T) are: (...)."""
         return codes @ self.grid.codebook_size ** np.arange(self.grid.n_codes - 1, -1, -1)
 
+    def action_rewards(self, codes: Tensor) -> Tensor:
+        """(n, T) -> (n, T, K), the causal reward of every code in place of each."""
+        n, length, size = *codes.shape, self.grid.codebook_size
+        every = codes[:, None, None].repeat(1, length, size, 1)  # (n, T, K, T)
+        for t in range(length):
+            every[:, t, :, t] = torch.arange(size)
+        index = torch.as_tensor(self.index(every.numpy()))  # (n, T, K)
+        positions = torch.arange(length)[:, None].expand(n, length, size)
+        return self.rewards["causal"][index, positions]
+
     def log_probs(self) -> Tensor:
         """(K^T, T) log-probability of every code of every image, with a graph."""
         return self.prior(self.images).log_softmax(-1).gather(-1, self.images[..., None]).squeeze(-1)

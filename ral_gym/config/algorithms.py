@@ -36,6 +36,9 @@ class ReinforceConfig(EntropyConfig):
     """The baseline subtracted from the returns. The paper mentions none, so its presets use `none`."""
     vf_coef: float = 0.5
     """Weight of the value head's loss; baseline `value` only."""
+    all_actions: bool = False
+    """Sum the causal critic's reward of a code over all codes that could have been drawn: the same gradient on average,
+    with less noise."""
     batch_size: int | None = None
     """Codes per forward and backward pass, in whole images; gradients are summed over passes. None: all at once."""
     mixed_precision: Literal["no", "bf16"] = "no"

@@ -23,6 +23,7 @@ def check_fits(config: Any) -> None:
     _check_image_losses(config)
     _check_rewards(config)
     _check_critic(config)
+    _check_all_actions(config)
     _check_rollouts(config.ral)
 
 
@@ -131,6 +132,21 @@ def _check_rewards(config: Any) -> None:
         raise ConfigError(
             f"ral.reward_reference has statistics of whole images, but ral.reset_mode is {ral.reset_mode}, which stops "
             "some early: give ral.reset_mode full or continue"
+        )
+
+
+def _check_all_actions(config: Any) -> None:
+    """Refuse a sum over all codes where no critic scores them."""
+    ral, kind = config.ral, config.critic.kind
+    if ral.algo == "reinforce" and ral.reinforce.all_actions and not (ral.uses_critic and kind != "patch"):
+        found = (
+            f"critic.kind is {kind}"
+            if ral.uses_critic
+            else f"ral.reward_weights has none ({' '.join(ral.reward_weights)})"
+        )
+        raise ConfigError(
+            f"ral.reinforce.all_actions needs a critic that scores every code that could be drawn, but {found}: give "
+            "critic.kind causal, or leave all_actions out"
         )
 
 

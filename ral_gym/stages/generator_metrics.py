@@ -224,7 +224,7 @@ class GeneratorMetrics:
         return self.image_distances(decode_codes(self.vqvae, codes), labels, codes)
 
     def image_distances(self, images: Tensor, labels: Tensor | None = None, codes: Tensor | None = None) -> Row:
-        """Of images (N, C, S, S) uint8: distances from the decoded training codes and the training images, memorisation.
+        """Of images (N, C, S, S) uint8: distances from decoded training codes and from training images, memorisation.
 
         With the classes (N,) that were asked for also `ral_gym.stages.class_metrics`; with codes (N, T) own metrics.
         """
