@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ral_gym.agents.algorithms import passes
 from ral_gym.agents.algorithms.passes import Figures, Precision, autocast, in_32_bits, in_64_bits, look
-from ral_gym.agents.episodes import EpisodeRolloutBuffer
+from ral_gym.agents.episodes import EpisodeRolloutBuffer, Episodes
 from ral_gym.agents.policy import PriorPolicy, PriorWeights
 from ral_gym.agents.spaces import sequence_shape
 from ral_gym.agents.vec_env import CodeVecEnv, check_code_env, real_codes
