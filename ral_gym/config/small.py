@@ -152,6 +152,7 @@ DEMO_CLASSES = Config(
         training_steps=1500,
         learning_rate=1e-3,
         augment=True,
+        perceptual_weight=1.0,
     ),
     prior=PriorConfig(
         kind="transformer",
@@ -171,6 +172,7 @@ DEMO_CLASSES = Config(
     ral=RALConfig(
         algo="grpo",
         reward_weights={"loo_fd": 1.0},
+        reward_features="pyramid",
         reset_mode="full",
         n_envs=240,
         n_updates=30,
