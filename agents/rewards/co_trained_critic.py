@@ -345,7 +345,8 @@ class CoTrainedCritic:
         Raises:
             ConfigError: the critic has no scores `all_codes`.
         """
-        if not hasattr(self.critic, "all_codes"):
+        score: Any = getattr(self.critic, "all_codes", None)
+        if score is None:
             raise ConfigError(
                 "all_actions needs a critic that scores every code that could be drawn, but "
                 f"{type(self.critic).__name__} has no all_codes: give critic.kind causal, or leave all_actions out"
@@ -356,7 +357,7 @@ class CoTrainedCritic:
         for height in images.heights:
             view, rows = images.view(height), images.rows(height)
             labels = None if view.labels is None else view.labels.to(self.device)
-            scores = self.critic.all_codes(view.codes.to(self.device).long(), labels)  # (m, T', K)
+            scores = score(view.codes.to(self.device).long(), labels)  # (m, T', K)
             found = found.to(scores.dtype)
             at = (rows[:, None].to(self.device), images.positions(height).to(self.device))
             found[at] = scores / self.normalizer.scale
