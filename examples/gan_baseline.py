@@ -172,8 +172,8 @@ class GAN:
         """Move the averages towards the weights; batch statistics are averages already."""
         for mean, weight in zip(self.average.parameters(), self.generator.parameters(), strict=True):
             mean.lerp_(weight, 1 - self.arguments.ema_decay)
-        for mean, buffer in zip(self.average.buffers(), self.generator.buffers(), strict=True):
-            mean.copy_(buffer)
+        for kept, buffer in zip(self.average.buffers(), self.generator.buffers(), strict=True):
+            kept.copy_(buffer)
 
 
 def main(argv: Sequence[str], console: Console) -> None:

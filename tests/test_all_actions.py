@@ -88,6 +88,7 @@ def test_the_loss_has_the_expectation_over_all_codes(tmp_path: Path, name: str) 
     assert float(model._scale) != 1.0
 
 
+@pytest.mark.commands
 def test_a_run_trains_with_it(smoke_options: list[str], tmp_path: Path) -> None:
     flags = [*smoke_options, "--critic.kind", "causal", "--stages", "vqvae", "prior", "ral", "--runs", str(tmp_path)]
     for name, more in (("sampled", []), ("summed", ["--ral.reinforce.all-actions"])):

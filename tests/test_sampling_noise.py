@@ -54,6 +54,7 @@ def test_the_spread_is_that_of_all_seeds_and_one_seed_has_none() -> None:
     assert has_sampling_seeds({"fd": 1.0}, 1) and not has_sampling_seeds({"fd": 1.0}, 2)
 
 
+@pytest.mark.commands
 def test_rows_are_those_of_one_seed_to_the_last_bit_with_the_spread_beside_them(run, smoke_run) -> None:
     one, two = (load_json(path / "results.json") for path in (smoke_run, run))
     assert "sampling_seeds" not in one and two["sampling_seeds"] == 2
@@ -68,6 +69,7 @@ def test_rows_are_those_of_one_seed_to_the_last_bit_with_the_spread_beside_them(
     assert one["given_rows"] == two["given_rows"]
 
 
+@pytest.mark.commands
 def test_the_second_fd_is_that_of_equally_many_samples_from_the_other_seed(run) -> None:
     opened, device = Run(run, read_config(run)), torch.device("cpu")
     vqvae, prior = load_vqvae(opened, device), load_generator(opened, "prior", device)
@@ -80,6 +82,7 @@ def test_the_second_fd_is_that_of_equally_many_samples_from_the_other_seed(run) 
     assert load_json(run / "results.json")["rows"]["mle"]["fd_sampling_2"] == pytest.approx(measured["fd"], rel=1e-9)
 
 
+@pytest.mark.commands
 def test_rows_of_fewer_seeds_are_measured_again_and_no_others(run, tmp_path) -> None:
     again = shutil.copytree(run, tmp_path / "again")
     finished = load_json(again / "results.json")
@@ -97,6 +100,7 @@ def test_rows_of_fewer_seeds_are_measured_again_and_no_others(run, tmp_path) -> 
     assert _begun(Run(again, one))[1].keys() == set(REAL_ROWS)
 
 
+@pytest.mark.commands
 def test_verify_measures_the_other_seeds_too(run, tmp_path, capsys) -> None:
     edited = shutil.copytree(run, tmp_path / "edited")
     command = ["verify", str(edited), "--rows", "ral", "mle_rejection", "--device", "cpu", "--quiet"]
@@ -119,6 +123,7 @@ def test_another_machines_spread_is_judged_by_the_interval_of_fd() -> None:
     assert [one.metric for one in found] == ["fd_sampling_2", "fd_spread"]
 
 
+@pytest.mark.commands
 def test_table_and_report_show_the_spread_and_say_what_it_is(run, capsys) -> None:
     results = load_results(run / "results.json")
     console = Console(record=True, width=80)
@@ -135,6 +140,7 @@ def test_table_and_report_show_the_spread_and_say_what_it_is(run, capsys) -> Non
     assert "spread" not in results_caption(alone) and "sampling seeds" not in results_caption(alone)
 
 
+@pytest.mark.commands
 def test_a_damaged_number_of_seeds_is_refused(run, tmp_path) -> None:
     file = tmp_path / "results.json"
     file.write_text(json.dumps({**load_json(run / "results.json"), "sampling_seeds": "two"}))
