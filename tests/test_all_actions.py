@@ -88,6 +88,14 @@ def test_the_loss_has_the_expectation_over_all_codes(tmp_path: Path, name: str) 
     assert float(model._scale) != 1.0
 
 
+def test_a_saved_model_leaves_the_critic_behind(tmp_path: Path) -> None:
+    model = collected(stage_of(make_tiny_run(tmp_path / "run"), reward_weights={"critic": 1.0}))
+    model.save(tmp_path / "model.zip")
+    loaded = Reinforce.load(tmp_path / "model.zip", device="cpu")
+    assert loaded.all_actions and loaded.action_rewards is None and model.action_rewards is not None
+    assert (tmp_path / "model.zip").stat().st_size < 2**20
+
+
 @pytest.mark.commands
 def test_a_run_trains_with_it(smoke_options: list[str], tmp_path: Path) -> None:
     flags = [*smoke_options, "--critic.kind", "causal", "--stages", "vqvae", "prior", "ral", "--runs", str(tmp_path)]

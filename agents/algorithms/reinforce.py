@@ -107,6 +107,9 @@ class Reinforce(EpisodeAlgorithm):
         """Whether rollouts must store value estimates."""
         return self.baseline == "value"
 
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "action_rewards"]  # the callback's, which sets it again
+
     def advantages(self) -> np.ndarray:
         """(N,) advantages of the buffer's transitions."""
         buffer = self.rollout_buffer
