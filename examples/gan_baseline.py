@@ -5,8 +5,9 @@
 
 The paper compares reinforced adversarial learning with PGGAN and COCO-GAN; this is the GAN of a CPU's size. A generator
 of convolutions draws an image from 64 Gaussian numbers in one pass; the critic is the PatchGAN of
-`ral_gym.rewards.critic` on real pixels, with DiffAugment (Zhao et al., 2020); the generator's weights are averaged. Its
-samples are measured as the run's rows are: with the same features, reference, and number of samples.
+`ral_gym.rewards.critic` on real pixels, with DiffAugment (Zhao et al., 2020) unless `--augment` says less; the
+generator's weights are averaged. Its samples are measured as the run's rows are: with the same features, reference, and
+number of samples.
 
 Read both distances: `FD` is to the decoded training codes, whose blur the run's generators share and the GAN does not;
 `FD, real` is to the training images themselves, whose sharpness the GAN can learn and a tokenizer's decoder limits.
@@ -32,6 +33,7 @@ from torch import Tensor, nn
 from ral_gym.commands.ending import run_command
 from ral_gym.commands.generate import need, open_run
 from ral_gym.data.images import ImageSet, augment, load_images, to_float, to_uint8
+from ral_gym.data.subsets import subset
 from ral_gym.errors import ConfigError, DivergedError
 from ral_gym.pictures import save_comparison
 from ral_gym.presets import DEMO_PATCHGAN
@@ -76,10 +78,12 @@ class Arguments:
     """The critic's; `wgan_gp` with a gradient penalty of 10."""
     batch_size: int = 32
     """Real and as many drawn images per step."""
-    hidden_units: int = 32
+    hidden_units: int = 16
     """The generator's channels at full size, doubled with every halving of the side, up to 8 times."""
-    learning_rate: float = 2e-4
+    learning_rate: float = 1e-3
     """Adam's, of both networks; betas 0.5 and 0.999."""
+    augment: tuple[Literal["colour", "translation", "cutout"], ...] = AUGMENTATIONS
+    """Random changes of what the critic sees, real and drawn (`--augment` alone: none)."""
     ema_decay: float = 0.995
     """Of the generator's averaged weights, which draw the samples."""
     seed: int = 0
@@ -165,7 +169,7 @@ class GAN:
         return torch.randn(n, LATENT, generator=self.random).to(self.device)
 
     def _changed(self, images: Tensor) -> Tensor:
-        return augmented(images, AUGMENTATIONS, draw_augmentations(len(images), self.random))
+        return augmented(images, self.arguments.augment, draw_augmentations(len(images), self.random))
 
     @torch.no_grad()
     def _follow(self) -> None:
@@ -184,6 +188,7 @@ def main(argv: Sequence[str], console: Console) -> None:
     need(run, ["results.json", "vqvae.safetensors", "codes.safetensors"], "finish it with ral-gym train")
     folder = run.file("gan_baseline")
     settings = {name: value for name, value in asdict(arguments).items() if name not in ("run", "device")}
+    settings["augment"] = list(arguments.augment)
     gans = load_json(folder / "gan.json") if (folder / "gan.json").exists() else []
     if settings not in [gan["settings"] for gan in gans]:
         gans.append({"settings": settings, **trained(arguments, run)})
@@ -203,7 +208,10 @@ def trained(arguments: Arguments, run: Run) -> dict[str, Any]:
     gan = GAN(arguments, np.asarray(images.train), device)
     steps, seconds = train(gan, seconds_of(arguments, run))
     row = measured(run, images, gan, device)
-    shown = {"real": torch.from_numpy(np.asarray(images.train[:16])), "gan": gan.sample(16)}
+    shown = {
+        "real": torch.from_numpy(np.asarray(images.train[subset(len(images.train), 16, arguments.seed)])),
+        "gan": gan.sample(16),
+    }
     caption = f"{steps:,} steps of {arguments.batch_size} images, {seconds:.0f} s; not selected; seed {arguments.seed}"
     folder = run.file("gan_baseline")
     folder.mkdir(exist_ok=True)
@@ -260,7 +268,8 @@ def caption_of(run: Run, gans: Sequence[dict[str, Any]]) -> str:
     stages = sum(taken.get(stage, 0.0) for stage in STAGES)
     described = "; ".join(
         f"gan {number + 1}: {gan['settings']['loss']}, seed {gan['settings']['seed']}, {gan['steps']:,} steps of "
-        f"{gan['settings']['batch_size']} images in {gan['seconds']:.0f} s"
+        f"{gan['settings']['batch_size']} images in {gan['seconds']:.0f} s, "
+        f"{' '.join(gan['settings']['augment']) or 'no'} augmentation"
         for number, gan in enumerate(gans)
     )
     return (
