@@ -38,7 +38,7 @@ from ral_gym.errors import ConfigError, DivergedError
 from ral_gym.pictures import save_comparison
 from ral_gym.presets import DEMO_PATCHGAN
 from ral_gym.report.tables import markdown_table, plain_table
-from ral_gym.rewards.augmentation import AUGMENTATIONS, augmented, draw_augmentations
+from ral_gym.rewards.augmentation import augmented, draw_augmentations
 from ral_gym.rewards.critic import PatchCritic, critic_loss
 from ral_gym.runs.progress import progress_bar
 from ral_gym.runs.run import Run
@@ -82,7 +82,7 @@ class Arguments:
     """The generator's channels at full size, doubled with every halving of the side, up to 8 times."""
     learning_rate: float = 1e-3
     """Adam's, of both networks; betas 0.5 and 0.999."""
-    augment: tuple[Literal["colour", "translation", "cutout"], ...] = AUGMENTATIONS
+    augment: tuple[Literal["colour", "translation", "cutout"], ...] = ("colour", "translation", "cutout")
     """Random changes of what the critic sees, real and drawn (`--augment` alone: none)."""
     ema_decay: float = 0.995
     """Of the generator's averaged weights, which draw the samples."""
