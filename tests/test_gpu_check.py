@@ -32,7 +32,7 @@ def test_the_lines_for_cuda_run_on_a_pretended_device(tmp_path: Path, monkeypatc
         part(check)
     found = lines(tmp_path)
     assert found and not [line for line in found if "error" in line or "skipped" in line]
-    assert bool(device.counts["replays"]) == (part in (drawing.graphs, drawing.sampling))
+    assert bool(device.counts["replays"]) == (part in (drawing.graphs, drawing.sampling, drawing.transformer))
 
 
 def test_info_of_a_pretended_card(tmp_path: Path, monkeypatch: Any) -> None:
@@ -70,7 +70,7 @@ def test_the_whole_check_at_tiny_size(tmp_path: Path) -> None:
     done = run(tmp_path, "--tiny", "--budget", "450")
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "results.json").read_text())
-    assert all(state.startswith("ok") for state in found["parts"].values()) and len(found["parts"]) == 10
+    assert all(state.startswith("ok") for state in found["parts"].values()) and len(found["parts"]) == 11
     codes = {line["name"]: line["code"] for line in found["results"] if "code" in line}
     assert codes == {"tests": 0, "pipeline train": 0, "pipeline verify": 0, "rollout": 0}
     assert (tmp_path / "table.txt").read_text().count("\n") > 30
