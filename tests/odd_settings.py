@@ -177,7 +177,9 @@ ODD = Config(
     seed=3,
 )
 OTHERS: dict[str, Any] = {
-    "reinforce": ReinforceConfig(baseline="value", vf_coef=0.23, batch_size=29, mixed_precision="bf16", **BONUS),
+    "reinforce": ReinforceConfig(
+        baseline="value", vf_coef=0.23, batch_size=29, mixed_precision="bf16", **BONUS, all_actions=True
+    ),
     "ppo": PPOConfig(n_epochs=3, batch_size=32, clip_range=0.19, target_kl=0.9, gae_lambda=0.83, vf_coef=0.29, **BONUS),
     "maskable_ppo": MaskablePPOConfig(
         n_epochs=4, batch_size=64, clip_range=0.18, target_kl=0.8, gae_lambda=0.81, vf_coef=0.28, **BONUS
