@@ -12,7 +12,7 @@ The same return is paid in three ways, so that the exact gradient is the same to
 
 * single: all of it at an image's last code.
 * causal: a reward per code, a random function of the codes up to it. *All actions*: the reward of a code is summed over
-  all codes in its place (`Reinforce(all_actions=True)`), those of later ones are sampled.
+  all codes in its place (`Reinforce(all_actions=True)`), those of later ones are sampled; baseline leave_one_out.
 * whole: a reward per code that depends on the whole image, as a critic's upsampled score map does: the causal returns'
   mean over the codes, plus random tables that add up to nothing.
 
@@ -111,7 +111,7 @@ def all_estimators() -> list[Estimator]:
             lines.append(Estimator(f"REINFORCE {baseline}, gamma {gamma:g}", Reinforce, arguments, rewards))
     for gamma in (1.0, 0.9):
         arguments = plain | {"baseline": "leave_one_out", "gamma": gamma, "all_actions": True}
-        lines.append(Estimator(f"all actions, leave_one_out, gamma {gamma:g}", Reinforce, arguments, "causal"))
+        lines.append(Estimator(f"all actions, gamma {gamma:g}", Reinforce, arguments, "causal"))
     return sorted(lines, key=lambda line: ("single", *tables).index(line.rewards))
 
 

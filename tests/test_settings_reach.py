@@ -362,9 +362,7 @@ def test_an_algorithm_gets_its_own_settings_and_the_shared_ones(tmp_path: Path, 
     shared = {"gamma": 0.57, "learning_rate": 0.00053, "normalize_advantage": False, "mle_coef": 0.11, "kl_coef": 0.13}
     shared |= {"max_grad_norm": 0.67} if algo != "trpo" else {}
     ral = replace(SMOKE.ral, algo=algo, n_envs=8, **shared, **{algo: section})
-    config = replace(read_config(tmp_path), ral=ral)
-    if algo == "reinforce":  # sums over all codes
-        config = replace(config, critic=replace(config.critic, kind="causal"))
+    config = replace(read_config(tmp_path), ral=ral, critic=replace(SMOKE.critic, kind="causal"))  # for all_actions
     (tmp_path / "config.json").write_text(config.to_json())
     (tmp_path / "critic.safetensors").unlink()
     run = Run(tmp_path, config)
