@@ -184,6 +184,8 @@ def estimate(
     buffer.compute_returns_and_advantage()
     if rollouts is not None:
         rollouts.on_rollout_end()
+    if getattr(model, "all_actions", False):
+        model.paid = table  # type: ignore[attr-defined]
     steps = policy.optimizer.steps  # type: ignore[attr-defined]
     policy.optimizer.zero_grad()
     model.train()

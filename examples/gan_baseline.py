@@ -12,8 +12,8 @@ number of samples.
 Read both distances: `FD` is to the decoded training codes, whose blur the run's generators share and the GAN does not;
 `FD, real` is to the training images themselves, whose sharpness the GAN can learn and a tokenizer's decoder limits.
 
-Writes ``gan_baseline/gan.json``, ``table.md`` and ``samples.png`` into the run's folder. The same command again prints
-the table; other settings, such as another seed, add a row.
+Writes ``gan_baseline/gan.json``, ``table.md`` and ``samples_1.png`` into the run's folder. The same command again
+prints the table; other settings, such as another seed, add a row and a picture.
 """
 
 import copy
@@ -22,6 +22,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -191,31 +192,30 @@ def main(argv: Sequence[str], console: Console) -> None:
     settings["augment"] = list(arguments.augment)
     gans = load_json(folder / "gan.json") if (folder / "gan.json").exists() else []
     if settings not in [gan["settings"] for gan in gans]:
-        gans.append({"settings": settings, **trained(arguments, run)})
+        folder.mkdir(exist_ok=True)
+        gans.append({"settings": settings, **trained(arguments, run, folder / f"samples_{len(gans) + 1}.png")})
         save_json(folder / "gan.json", gans)
     headings, cells = table_of(load_json(run.file("results.json"))["rows"], gans)
     caption = caption_of(run, gans)
     console.print(plain_table(headings, cells, title="A GAN of equal time", caption=caption))
     write_text(folder / "table.md", markdown_table(headings, cells, caption))
-    for file in ("table.md", "samples.png"):
+    for file in ("table.md", f"samples_{len(gans)}.png"):
         console.print(f"  {folder / file}", highlight=False)
 
 
-def trained(arguments: Arguments, run: Run) -> dict[str, Any]:
+def trained(arguments: Arguments, run: Run, picture: Path) -> dict[str, Any]:
     """Train and measure a GAN, and draw its samples beside real images."""
     device = resolve_device(arguments.device)
     images = load_images(run.config.data, seed=run.config.seed)
     gan = GAN(arguments, np.asarray(images.train), device)
-    steps, seconds = train(gan, seconds_of(arguments, run))
+    steps, seconds = train(gan, arguments.steps, 0.0 if arguments.steps else seconds_of(arguments, run))
     row = measured(run, images, gan, device)
     shown = {
         "real": torch.from_numpy(np.asarray(images.train[subset(len(images.train), 16, arguments.seed)])),
         "gan": gan.sample(16),
     }
     caption = f"{steps:,} steps of {arguments.batch_size} images, {seconds:.0f} s; not selected; seed {arguments.seed}"
-    folder = run.file("gan_baseline")
-    folder.mkdir(exist_ok=True)
-    save_comparison(folder / "samples.png", shown, title="Real | GAN", caption=caption)
+    save_comparison(picture, shown, title="Real | GAN", caption=caption)
     return {"row": row, "steps": steps, "seconds": round(seconds, 1)}
 
 
@@ -229,9 +229,9 @@ def seconds_of(arguments: Arguments, run: Run) -> float:
     return sum(taken[stage] for stage in STAGES)
 
 
-def train(gan: GAN, seconds: float) -> tuple[int, float]:
-    """Steps until the time is up, or as many as were asked for; returns both."""
-    wanted, start, done = gan.arguments.steps, time.monotonic(), 0
+def train(gan: GAN, wanted: int | None, seconds: float) -> tuple[int, float]:
+    """As many steps as are wanted, or None: until the time is up; returns steps and seconds."""
+    start, done = time.monotonic(), 0
     bar = progress_bar(total=wanted or round(seconds), desc="GAN", unit="step" if wanted else "s")
     while done < wanted if wanted else time.monotonic() - start < seconds:
         figures = gan.step()

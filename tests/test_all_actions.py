@@ -60,15 +60,18 @@ def test_what_is_summed_is_what_the_drawn_code_was_paid(
     stage = stage_of(RUNS[name](tmp_path / "run"), reward_weights=weights, reward_normalization=normalization)
     model = collected(stage)
     buffer = model.rollout_buffer
-    paid, rewards = model._paid_at_once(), np.zeros(buffer.mask.shape, np.float32)
+    paid, rewards = model.paid, np.zeros(buffer.mask.shape, np.float32)
     rewards[buffer.mask] = buffer.rewards
     before_the_last = buffer.mask & (np.arange(paid.shape[1]) < buffer.stop[:, None] - 1)
     if name == "two levels":  # the reward of a whole image ends both of them
         before_the_last[:, 15] = False
     assert before_the_last.sum() > 20 and paid[before_the_last].std() > 1e-3
-    constant = (rewards - paid)[before_the_last]
-    np.testing.assert_allclose(constant, constant[0], atol=1e-5)
+    np.testing.assert_allclose(rewards[before_the_last], paid[before_the_last], atol=1e-5)
     assert not paid[~buffer.mask].any()
+    codes = torch.from_numpy(buffer.codes.astype(np.int64))
+    summed = model.action_rewards(codes).gather(2, codes.clamp(max=15)[..., None]).squeeze(2).numpy()
+    constant = (paid - summed)[buffer.mask]
+    np.testing.assert_allclose(constant, constant[0], atol=1e-5)
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -93,6 +96,7 @@ def test_a_saved_model_leaves_the_critic_behind(tmp_path: Path) -> None:
     model.save(tmp_path / "model.zip")
     loaded = Reinforce.load(tmp_path / "model.zip", device="cpu")
     assert loaded.all_actions and loaded.action_rewards is None and model.action_rewards is not None
+    assert loaded.paid is None and model.paid is not None
     assert (tmp_path / "model.zip").stat().st_size < 2**20
 
 

@@ -72,13 +72,20 @@ def test_the_table_has_a_row_per_gan_and_trains_each_once(script, run, monkeypat
     assert gan["steps"] == 3 and {"fd", "fd_real", "recall", "memorisation"} <= set(gan["row"])
     text = console.export_text()
     assert f"{gan['row']['fd_real']:.1f}" in text and "gan 1" in text and "mle_equal_time" not in text
-    assert (run / "gan_baseline/samples.png").stat().st_size > 1000
+    assert (run / "gan_baseline/samples_1.png").stat().st_size > 1000
     script.main([str(run), *SMALL, "--seed", "1"], console)
     monkeypatch.setattr(script, "trained", lambda *_: pytest.fail("trained again"))
     script.main([str(run), *SMALL], console)
     table = (run / "gan_baseline/table.md").read_text()
+    assert (run / "gan_baseline/samples_2.png").exists()
     assert table.count("| gan ") == 2 and "seed 1, 3 steps of 4 images" in table
     assert table.count("| ral ") == table.count("| mle ") == 1
+
+
+def test_steps_need_no_time(script, run) -> None:
+    (run / "seconds.json").unlink()
+    script.main([str(run), *SMALL], Console())
+    assert (run / "gan_baseline/gan.json").exists()
 
 
 def test_the_time_is_that_of_the_three_stages(script, run) -> None:

@@ -29,8 +29,6 @@ from ral_gym.errors import ConfigError
 
 Baseline = Literal["none", "mean", "leave_one_out", "value"]
 BASELINES = ("none", "mean", "leave_one_out", "value")
-REWARDS_AT_ONCE = 2**24
-"""Rewards of all codes that are held at a time: images times positions times K."""
 
 
 def batch_baseline(returns: np.ndarray, mask: np.ndarray, group: np.ndarray, leave_one_out: bool) -> np.ndarray:
@@ -75,7 +73,8 @@ class Reinforce(EpisodeAlgorithm):
 
     Attributes:
         action_rewards: with `all_actions`, set by the reward callback: sequences (n, L) int64, as in the rollout buffer
-            -> rewards (n, L, K) of every code in place of each, in the scale of the last rollout.
+            -> rewards (n, L, K) of every code in place of each, in the scale of the last rollout, but for a constant.
+        paid: likewise, after every rollout: (n, L), what its critic paid for the drawn codes, 0 elsewhere.
 
     Raises:
         ConfigError: an unknown baseline, or `mle_coef` without real codes; in an update `all_actions` without such a
@@ -99,6 +98,7 @@ class Reinforce(EpisodeAlgorithm):
             raise ConfigError(f"baseline {baseline!r} is unknown: choose one of {', '.join(BASELINES)}")
         self.baseline, self.normalize_advantage, self.all_actions = baseline, normalize_advantage, all_actions
         self.action_rewards: Callable[[Tensor], Tensor] | None = None
+        self.paid: np.ndarray | None = None
         self._scale: float | np.floating = 1.0  # of the round's advantages
         super().__init__(policy, env, learning_rate, n_steps, vf_coef=vf_coef, **shared)
 
@@ -108,7 +108,7 @@ class Reinforce(EpisodeAlgorithm):
         return self.baseline == "value"
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "action_rewards"]  # the callback's, which sets it again
+        return [*super()._excluded_save_params(), "action_rewards", "paid"]  # the callback sets them again
 
     def advantages(self) -> np.ndarray:
         """(N,) advantages of the buffer's transitions."""
@@ -118,8 +118,12 @@ class Reinforce(EpisodeAlgorithm):
         advantages = self._over_baseline(returns, buffer.advantages)
         self._scale = advantages.std() + 1e-8 if self.normalize_advantage else 1.0
         if self.all_actions:
-            paid = self._paid_at_once()  # (n, L)
-            advantages = self._over_baseline(returns - paid, buffer.advantages - paid[buffer.mask])
+            if self.paid is None:
+                raise ConfigError(
+                    "all_actions needs a critic that scores every code that could be drawn (all_codes), such as that "
+                    "of critic.kind causal: give its callback to learn, or leave all_actions out"
+                )
+            advantages = self._over_baseline(returns - self.paid, buffer.advantages - self.paid[buffer.mask])
         return advantages / self._scale if self.normalize_advantage else advantages
 
     def _over_baseline(self, returns: np.ndarray, over_values: np.ndarray) -> np.ndarray:
@@ -135,37 +139,11 @@ class Reinforce(EpisodeAlgorithm):
         found: np.ndarray = (returns - baseline)[mask]
         return found
 
-    def _paid_at_once(self) -> np.ndarray:
-        """(n, L) float32: what the critic paid for every code that was drawn, at its own position."""
-        buffer, size = self.rollout_buffer, self.policy.prior.codebook_size
-        codes = torch.from_numpy(buffer.codes.astype(np.int64))  # (n, L)
-
-        def own(rows: slice) -> Tensor:
-            few = max(1, REWARDS_AT_ONCE // (codes.shape[1] * size))
-            found = [self._rewards_of(part, part.clamp(max=size - 1)) for part in codes[rows].split(few)]
-            return torch.cat(found)
-
-        paid: np.ndarray = self.policy.processes.split(len(codes), own).cpu().numpy().astype(np.float32)
-        return np.where(buffer.mask, paid, np.float32(0))
-
-    def _rewards_of(self, sequences: Tensor, codes: Tensor) -> Tensor:
-        """The rewards (n, L) of codes (n, L) at their places in sequences (n, L)."""
-        rewards = self._all_rewards(sequences)
-        return rewards.gather(2, codes.to(rewards.device)[..., None]).squeeze(2)
-
-    def _all_rewards(self, sequences: Tensor) -> Tensor:
-        if self.action_rewards is None:
-            raise ConfigError(
-                "all_actions needs a critic that scores every code that could be drawn (all_codes), such as that of "
-                "critic.kind causal: give its callback to learn, or leave all_actions out"
-            )
-        return self.action_rewards(sequences)
-
     def _expected_loss(self, rows: np.ndarray, episodes: Episodes, log_probs: Tensor) -> Tensor | None:
-        if not self.all_actions:
+        if self.action_rewards is None:
             return None
         sequences = torch.from_numpy(self.rollout_buffer.codes[rows].astype(np.int64))  # (m, L)
-        rewards = self._all_rewards(sequences)[episodes.row, episodes.pos].to(log_probs.dtype)  # (N, K)
+        rewards = self.action_rewards(sequences)[episodes.row, episodes.pos].to(log_probs.dtype)  # (N, K)
         return -(log_probs.exp() * rewards).sum(1) / float(self._scale)
 
     def _value_loss(self, features: Tensor, position: Tensor, stop: Tensor, returns: Tensor) -> Tensor | None:

@@ -341,24 +341,14 @@ class CoTrainedCritic:
 
         Returns:
             (n, L, K); 0 behind the last row of an image, and at the label.
-
-        Raises:
-            ConfigError: the critic has no scores `all_codes`.
         """
-        score: Any = getattr(self.critic, "all_codes", None)
-        if score is None:
-            raise ConfigError(
-                "all_actions needs a critic that scores every code that could be drawn, but "
-                f"{type(self.critic).__name__} has no all_codes: give critic.kind causal, or leave all_actions out"
-            )
-        self.critic.eval()
-        images = FinishedImages(codes, self.grid)
-        found = torch.zeros(*codes.shape, self.grid.codebook_size, device=self.device)  # (n, L, K)
+        critic: Any = self.critic.eval()
+        images, like = FinishedImages(codes, self.grid), next(critic.parameters())
+        found = like.new_zeros(*codes.shape, self.grid.codebook_size)  # (n, L, K)
         for height in images.heights:
             view, rows = images.view(height), images.rows(height)
             labels = None if view.labels is None else view.labels.to(self.device)
-            scores = score(view.codes.to(self.device).long(), labels)  # (m, T', K)
-            found = found.to(scores.dtype)
+            scores = critic.all_codes(view.codes.to(self.device).long(), labels)  # (m, T', K)
             at = (rows[:, None].to(self.device), images.positions(height).to(self.device))
             found[at] = scores / self.normalizer.scale
         return found

@@ -120,8 +120,7 @@ class CompositeReward(RolloutReward):
         super()._init_callback()
         if self.critic is not None:
             self.critic.init_callback(self.model)
-            if getattr(self.model, "all_actions", False):
-                self.model.action_rewards = self.action_rewards  # type: ignore[attr-defined]
+            self.offer(self.action_rewards)
         self.options |= {"class_names": getattr(self.world, "class_names", ()), "device": self.world.device}
         for term in self.terms:
             if self.statistics is not None and term.takes_moments:
@@ -178,6 +177,7 @@ class CompositeReward(RolloutReward):
                 per_code += factor * earned
                 if name == "critic":
                     self._critic_factor = float(factor)
+                    self.say_paid(factor * earned)
         terminal = np.zeros(mask.shape, np.float32)
         terminal[np.arange(len(mask)), buffer.stop - 1] = whole
         buffer.write_rewards(terminal)  # rewards of whole images, which end both of two levels
@@ -190,7 +190,7 @@ class CompositeReward(RolloutReward):
     def action_rewards(self, codes: Tensor) -> Tensor:
         """See `CoTrainedCritic.action_rewards`; weighted and divided as in the last rollout."""
         assert self.critic is not None
-        return self._critic_factor * self.critic.action_rewards(codes)
+        return self._critic_factor * self.critic.critic.action_rewards(codes)
 
     def _finished(self, codes: Tensor) -> FinishedImages:
         """The rollout's images, from codes (n, L), shared by all terms."""

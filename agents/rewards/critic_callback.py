@@ -65,18 +65,19 @@ class CriticCallback(RolloutReward):
             grid, image = self.critic.grid, self.critic.real_codes[:1].long()
             codes, labels = grid.without_labels(image), grid.labels_of(image)
             self.critic.scorer.check_rows(codes, distribution.row_multiple, labels)
-
-        if getattr(self.model, "all_actions", False):
-            self.model.action_rewards = self.action_rewards  # type: ignore[attr-defined]
-
-    def action_rewards(self, codes: Tensor) -> Tensor:
-        """See `CoTrainedCritic.action_rewards`."""
-        return self.critic.action_rewards(codes)
+        name = type(self.critic.critic).__name__
+        if getattr(self.model, "all_actions", False) and not hasattr(self.critic.critic, "all_codes"):
+            raise ConfigError(
+                f"all_actions needs a critic that scores every code that could be drawn, but {name} has no all_codes: "
+                "give critic.kind causal, or leave all_actions out"
+            )
+        self.offer(self.critic.action_rewards)
 
     def write(self, buffer: EpisodeRolloutBuffer, codes: Tensor) -> np.ndarray:
         """Train and score; returns (n,) the sums of the rewards that were written."""
         rewards = self.earn(self.critic.finished(codes), buffer.mask)
         buffer.write_rewards(rewards)
+        self.say_paid(rewards)
         totals: np.ndarray = rewards.sum(1)
         return totals
 

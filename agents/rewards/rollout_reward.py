@@ -7,6 +7,7 @@ then the algorithm updates the policy.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -47,6 +48,16 @@ class RolloutReward(BaseCallback):
         if unwrap_code_env(self.training_env) is None:
             raise ConfigError(f"{name} needs an environment from make_sb3_env")
         self._episodes = [[] for _ in range(self.training_env.num_envs)]
+
+    def offer(self, action_rewards: Callable[[Tensor], Tensor]) -> None:
+        """Give the rewards of all codes to an algorithm that sums over them, see `Reinforce.action_rewards`."""
+        if getattr(self.model, "all_actions", False):
+            self.model.action_rewards = action_rewards  # type: ignore[attr-defined]
+
+    def say_paid(self, rewards: np.ndarray) -> None:
+        """Tell such an algorithm what of the written rewards (n, L) those of its sum were, see `Reinforce.paid`."""
+        if getattr(self.model, "all_actions", False):
+            self.model.paid = rewards  # type: ignore[attr-defined]
 
     @property
     def code_env(self) -> CodeVecEnv:

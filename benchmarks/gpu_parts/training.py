@@ -155,7 +155,7 @@ def memory(check: Check) -> None:
     for level, network, batch in (("top", prior.top, 480), ("bottom", prior.bottom, 128)):
         network.train()
         for precision, parts in (("bf16", 1), ("fp32", 2), ("fp32", 1)):
-            name = f"memory celeba128 {level} {precision}, {batch} in {parts} part(s)"
+            name = f"memory celeba128 {level} {precision}, {batch // parts} of {batch} grids"
             if check.left() < 6:
                 check.put(name, skipped=f"{check.left():.0f} s left")
                 continue

@@ -96,7 +96,7 @@ DEMO_CONVERGED = replace(
     ),
 )
 
-# The same recipe, shortened to five minutes of two cores.
+# The same recipe, shortened to four minutes of two cores.
 DEMO = replace(
     DEMO_CONVERGED,
     preset="demo",

@@ -135,9 +135,10 @@ def partners() -> Iterator[None]:
     except RuntimeError as error:  # torch's; gloo has no error class of its own
         if process_count() == 1 or not (isinstance(error, torch.distributed.DistError) or LOST.search(str(error))):
             raise
+        cause = str(error).partition("\n")[0]
         raise RunError(
             f"process {process_index()} of {process_count()} lost another one (it died or was stopped; see its own "
-            f"output); saved files are kept: run the same command again to continue [{str(error).splitlines()[0]}]"
+            f"output); saved files are kept: run the same command again to continue [{cause}]"
         ) from error
 
 
