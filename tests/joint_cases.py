@@ -197,6 +197,16 @@ CASES["stage_all_actions"] = stage(
     reset_mode="mixed",
     reinforce=ReinforceConfig(all_actions=True, batch_size=20),
 )
+CASES["stage_causal"] = stage(
+    changes={"kind": "causal", "batch_size": 5},
+    updates=3,
+    algo="grpo",
+    n_envs=8,
+    reset_mode="mixed",
+    reward_weights={"critic": 1.0, "loo_fd": 1.0},
+    reward_features="pyramid",
+)
+CASES["stage_causal_levels"] = stage(levels=2, changes={"kind": "causal", "batch_size": 2}, updates=2, algo="reinforce")
 CASES["stage_levels"] = stage(levels=2, updates=3, algo="reinforce", train_levels="top", reset_mode="full")
 CASES["stage_rollouts"] = stage(updates=2, algo="grpo", n_envs=4, n_rollouts=3, rollout_positions=3, reset_mode="full")
 

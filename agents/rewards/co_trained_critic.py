@@ -7,13 +7,13 @@ A critic that sees codes gets both as codes, and nothing is decoded.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
 
 from ral_gym.config import CriticConfig
 from ral_gym.data.subsets import subset
@@ -26,6 +26,7 @@ from ral_gym.rewards.score_map import Normalization, RewardKind, ScoreNormalizer
 from ral_gym.rewards.scorer import CriticScorer
 from ral_gym.rewards.view import FinishedImages, View, takes_labels
 from ral_gym.runs.checked_state import integer_of, number_of
+from ral_gym.runs.joint_dropout import JointDropout, draws_in_rows
 from ral_gym.runs.sharing import Processes
 from ral_gym.stages.common import make_adam, restore_optimizer
 from ral_gym.tokenizers.base import Tokenizer
@@ -88,8 +89,8 @@ class CoTrainedCritic:
         classes: how many classes the images have, 0: none. Then the critic is given labels if its `forward` or `loss`
             takes them, and each real image of a training batch has the class of a fake one.
         processes: those that share its passes; None: this one alone. All of them draw the same batches and take the
-            same steps. A critic with a `loss` of its own, or with layers whose numbers are random or of the whole
-            batch, is trained by every process on the whole batch.
+            same steps. A critic is trained by every process on the whole batch if its layers need it (batch
+            normalisation), or if it has a `loss` of its own and does not say `loss_is_mean`.
 
     Raises:
         ConfigError: no held-out images, codes that are no such sequences, or a critic that sees features that are not
@@ -219,15 +220,18 @@ class CoTrainedCritic:
         kinds = self.config.augment
         changes = draw_augmentations(2 * n, self.generator).view(2, n, -1) if kinds else None  # (2, B, DRAWS)
         own, share = slice(0, n), 1 / processes.size  # every process computes all of it: the mean is bit for bit equal
+        joint: AbstractContextManager[Any] = nullcontext()
         if processes.size > 1 and self._splits:
             own, mine = processes.rows(n), processes.share(n)
-            share = (mine.stop - mine.start) / n
-            weights = torch.rand(n, generator=self.generator)[own] if self.config.loss == "wgan_gp" else None
+            share, joint = (mine.stop - mine.start) / n, JointDropout(n, own)
+            if self.config.loss == "wgan_gp" and getattr(self.critic, "loss", None) is None:
+                weights = torch.rand(n, generator=self.generator)[own]
         real = self.real(rows[own], self.grid.rows_of(self.grid.without_labels(fake_codes).shape[1]))
         fake = self.see(fake_codes[own])
         if changes is not None:
             real, fake = (augmented(one, kinds, each[own]) for one, each in zip((real, fake), changes, strict=True))
-        loss, metrics = self._loss(real, fake, None if labels is None else labels[own], weights)
+        with joint:
+            loss, metrics = self._loss(real, fake, None if labels is None else labels[own], weights)
         (share * loss).backward()
         processes.sum_gradients(self.critic.parameters())
         return processes.sum_numbers({name: share * value for name, value in metrics.items()})
@@ -235,9 +239,11 @@ class CoTrainedCritic:
     @property
     def _splits(self) -> bool:
         """Whether the loss is a mean over images, so that processes may compute it on some of them each."""
-        if getattr(self.critic, "loss", None) is not None:
+        if getattr(self.critic, "loss", None) is not None and not getattr(self.critic, "loss_is_mean", False):
             return False
-        return not any(isinstance(part, nn.modules.batchnorm._BatchNorm | _DropoutNd) for part in self.critic.modules())
+        return draws_in_rows(self.critic) and not any(
+            isinstance(part, nn.modules.batchnorm._BatchNorm) for part in self.critic.modules()
+        )
 
     def _loss(
         self, real: Tensor, fake: Tensor, labels: Tensor | None, weights: Tensor | None = None

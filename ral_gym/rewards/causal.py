@@ -39,6 +39,7 @@ class CausalCritic(nn.Module):
     """
 
     sees = "codes"
+    loss_is_mean = True
 
     def __init__(
         self,

@@ -6,6 +6,7 @@ The interface of a critic (everything but `forward` is optional):
         sees = "pixels"                      # or "codes", "features": what forward takes
         def forward(self, seen): ...         # -> (B,), a map (B, h, w), or a score per code (B, codes_of(r))
         def loss(self, real, fake, generator): ...          # -> loss, numbers for the log; else config.critic.loss
+        loss_is_mean = True                  # else False, see below
         def image_scores(self, scores): ...                 # -> (B,); else the mean
         def scores_to_rewards(self, scores, rows, reward): ...  # -> (B, codes_of(r)); else `step_rewards`
         def row_multiple(self, code_rows): ...              # short images have a multiple of so many rows; else 1
@@ -15,7 +16,8 @@ The interface of a critic (everything but `forward` is optional):
 (B, F) float32 of the tokenizer's encoder or of the extractor that `ral.reward_features` names. Images of fewer rows are
 shorter. A `forward` or `loss` with an argument `labels` gets the images' classes (B,) int64 by that name, and nothing
 where they are not known: let it be None by default. A batch for `loss` has real and fake images of the same classes in
-the same order.
+the same order. `loss_is_mean` says that `loss` is a mean over the images of a batch, and that it draws no numbers but
+those of `nn.Dropout` and `F.dropout`: several processes then share its batch.
 """
 
 from __future__ import annotations
