@@ -18,8 +18,9 @@ import torch
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import configure
 
-from ral_gym.agents import ALGORITHMS, algorithm_defaults, make_sb3_env, policy_for
+from ral_gym.agents import ALGORITHMS, CoTrainedCritic, algorithm_defaults, make_sb3_env, policy_for
 from ral_gym.commands.cli import main
+from ral_gym.config import CriticConfig
 from ral_gym.data.images import augment, float_batch, to_float
 from ral_gym.envs.from_run import _load_once
 from ral_gym.errors import ConfigError
@@ -29,8 +30,11 @@ from ral_gym.priors.pixelcnn import PixelCNN
 from ral_gym.priors.sampler import make_sampler, sample_naive
 from ral_gym.priors.transformer import Transformer
 from ral_gym.priors.two_level import TwoLevelPrior
+from ral_gym.rewards.causal import CausalCritic
 from ral_gym.rewards.critic import PatchCritic, critic_loss
+from ral_gym.runs.run import Run, read_config
 from ral_gym.stages.common import UnseenLosses
+from ral_gym.stages.levels import load_vqvae
 from ral_gym.tokenizers.vqvae import VQVAE
 from tests.pretend_device import Device, pretend_cuda
 from tests.tiny import make_tiny_run
@@ -305,6 +309,18 @@ def test_a_step_of_the_critic_waits_once(device: Device, loss: Any) -> None:
     total.backward()
     assert device.counts["syncs"] == 1 and device.counts["blocking"] == 0
     assert metrics["loss"] == total.item()
+
+
+def test_a_step_of_the_causal_critic_waits_once(run: str, device: Device) -> None:
+    vqvae = load_vqvae(Run(run, read_config(run)), torch.device("cuda"))
+    codes = np.random.default_rng(0).integers(vqvae.grid.codebook_size, size=(20, vqvae.grid.n_codes))
+    prior = PixelCNN(vqvae.grid.codebook_size, vqvae.grid.height, vqvae.grid.width, **SIZES)
+    network = CausalCritic(prior)
+    critic = CoTrainedCritic(vqvae, network, codes, codes, CriticConfig(kind="causal"), device="cuda")
+    critic.train_step(torch.from_numpy(codes[:4]))  # the optimizer makes its moments
+    device.counts.clear()
+    metrics = critic.train_step(torch.from_numpy(codes[:4]))
+    assert device.counts["syncs"] == 1 and set(metrics) == {"loss", "gap", "accuracy"}
 
 
 # Batch sizes and codes ----------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from ral_gym.errors import ConfigError, DivergedError
 from ral_gym.grid import CodeGrid
 from ral_gym.metrics import auc
 from ral_gym.rewards.augmentation import augmented, draw_augmentations
-from ral_gym.rewards.critic import critic_loss
+from ral_gym.rewards.critic import critic_loss, fetched
 from ral_gym.rewards.score_map import Normalization, RewardKind, ScoreNormalizer
 from ral_gym.rewards.scorer import CriticScorer
 from ral_gym.rewards.view import FinishedImages, View, takes_labels
@@ -254,7 +254,7 @@ class CoTrainedCritic:
         if own is not None:
             found = own(real, fake, self.generator, **given)
             loss, metrics = found if isinstance(found, tuple) else (found, {})
-            return loss, {name: float(value) for name, value in metrics.items()} | {"loss": float(loss.detach())}
+            return loss, fetched({**metrics, "loss": loss})
         settings = self.config
         r1 = settings.r1 * settings.r1_every if self.n_updates % settings.r1_every == 0 else 0.0
         return critic_loss(

@@ -98,7 +98,7 @@ class CausalCritic(nn.Module):
 
     def loss(
         self, real: Tensor, fake: Tensor, generator: Generator, labels: Tensor | None = None
-    ) -> tuple[Tensor, dict[str, float]]:
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The logistic loss, averaged over all prefixes of real and of drawn images.
 
         Args:
@@ -116,7 +116,7 @@ class CausalCritic(nn.Module):
         loss = (F.softplus(-of_real).mean() + F.softplus(of_fake).mean()) / 2
         right = torch.cat([of_real[:, -1] > 0, of_fake[:, -1] < 0]).float().mean()
         gap = of_real[:, -1].mean() - of_fake[:, -1].mean()
-        return loss, {"gap": gap.item(), "accuracy": right.item()}
+        return loss, {"gap": gap.detach(), "accuracy": right}
 
     def make_optimizer(self, settings: CriticConfig) -> torch.optim.Optimizer:
         """AdamW that clips gradients before each step."""

@@ -14,6 +14,7 @@ of "cGANs with Projection Discriminator" (Miyato and Koyama, 2018), patch by pat
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -196,14 +197,14 @@ def critic_loss(
     if loss == "hinge":
         total = F.relu(1 - real_map).mean() + F.relu(1 + fake_map).mean()
         if not r1:
-            return total, _fetched(loss=total, gap=gap)
+            return total, fetched({"loss": total, "gap": gap})
         added = r1 / 2 * r1_penalty(critic, real, labels)
-        return total + added, _fetched(loss=total + added, gap=gap, r1_penalty=added)
+        return total + added, fetched({"loss": total + added, "gap": gap, "r1_penalty": added})
     penalty = gradient_penalty(critic, real, fake, generator, labels, weights)
     total = -gap + penalty_weight * penalty
-    return total, _fetched(loss=total, gap=gap, gradient_penalty=penalty)
+    return total, fetched({"loss": total, "gap": gap, "gradient_penalty": penalty})
 
 
-def _fetched(**metrics: Tensor) -> dict[str, float]:
+def fetched(metrics: Mapping[str, Tensor | float]) -> dict[str, float]:
     """Numbers for the log, in one transfer."""
     return dict(zip(metrics, numbers(list(metrics.values())), strict=True))

@@ -5,7 +5,7 @@ The interface of a critic (everything but `forward` is optional):
     class Mine(nn.Module):
         sees = "pixels"                      # or "codes", "features": what forward takes
         def forward(self, seen): ...         # -> (B,), a map (B, h, w), or a score per code (B, codes_of(r))
-        def loss(self, real, fake, generator): ...          # -> loss, numbers for the log; else config.critic.loss
+        def loss(self, real, fake, generator): ...          # -> loss, scalars for the log; else config.critic.loss
         loss_is_mean = True                  # else False, see below
         def image_scores(self, scores): ...                 # -> (B,); else the mean
         def scores_to_rewards(self, scores, rows, reward): ...  # -> (B, codes_of(r)); else `step_rewards`

@@ -41,7 +41,7 @@ class JointDropout(TorchFunctionMode):
             return x
         mine = len(range(self.n)[self.own])
         batches = len(x) // mine
-        order = sorted(range(x.dim()), key=lambda dimension: -x.stride(dimension))  # numbers are drawn in this order
+        order = sorted(range(x.dim()), key=lambda dimension: -x.stride()[dimension])  # numbers are drawn in this order
         shape = (batches * self.n, *x.shape[1:])
         mask = torch.empty_permuted(shape, order, dtype=x.dtype, device=x.device).bernoulli_(1 - p)
         kept = mask.unflatten(0, (batches, self.n))[:, self.own].flatten(0, 1)  # (r m, ...)
