@@ -38,7 +38,8 @@ from ral_gym.runs.storage import load_json, save_json, write_atomic, write_text
 VARY = (
     "64 images per update: --ral.n-envs 64 --ral.n-updates 320",
     "1,024 images per update: --ral.n-envs 1024 --ral.n-updates 20",
-    "critic warmed up for 1,000 steps of 64: --critic.warmup-steps 1000 --critic.batch-size 64",
+    "critic on fresh samples, 1,000 steps of 64 first: --critic.fakes fresh --critic.replay 1 --critic.dropout 0.1 "
+    "--critic.warmup-steps 1000 --critic.batch-size 64",
     "PatchGAN of 48 units: --critic.kind patch --critic.loss hinge --critic.hidden-units 48 --critic.layers 3 "
     "--critic.learning-rate 2e-4 --critic.adam-beta2 0.999 --critic.warmup-steps 600",
     "critic alone: --ral.reward-weights critic 1",
