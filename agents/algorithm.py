@@ -30,7 +30,7 @@ from ral_gym.errors import ConfigError
 from ral_gym.registry import ALGORITHMS as REGISTRY
 from ral_gym.registry import is_path
 
-SHARED = ("learning_rate", "gamma", "max_grad_norm", "normalize_advantage", "mle_coef", "kl_coef")
+SHARED = ("learning_rate", "gamma", "max_grad_norm", "normalize_advantage", "mle_coef", "mle_dropout", "kl_coef")
 """Settings of `RALConfig` that become the algorithm's arguments of the same name, if it has them."""
 CALLBACKS = ("mle_coef", "kl_coef")
 """Settings that become callbacks for algorithms without such arguments."""
@@ -138,7 +138,7 @@ class Algorithm:
             schedule = own["entropy_schedule"]
             found.append(EntropyTarget(own["ent_coef"], target, schedule=schedule, progress=progress))
         if config.mle_coef and "mle_coef" not in self.parameters:
-            found.append(MLEShare(config.mle_coef))
+            found.append(MLEShare(config.mle_coef, dropout=config.mle_dropout))
         return found
 
     def notes(self, config: RALConfig) -> list[str]:
@@ -149,7 +149,7 @@ class Algorithm:
         return notes + [f"no ral.{name}" for name in SHARED if not self._takes(name)]
 
     def _takes(self, name: str) -> bool:
-        return name in CALLBACKS or name in self.parameters or name in self.renames
+        return name in (*CALLBACKS, "mle_dropout") or name in self.parameters or name in self.renames
 
     def check(self, config: RALConfig) -> None:
         """Refuse settings of stage 3 that would have no effect.
@@ -172,6 +172,11 @@ class Algorithm:
                 raise ConfigError(
                     f"ral.{name} is {getattr(config, name)}, but {config.algo} has no such argument: give {default}"
                 )
+        if config.mle_dropout and not config.mle_coef:
+            raise ConfigError(
+                "ral.mle_dropout is on, but ral.mle_coef is 0, so that it has no effect: give ral.mle_coef, or leave "
+                "ral.mle_dropout out"
+            )
         if config.n_rollouts > 1 and not issubclass(self.cls, EpisodeAlgorithm):
             raise ConfigError(
                 f"ral.n_rollouts is {config.n_rollouts}, but {config.algo} takes its action values from a value "

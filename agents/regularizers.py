@@ -23,10 +23,11 @@ from torch import Tensor
 
 from ral_gym.agents.episodes import EpisodeRolloutBuffer, Episodes
 from ral_gym.agents.policy import PriorPolicy, PriorWeights
+from ral_gym.agents.real_codes import real_codes_loss
 from ral_gym.agents.shared_passes import shared_pass
 from ral_gym.agents.vec_env import real_codes
 from ral_gym.errors import ConfigError
-from ral_gym.priors.base import Prior, maximum_likelihood_loss
+from ral_gym.priors.base import Prior
 from ral_gym.runs.checked_state import number_of
 from ral_gym.stages.common import restore_optimizer
 
@@ -276,14 +277,15 @@ class MLEShare(BaseCallback):
     Args:
         coef: fraction of the algorithm's learning rate.
         n_images: real images per step; None: as many as environments.
+        dropout: with the prior's dropout.
 
     Raises:
         ConfigError: at the start of training, without real codes or a prior.
     """
 
-    def __init__(self, coef: float = 0.1, n_images: int | None = None) -> None:
+    def __init__(self, coef: float = 0.1, n_images: int | None = None, dropout: bool = False) -> None:
         super().__init__()
-        self.coef, self.n_images = coef, n_images
+        self.coef, self.n_images, self.dropout = coef, n_images, dropout
         self.optimizer: torch.optim.Optimizer | None = None
         self._started = False
 
@@ -321,9 +323,7 @@ class MLEShare(BaseCallback):
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         n_images, processes = self.n_images or self.training_env.num_envs, policy.processes
-        rows, share = np.random.randint(len(self._codes), size=n_images), processes.share(n_images)
-        codes = torch.as_tensor(self._codes[rows[processes.rows(n_images)]].astype(np.int64), device=policy.device)
-        loss = (share.stop - share.start) / n_images * maximum_likelihood_loss(policy.prior, codes)  # codes (B, L)
+        loss = real_codes_loss(policy, self._codes, n_images, self.dropout)
         self.optimizer.zero_grad()
         loss.backward()
         processes.sum_gradients(policy.prior.parameters())

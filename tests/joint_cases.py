@@ -181,6 +181,7 @@ CASES["stage_hinge_terms"] = stage(
     changes={"loss": "hinge", "gradient_penalty": 0.0, "batch_size": 2},
     algo="ppo",
     mle_coef=0.1,
+    mle_dropout=True,
     reward_features="pyramid",
     reward_weights={"critic": 1.0, "loo_fd": 1.0, "kid": 0.5},
 )
@@ -203,6 +204,8 @@ CASES["stage_causal"] = stage(
     algo="grpo",
     n_envs=8,
     reset_mode="mixed",
+    mle_coef=0.2,
+    mle_dropout=True,
     reward_weights={"critic": 1.0, "loo_fd": 1.0},
     reward_features="pyramid",
 )

@@ -164,6 +164,7 @@ ODD = Config(
         image_gamma=0.83,
         normalize_advantage=False,
         mle_coef=0.11,
+        mle_dropout=True,
         kl_coef=0.13,
         train_levels="top",
         per_level_discount=False,

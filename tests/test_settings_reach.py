@@ -269,8 +269,7 @@ LOOKS: dict[str, Callable[[Seen], Any]] = {
     "ral.adam_beta1": lambda seen: seen.stage.model.policy.optimizer.param_groups[0]["betas"][0],
     "ral.adam_beta2": lambda seen: seen.stage.model.policy.optimizer.param_groups[0]["betas"][1],
     "ral.gamma": attribute("model.rollout_buffer.gamma"),
-    "ral.mle_coef": attribute("model.mle_coef"),
-    "ral.kl_coef": attribute("model.kl_coef"),
+    **{f"ral.{name}": attribute(f"model.{name}") for name in ("mle_coef", "mle_dropout", "kl_coef")},
     "ral.train_levels": attribute("model.policy.train_levels"),
     "ral.image_gamma": attribute("model.rollout_buffer.image_gamma"),
     "ral.per_level_discount": attribute("model.rollout_buffer.per_level_discount"),
@@ -359,8 +358,8 @@ def test_an_algorithm_gets_its_own_settings_and_the_shared_ones(tmp_path: Path, 
     section = GRPO_SECTION if algo == "grpo" else OTHERS[algo]
     defaults = SECTIONS[algo]()
     make_tiny_run(tmp_path)
-    shared = {"gamma": 0.57, "learning_rate": 0.00053, "normalize_advantage": False, "mle_coef": 0.11, "kl_coef": 0.13}
-    shared |= {"max_grad_norm": 0.67} if algo != "trpo" else {}
+    shared = {"gamma": 0.57, "learning_rate": 0.00053, "mle_coef": 0.11, "mle_dropout": True, "kl_coef": 0.13}
+    shared |= {"normalize_advantage": False} | ({"max_grad_norm": 0.67} if algo != "trpo" else {})
     ral = replace(SMOKE.ral, algo=algo, n_envs=8, **shared, **{algo: section})
     config = replace(read_config(tmp_path), ral=ral, critic=replace(SMOKE.critic, kind="causal"))  # for all_actions
     (tmp_path / "config.json").write_text(config.to_json())
@@ -386,6 +385,7 @@ def test_an_algorithm_gets_its_own_settings_and_the_shared_ones(tmp_path: Path, 
         "learning_rate": model.lr_schedule(1.0),
         "normalize_advantage": getattr(model, "normalize_advantage", False),
         "mle_coef": regularizers["MLEShare"].coef if "MLEShare" in regularizers else model.mle_coef,
+        "mle_dropout": regularizers["MLEShare"].dropout if "MLEShare" in regularizers else model.mle_dropout,
         "kl_coef": regularizers["PriorKLReward"].coef if "PriorKLReward" in regularizers else model.kl_coef,
         "max_grad_norm": getattr(model, "max_grad_norm", None),
     }

@@ -23,10 +23,11 @@ from ral_gym.agents.algorithms import passes
 from ral_gym.agents.algorithms.passes import Figures, Precision, autocast, in_32_bits, in_64_bits, look
 from ral_gym.agents.episodes import EpisodeRolloutBuffer, Episodes
 from ral_gym.agents.policy import PriorPolicy, PriorWeights
+from ral_gym.agents.real_codes import real_codes_loss
 from ral_gym.agents.spaces import sequence_shape
 from ral_gym.agents.vec_env import CodeVecEnv, check_code_env, real_codes
 from ral_gym.errors import ConfigError
-from ral_gym.priors.base import Prior, maximum_likelihood_loss
+from ral_gym.priors.base import Prior
 from ral_gym.priors.transfer import numbers, sent
 
 
@@ -35,6 +36,7 @@ class EpisodeArguments(TypedDict, total=False):
 
     gamma: float
     mle_coef: float
+    mle_dropout: bool
     kl_coef: float
     ent_coef: float
     max_grad_norm: float
@@ -64,6 +66,7 @@ class EpisodeAlgorithm(OnPolicyAlgorithm):
         n_steps: capacity of the buffer per environment; None: T. A round is one finished episode per environment.
         gamma: discount; 1 lets the first code see a terminal reward as well as the last.
         mle_coef: weight of a maximum-likelihood loss on real codes, a batch as large as the round, in every update.
+        mle_dropout: with the prior's dropout in that loss.
         kl_coef: weight of KL(policy || the policy's starting weights), mean over drawn codes: exact over K, or an
             estimate where the algorithm says so.
         ent_coef: weight of the entropy bonus.
@@ -104,6 +107,7 @@ class EpisodeAlgorithm(OnPolicyAlgorithm):
         *,
         gamma: float = 1.0,
         mle_coef: float = 0.0,
+        mle_dropout: bool = False,
         kl_coef: float = 0.0,
         ent_coef: float = 0.0,
         vf_coef: float = 0.0,
@@ -124,7 +128,7 @@ class EpisodeAlgorithm(OnPolicyAlgorithm):
         if isinstance(env, VectorEnv):
             raise ConfigError(f"{type(env).__name__} is not a Stable-Baselines3 VecEnv: use make_sb3_env(id, n_envs)")
         passes.check_policy(policy, self.policy_aliases, type(self).__name__)
-        self.mle_coef, self.kl_coef = mle_coef, kl_coef
+        self.mle_coef, self.mle_dropout, self.kl_coef = mle_coef, mle_dropout, kl_coef
         self.batch_size, self.fast_path = batch_size, fast_path
         self.mixed_precision = passes.checked_precision(mixed_precision)
         self._reference: Prior | None = None
@@ -389,11 +393,7 @@ class EpisodeAlgorithm(OnPolicyAlgorithm):
     def _mle_backward(self, n_images: int) -> Tensor | float:
         """Gradient of the maximum-likelihood term, on a batch of real codes."""
         assert self._real_codes is not None
-        rows = np.random.randint(len(self._real_codes), size=n_images)[self.policy.processes.share(n_images)]
-        if not len(rows):
-            return 0.0
-        codes = sent(self._real_codes[rows], self.device).long()  # (B, L)
         with autocast(self.policy, self.mixed_precision):
-            loss = len(rows) / n_images * maximum_likelihood_loss(self.policy.prior, codes)
+            loss = real_codes_loss(self.policy, self._real_codes, n_images, self.mle_dropout)
         (self.mle_coef * loss).backward()
         return in_64_bits(loss)

@@ -148,6 +148,8 @@ class RALConfig:
     mle_coef: float = 0.0
     """Maximum likelihood on real codes: its weight in the loss of reinforce and grpo; for other algorithms, separate
     steps between updates with this fraction of the learning rate (`MLEShare`)."""
+    mle_dropout: bool = False
+    """With mle_coef: the prior's dropout in that term, as in stage 2; never in what the reward trains."""
     kl_coef: float = 0.0
     """Weight of KL(policy || MLE prior): in the loss of reinforce and grpo, in the rewards of other algorithms
     (`PriorKLReward`)."""
