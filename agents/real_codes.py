@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import numpy as np
-from torch import Tensor, nn
+from torch import Tensor
 
 from ral_gym.agents.policy import PriorPolicy
 from ral_gym.priors.base import maximum_likelihood_loss
@@ -39,12 +40,11 @@ def real_codes_loss(policy: PriorPolicy, codes: np.ndarray, n: int, dropout: boo
 
 
 @contextmanager
-def with_dropout(prior: nn.Module) -> Iterator[None]:
+def with_dropout(prior: Any) -> Iterator[None]:
     """The prior in training mode, but that it leaves out no labels; afterwards as it was."""
-    modes = [(part, part.training) for part in prior.modules()]
-    shares = [
-        (part, part.class_dropout) for part in prior.modules() if isinstance(getattr(part, "class_dropout", 0), float)
-    ]
+    parts: list[Any] = list(prior.modules())
+    modes = [(part, part.training) for part in parts]
+    shares = [(part, part.class_dropout) for part in parts if isinstance(getattr(part, "class_dropout", 0), float)]
     try:
         prior.train()
         for part, _ in shares:
