@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ral_gym.priors.linear import Linear
+
 
 def attention_blocks(layers: int, attention_layers: int) -> list[int]:
     """Indices of the blocks that an attention layer follows: spread evenly, always including the last block.
@@ -61,12 +63,12 @@ class CausalAttention(nn.Module):
     def __init__(self, hidden_units: int, heads: int, height: int, width: int, dropout: float):
         super().__init__()
         self.heads = heads
-        self.query = nn.Linear(hidden_units, hidden_units)
-        self.memory = nn.Linear(2 * hidden_units, 2 * hidden_units, bias=False)  # per head, a key and a value
+        self.query = Linear(hidden_units, hidden_units)
+        self.memory = Linear(2 * hidden_units, 2 * hidden_units, bias=False)  # per head, a key and a value
         self.start = nn.Parameter(torch.empty(2 * hidden_units))
         self.row_position = nn.Parameter(torch.empty(height, 2 * hidden_units))
         self.column_position = nn.Parameter(torch.empty(width, 2 * hidden_units))
-        self.out = nn.Linear(hidden_units, hidden_units, bias=False)
+        self.out = Linear(hidden_units, hidden_units, bias=False)
         self.dropout = nn.Dropout(dropout)
 
     def positions(self) -> tuple[Tensor, Tensor]:

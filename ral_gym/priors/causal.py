@@ -21,6 +21,7 @@ from ral_gym.errors import ConfigError
 from ral_gym.grid import CodeGrid
 from ral_gym.priors.base import split_label
 from ral_gym.priors.kv_cache import PackedTransformer
+from ral_gym.priors.linear import Linear
 
 AttentionKind = Literal["math", "fused"]
 INIT_STD = 0.02
@@ -40,8 +41,8 @@ class SelfAttention(nn.Module):
     def __init__(self, size: int, heads: int, bias: bool = False) -> None:
         super().__init__()
         self.heads = heads
-        self.wqkv = nn.Linear(size, 3 * size, bias=bias)
-        self.wo = nn.Linear(size, size, bias=bias)
+        self.wqkv = Linear(size, 3 * size, bias=bias)
+        self.wo = Linear(size, size, bias=bias)
 
     def qkv(self, x: Tensor, turn: Turn) -> tuple[Tensor, Tensor, Tensor]:
         """X (B, S, C), angles (B or 1, 1, S, h / 2) -> turned queries and keys, values, (B, heads, S, h) each."""
@@ -167,7 +168,7 @@ class CausalTransformer(nn.Module):
         self.tok_embeddings = nn.Embedding(self.codebook_size, self.hidden_units)
         self.layers = nn.ModuleList(block() for _ in range(layers))
         self.norm = norm()
-        self.output = nn.Linear(self.hidden_units, self.codebook_size, bias=False)
+        self.output = Linear(self.hidden_units, self.codebook_size, bias=False)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

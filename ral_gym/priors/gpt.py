@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ral_gym.errors import ConfigError
 from ral_gym.priors.causal import AttentionKind, Block, CausalTransformer, SelfAttention
+from ral_gym.priors.linear import Linear
 
 
 class GPT(CausalTransformer):
@@ -92,4 +93,4 @@ class GPT(CausalTransformer):
 
 def feed_forward(size: int) -> nn.Sequential:
     """C -> 4 C -> C, with the exact GELU."""
-    return nn.Sequential(nn.Linear(size, 4 * size), nn.GELU(), nn.Linear(4 * size, size))
+    return nn.Sequential(Linear(size, 4 * size), nn.GELU(), Linear(4 * size, size))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ral_gym.priors.condition import upsample
+from ral_gym.priors.linear import Linear
 
 
 def gate(pre: Tensor) -> Tensor:
@@ -108,10 +109,10 @@ class GatedBlock(nn.Module):
             hidden_units, 2 * residual_units, (self.reach + 1, conv_filter_size), padding=(0, self.reach)
         )
         self.horizontal = nn.Conv2d(hidden_units, 2 * residual_units, (1, self.reach + 1), bias=False)
-        self.vertical_to_horizontal = nn.Linear(2 * residual_units, 2 * residual_units)
-        self.vertical_out = None if last else nn.Linear(residual_units, hidden_units, bias=False)
-        self.horizontal_out = nn.Linear(residual_units, hidden_units, bias=False)
-        self.condition = nn.Linear(hidden_units, 2 * residual_units, bias=False) if conditional else None
+        self.vertical_to_horizontal = Linear(2 * residual_units, 2 * residual_units)
+        self.vertical_out = None if last else Linear(residual_units, hidden_units, bias=False)
+        self.horizontal_out = Linear(residual_units, hidden_units, bias=False)
+        self.condition = Linear(hidden_units, 2 * residual_units, bias=False) if conditional else None
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, vertical: Tensor, horizontal: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -141,9 +142,9 @@ class OutputStack(nn.Module):
     def __init__(self, hidden_units: int, codebook_size: int, layers: int):
         super().__init__()
         self.layers = cast(
-            Sequence[nn.Linear], nn.ModuleList(nn.Linear(hidden_units, hidden_units) for _ in range(layers))
+            Sequence[nn.Linear], nn.ModuleList(Linear(hidden_units, hidden_units) for _ in range(layers))
         )
-        self.to_logits = nn.Linear(hidden_units, codebook_size)
+        self.to_logits = Linear(hidden_units, codebook_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """Features (..., C) to logits (..., K)."""

@@ -32,6 +32,7 @@ from ral_gym.priors.causal import (
     check_counts,
     check_share,
 )
+from ral_gym.priors.linear import Linear
 
 ROTARY_BASE = 10_000.0
 
@@ -75,9 +76,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, size: int, inner: int) -> None:
         super().__init__()
-        self.w1 = nn.Linear(size, inner, bias=False)
-        self.w3 = nn.Linear(size, inner, bias=False)
-        self.w2 = nn.Linear(inner, size, bias=False)
+        self.w1 = Linear(size, inner, bias=False)
+        self.w3 = Linear(size, inner, bias=False)
+        self.w2 = Linear(inner, size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., C)."""

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from ral_gym.config import CriticConfig
 from ral_gym.errors import ConfigError
+from ral_gym.priors.linear import Linear
 
 
 class CausalCritic(nn.Module):
@@ -55,7 +56,7 @@ class CausalCritic(nn.Module):
             raise ConfigError("critic.kind causal stands on the run's prior, and there is none with `hidden_units`")
         self.trunk, self.classes = prior, classes
         self.grid = replace(prior.grid, classes=0)
-        heads = [nn.Linear(prior.hidden_units, self.grid.codebook_size) for _ in range(self.grid.levels)]
+        heads = [Linear(prior.hidden_units, self.grid.codebook_size) for _ in range(self.grid.levels)]
         for head in heads:
             nn.init.zeros_(head.weight)
             nn.init.zeros_(head.bias)
