@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ral_gym.errors import ConfigError
-from ral_gym.priors import packed_weights
+from ral_gym.priors import blocked_products, packed_weights
 from ral_gym.priors.packed_weights import PackedWeights
 from ral_gym.priors.pixelcnn import PixelCNN
 from ral_gym.priors.pixelcnn_cache import SamplingCache
@@ -248,13 +248,30 @@ def test_a_sampler_made_in_inference_mode_works_outside(prior: PixelCNN, uniform
     assert torch.equal(sampler.sample(B, uniforms=uniforms)[0], sample_naive(prior, B, uniforms=uniforms)[0])
 
 
-def test_blocked_kernels_change_nothing(uniforms: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("how", ["at once", "code by code, from different positions"])
+def test_blocked_weights_change_nothing(uniforms: Tensor, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocked_products, "LARGE", 0)
     prior = small().float()
-    codes, log_probs = CachedSampler(prior).sample(B, uniforms=uniforms)
-    monkeypatch.setattr(packed_weights, "_can_block", lambda like: False)
-    plain, plain_log_probs = CachedSampler(prior).sample(B, uniforms=uniforms)
-    assert torch.equal(codes, plain)
-    torch.testing.assert_close(log_probs, plain_log_probs)
+    sampler, before = CachedSampler(prior), uniforms[:, :1].expand(-1, T).mul(K).long()
+    with torch.no_grad():
+        for weight in prior.parameters():
+            weight.mul_(1.1)  # `refresh` must copy them again
+    found = []
+    for blocked in (True, False):
+        if not blocked:
+            monkeypatch.setattr(packed_weights, "can_block", lambda like: False)
+            sampler = CachedSampler(prior)
+        sampler.refresh()
+        if how == "at once":
+            found += sampler.sample(B, uniforms=uniforms)
+        else:
+            sampler.begin(before, torch.arange(B))
+            for _ in range(5):
+                found.append(sampler.logits())
+                sampler.advance(before[:, 0])
+    half = len(found) // 2
+    for mine, plain in zip(found[:half], found[half:], strict=True):
+        torch.testing.assert_close(mine, plain)
 
 
 @pytest.mark.parametrize("start", [0, 9])

@@ -141,9 +141,7 @@ class OutputStack(nn.Module):
 
     def __init__(self, hidden_units: int, codebook_size: int, layers: int):
         super().__init__()
-        self.layers = cast(
-            Sequence[nn.Linear], nn.ModuleList(Linear(hidden_units, hidden_units) for _ in range(layers))
-        )
+        self.layers = cast(Sequence[Linear], nn.ModuleList(Linear(hidden_units, hidden_units) for _ in range(layers)))
         self.to_logits = Linear(hidden_units, codebook_size)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ral_gym.priors.attention import CausalAttention
+from ral_gym.priors.blocked_products import BlockedProducts, can_block
 from ral_gym.priors.condition import ClassConditioning, ConditioningStack
 from ral_gym.priors.layers import GatedBlock, InputLayer, OutputStack
 
@@ -44,19 +45,6 @@ class Network(Protocol):
 def _bias(layer: nn.Conv2d) -> Tensor:
     assert layer.bias is not None
     return layer.bias
-
-
-def _can_block(like: Tensor) -> bool:
-    """Whether kernels can be kept in oneDNN's own layout.
-
-    `F.conv2d` brings the kernels into that layout at every call, a quarter of its time on one row of 16 grids. These
-    operators, which torch.compile uses, are not public: without them `F.conv2d` does the same.
-    """
-    names = ("_reorder_convolution_weight", "_convolution_pointwise")
-    operators = all(hasattr(torch.ops.mkldnn, name) for name in names)
-    return (
-        like.device.type == "cpu" and like.dtype == torch.float32 and torch.backends.mkldnn.is_available() and operators
-    )
 
 
 class PackedWeights:
@@ -109,7 +97,10 @@ class PackedWeights:
         self.conditioning = copy.deepcopy(prior.conditioning)
         if self.conditioning is not None:
             self.conditioning.eval().requires_grad_(False)
-        self._blocked: list[Tensor] | None = [] if _can_block(like) else None
+        blocked = can_block(like)
+        self._blocked: list[Tensor] | None = [] if blocked else None
+        self.horizontal_product = BlockedProducts(self.horizontal, blocked)
+        self.across_product = BlockedProducts(self.across, blocked)
         self.by_products = like.is_cuda
         self.refresh()
 
@@ -157,6 +148,8 @@ class PackedWeights:
         if self._blocked is not None:
             padding = [0, self.prior.conv_filter_size // 2]
             self._blocked = [torch.ops.mkldnn._reorder_convolution_weight(x, padding) for x in self.vertical]
+        self.horizontal_product.refresh()
+        self.across_product.refresh()
 
     def _refresh_attention(self, number: int) -> None:
         attention = self.prior.attention[number]

@@ -252,8 +252,8 @@ class PixelCNN(nn.Module):
                 if layer is not None:
                     nn.init.normal_(layer.weight, std=math.sqrt(3 / self.residual_units))
         # Each of N residual layers adds about 1 / N of the variance of what it is added to.
-        for layer in self.output.layers:
-            nn.init.normal_(layer.weight, std=1 / math.sqrt(self.hidden_units * self.output_stack_layers))
+        for residual in self.output.layers:
+            nn.init.normal_(residual.weight, std=1 / math.sqrt(self.hidden_units * self.output_stack_layers))
         nn.init.normal_(self.output.to_logits.weight, std=0.1 / math.sqrt(self.hidden_units))
         for attention in self.attention:
             attention.reset_parameters(self.attention_layers)

@@ -88,6 +88,7 @@ class SamplingCache:
         self.features = like.new_empty(batch, channels)
         self.logits = like.new_empty(batch, prior.codebook_size)
         self._pre = like.new_empty(batch, 2 * inner)
+        self._halves = self._pre.chunk(2, dim=1)
         self._gated = like.new_empty(batch, inner)
         self._hidden = like.new_empty(batch, channels)
         self._rectified = like.new_ones(batch, channels + 1)  # the column of ones multiplies the bias
@@ -271,7 +272,10 @@ class SamplingCache:
             if guide is not None:
                 added = guide @ weights.condition[layer]  # (n, W / f, 2 R)
                 pre.view(*added.shape[:2], -1, added.shape[2]).add_(added[:, :, None])
-            torch.addmm(weights.across_bias[layer], pre, weights.across[layer], out=terms[layer].flatten(0, 1))
+            term = terms[layer].flatten(0, 1)  # (n W, 2 R), a view
+            added = weights.across_product(layer, weights.across_bias[layer], pre, term)
+            if added is not term:
+                term.copy_(added)
             if layer < len(weights.vertical_out):
                 v.addmm_(gate(pre), weights.vertical_out[layer])
 
@@ -315,11 +319,11 @@ class SamplingCache:
 
     def _step(self, views: list[tuple[Tensor, Tensor, Tensor, Tensor]], position: int | None, slots: int) -> None:
         """One code of all batch rows, at one position or (None) at `_at`, where `slots` are enough for all of them."""
-        weights, pre, gated, rectified = self.weights, self._pre, self._gated, self._rectified
-        a, b = pre.chunk(2, dim=1)
+        weights, gated, rectified = self.weights, self._gated, self._rectified
         for layer, (window, term, x, y) in enumerate(views):
-            torch.addmm(term, window, weights.horizontal[layer], out=pre)
+            pre = weights.horizontal_product(layer, term, window, self._pre)
             torch.sigmoid(pre, out=pre)
+            a, b = self._halves if pre is self._pre else pre.chunk(2, dim=1)
             torch.addcmul(b, a, b, value=-2, out=gated)
             torch.addmm(x, gated, weights.horizontal_out[layer], out=y)
             if layer in weights.attention_of:
