@@ -13,6 +13,7 @@ from types import ModuleType
 import cost
 import gymnasium as gym
 import numpy as np
+import products
 import pytest
 import throughput
 import torch
@@ -220,3 +221,12 @@ def test_the_benchmark_of_throughput_prints_every_row(capsys, monkeypatch) -> No
     assert ">= 1.0x" in rows["stage 1, 16 a step"] and ">= 1.0x" in rows["stage 2, 16 a step"]
     assert "120x" in rows["T=64, 16 images"]
     assert rows["as commands wait"].count("1.25x") == 2 and rows["OpenMP's default"].count("0.25x") == 2
+
+
+def test_the_benchmark_of_products_compares_both_kinds(capsys, monkeypatch) -> None:
+    seen: list[int] = []
+    work, rounds = (lambda: seen.append(products.linear.LARGE)), 2
+    products.ratio_of(work, rounds)
+    assert seen == [kept := products.linear.LARGE, products.NEVER] * (rounds + 1) and kept < products.NEVER
+    products.main(["--quick"], Console(width=80))
+    assert capsys.readouterr().out.count("x\n") == 2
