@@ -200,6 +200,8 @@ DEMO_CIFAR10 = replace(
         evaluate_every=200,
     ),
     ral=replace(DEMO_CONVERGED.ral, n_updates=80),
+    # Their best temperatures are just below 1: at 0.85 FD is twice as large.
+    evaluation=replace(DEMO_CONVERGED.evaluation, temperatures=(0.85, 0.95, 0.975)),
 )
 
 # CelebA at half size, 74 of whose pixels are the usual crop of 148.
@@ -218,6 +220,8 @@ DEMO_CELEBA = replace(
         evaluate_every=200,
     ),
     ral=replace(DEMO_CONVERGED.ral, n_updates=80),
+    # Their best temperatures are just below 1: at 0.85 FD is twice as large.
+    evaluation=replace(DEMO_CONVERGED.evaluation, temperatures=(0.85, 0.95, 0.975)),
 )
 
 SMOKE = Config(
