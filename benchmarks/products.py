@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -129,9 +130,10 @@ def main(argv: Sequence[str], console: Console) -> None:
     )
     for line in lines(arguments.quick):
         prior = line.make()
-        works = [("training", line.trained, step_of(prior, line.trained))] if line.trained else []
-        sampler = CachedSampler(prior)
-        works.append(("drawing", line.drawn, lambda sampler=sampler, line=line: sampler.sample(line.drawn)))
+        works: list[tuple[str, int, Callable[[], object]]] = []
+        if line.trained:
+            works.append(("training", line.trained, step_of(prior, line.trained)))
+        works.append(("drawing", line.drawn, partial(CachedSampler(prior).sample, line.drawn)))
         for what, images, work in works:
             own, torchs, ratio = ratio_of(work, 1 if arguments.quick else arguments.rounds)
             table.add_row(line.name, what, str(images), f"{own:.1f}", f"{torchs:.1f}", f"{ratio:.2f}x")

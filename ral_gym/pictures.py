@@ -259,8 +259,10 @@ def save_frontier(
         RunError: the file cannot be written.
     """
     figure, axes = _axes("entropy (nats per code)", "FD (lower is better)", title)
-    for label, sweep in {"mle": curve, **(sweeps or {})}.items():
+    sweeps = {"mle": curve, **(sweeps or {})}
+    for label, sweep in sweeps.items():
         _draw_sweep(axes, sweep, "MLE by temperature" if label == "mle" else f"{label} by temperature", colour(label))
+    _name_temperatures(axes, list(sweeps.values()))
     for number, (label, measured) in enumerate(points.items()):
         known = [(entropy, fd) for entropy, fd in measured if math.isfinite(entropy) and math.isfinite(fd)]
         axes.plot(
@@ -283,21 +285,19 @@ def save_frontier(
 
 
 def _draw_sweep(axes: Axes, curve: Sequence[tuple[float, float, float]], label: str, line_colour: str) -> None:
-    """One generator's (temperature, entropy, FD), joined by entropy, each point with its temperature."""
-    sweep = sorted((entropy, fd, temperature) for temperature, entropy, fd in curve)
-    axes.plot([e for e, _, _ in sweep], [f for _, f, _ in sweep], color=line_colour, marker="o", label=label)
-    for number, (entropy, fd, temperature) in enumerate(sweep):
-        # Below the curve, where it leaves space.
-        falling = number + 1 < len(sweep) and sweep[number + 1][1] < fd
-        axes.annotate(
-            f"T={temperature:g}",
-            (entropy, fd),
-            xytext=(-6 if falling else 6, -12),
-            ha="right" if falling else "left",
-            textcoords="offset points",
-            fontsize=9,
-            color=line_colour,
-        )
+    """One generator's (temperature, entropy, FD), joined by entropy."""
+    sweep = sorted((entropy, fd) for _, entropy, fd in curve)
+    axes.plot([e for e, _ in sweep], [f for _, f in sweep], color=line_colour, marker="o", label=label)
+
+
+def _name_temperatures(axes: Axes, curves: Sequence[Sequence[tuple[float, float, float]]]) -> None:
+    """Each temperature once, below its lowest point; FD is logarithmic where a high one would hide the others."""
+    places = sorted((place for curve in curves for place in curve), key=lambda place: -place[2])
+    for temperature, lowest in {place[0]: place[1:] for place in places}.items():
+        axes.annotate(f"T={temperature:g}", lowest, (0, -16), textcoords="offset points", ha="center", fontsize=8)
+    if places[0][2] > 4 * places[-1][2] > 0:
+        axes.set_yscale("log")
+        axes.yaxis.set(major_formatter="{x:g}", minor_formatter="{x:g}")
 
 
 def _name(label: str) -> str:

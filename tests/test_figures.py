@@ -172,6 +172,16 @@ def test_frontier_joins_the_sweep_by_entropy_and_names_temperatures_and_checkpoi
     assert legend == ["MLE by temperature", "RAL (checkpoints in order)", "MLE continued"]
 
 
+def test_a_frontier_names_each_temperature_once_and_shows_small_distances_beside_large_ones(drawn):
+    sweeps = {"ral": [(1.0, 3.0, 20.0), (0.5, 1.0, 300.0)], "mle_ema": [(1.0, 3.2, 30.0)]}
+    save_frontier("f.png", [(1.0, 3.1, 31.0), (0.5, 1.1, 310.0)], {}, title="t", sweeps=sweeps)
+    (axes,) = drawn[0].axes
+    assert {text.get_text(): text.xy for text in axes.texts} == {"T=1": (3.0, 20.0), "T=0.5": (1.0, 300.0)}
+    assert axes.get_yscale() == "log"
+    save_frontier("g.png", [(1.0, 3.1, 31.0), (0.8, 2.5, 23.0)], {}, title="t")
+    assert drawn[1].axes[0].get_yscale() == "linear"
+
+
 def test_a_generator_has_one_colour_however_it_is_written():
     assert colour("mle_continued") == colour("MLE continued") == colour("MLE-continued")
     assert len({colour(name) for name in ("real", "reconstruction", "mle", "mle_ema", "mle_continued", "ral")}) == 6
