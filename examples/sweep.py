@@ -175,31 +175,28 @@ def report(run: Run, variants: list[dict[str, Any]], console: Console) -> None:
     )
     write_text(folder / "table.md", markdown_table(headings, cells, caption))
     picture(folder / "sweep.png", lines, caption)
-    shown = [[row[0], row[4], *row[5 : 5 + len(temperatures)]] for row in cells]
-    console.print(
-        plain_table(["variant", "AUC", *headings[5 : 5 + len(temperatures)]], shown, title="Sweep", caption=caption)
-    )
+    shown = [[textwrap.shorten(row[0], 34, placeholder=" .."), *row[4 : 5 + len(temperatures)]] for row in cells]
+    short = ["", "AUC", *(f"T {t}" for t in temperatures)]
+    console.print(plain_table(short, shown, title="FD by temperature", caption=caption))
     for name in ("table.md", "sweep.png"):
         console.print(f"  {folder / name}", highlight=False)
 
 
 def picture(path: Path, lines: Sequence[dict[str, Any]], caption: str) -> None:
-    """FD of every line at T = 1, with the interval over its samples; hollow: at the other temperatures."""
+    """FD of every line at T = 1, with the interval over its samples, and at its best temperature."""
     figure = Figure(figsize=(9, 1.6 + 0.34 * len(lines)), dpi=160, facecolor="white", layout="constrained")
     axes = figure.subplots()
     for height, line in enumerate(lines):
-        for temperature, row in line["rows"].items():
-            first = temperature == "1"
-            low, high = row["intervals"]["fd"]
-            look: dict[str, Any] = {} if first else {"markerfacecolor": "none", "alpha": 0.7}
-            tone = "#555555" if line["name"].startswith("`mle") else "#1f77b4"
-            half = (high - low) / 2 if first else None
-            axes.errorbar(row["fd"], height, xerr=half, fmt="o", color=tone, capsize=2, **look)
+        rows, tone = line["rows"], "#555555" if line["name"].startswith("`mle") else "#1f77b4"
+        low, high = rows["1"]["intervals"]["fd"]
+        axes.errorbar(rows["1"]["fd"], height, xerr=(high - low) / 2, fmt="o", color=tone, capsize=2)
+        best = min(row["fd"] for row in rows.values())
+        axes.plot(best, height, "o", color=tone, markerfacecolor="none", markersize=10)
     axes.set_yticks(range(len(lines)), [line["name"].strip("`") for line in lines])
     axes.invert_yaxis()
     axes.set_xlabel("FD to the decoded training codes (lower is better)")
     axes.grid(axis="x", alpha=0.3)
-    note = f"Filled: T = 1, bars: 95 % interval over its samples; hollow: other temperatures. {caption}"
+    note = f"Points: T = 1, bars: 95 % interval over its samples; rings: the best temperature. {caption}"
     figure.supxlabel("\n".join(textwrap.wrap(note, 140)), fontsize=8, x=0.01, ha="left")
     write_atomic(path, lambda temporary: figure.savefig(temporary, format="png", metadata={"Software": None}))
 
