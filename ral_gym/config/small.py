@@ -200,7 +200,7 @@ DEMO_CIFAR10 = replace(
         evaluate_every=200,
     ),
     ral=replace(DEMO_CONVERGED.ral, n_updates=80),
-    # Their best temperatures are just below 1: at 0.85 FD is twice as large.
+    # The best temperatures are just below 1.
     evaluation=replace(DEMO_CONVERGED.evaluation, temperatures=(0.85, 0.95, 0.975)),
 )
 
@@ -220,7 +220,7 @@ DEMO_CELEBA = replace(
         evaluate_every=200,
     ),
     ral=replace(DEMO_CONVERGED.ral, n_updates=80),
-    # Their best temperatures are just below 1: at 0.85 FD is twice as large.
+    # The best temperatures are just below 1.
     evaluation=replace(DEMO_CONVERGED.evaluation, temperatures=(0.85, 0.95, 0.975)),
 )
 
