@@ -5,7 +5,7 @@
 
 A line per network: CPU time of a step of maximum likelihood and of drawing a batch with the cached sampler, with the
 priors' own linear layers and packed weights (`ral_gym/priors/linear.py`, `blocked_products.py`), and with products
-that are all torch's. On Intel's processors both should take the same time. The sides of a ratio take turns: figures are
+that are all torch's. The sides of a ratio take turns: figures are
 medians over the rounds, ratios medians of the ratios within a round.
 """
 

@@ -1,6 +1,6 @@
 """Products with weights that are kept in oneDNN's own layout: the cached sampler's largest ones, on a CPU.
 
-torch multiplies by MKL there, which on processors other than Intel's takes about twice as long (docs/results.md).
+torch multiplies by MKL there, which on an AMD EPYC takes about twice as long (docs/results.md).
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ LARGE = 2**22
 class Linear(nn.Linear):
     """`nn.Linear`, with the same weights and results.
 
-    torch multiplies float32 matrices on a CPU by MKL, which on processors other than Intel's takes about twice as long
-    as oneDNN, with which torch convolves (docs/results.md). So a large product is written as a convolution of 1x1.
+    torch multiplies float32 matrices on a CPU by MKL, which on an AMD EPYC takes about twice as long as oneDNN, with
+    which torch convolves (docs/results.md). So a large product is written as a convolution of 1x1.
     """
 
     def forward(self, x: Tensor) -> Tensor:
